@@ -1,0 +1,86 @@
+"""Settings of one DASH pass, checked when they are made.
+
+Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495).
+Symbols: α (``alpha``) weighs the newest minibatch in the moving average of the gradients,
+λ (``lam``) is the smallest factor a vector can be multiplied by.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, get_args
+
+Grouping = Literal["kernel", "filter", "auto"]
+Preset = Literal["paper"]
+
+
+def _check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
+    number = float(value)
+    inside_low = number >= low if allowed.startswith("[") else number > low
+    inside_high = number <= high if allowed.endswith("]") else number < high
+    if not (inside_low and inside_high):
+        raise ValueError(f"{name} must be in {allowed}, got {value!r}")
+    return number
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DashConfig:
+    """What the shrink is to do.
+
+    Args:
+        alpha: weight of the newest minibatch in the moving average, in (0, 1].
+        lam: smallest factor, in [0, 1]; 1 keeps every weight, 0 lets vectors vanish.
+        grouping: what one vector of a convolution is: every spatial ``"kernel"`` (the paper), a
+            whole output ``"filter"``, or ``"auto"``: kernels, but filters where a kernel is 1×1
+            and its cosine could only be ±1.
+        tolerance: share of the moving average that may be left out, in [0, 1). Only the newest
+            K = ⌈ln(tolerance) / ln(1 − alpha)⌉ minibatches are read; 0 reads all.
+        num_batches: K given outright instead, at least 1.
+        gradient_batch_size: images in one minibatch of the pass, at least 1, where hf_dash makes
+            the minibatches.
+        preset: ``"paper"`` uses one arrival per minibatch and reads all of them, as the authors do.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of its range.
+    """
+
+    alpha: float = 0.3
+    lam: float = 0.3
+    grouping: Grouping = "kernel"
+    tolerance: float = 1e-3
+    num_batches: int | None = None
+    gradient_batch_size: int = 128
+    preset: Preset | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("alpha", self.alpha, "(0, 1]", 0.0, 1.0)
+        _check_number("lam", self.lam, "[0, 1]", 0.0, 1.0)
+        _check_number("tolerance", self.tolerance, "[0, 1)", 0.0, 1.0)
+        _check_count("gradient_batch_size", self.gradient_batch_size)
+        if self.num_batches is not None:
+            _check_count("num_batches", self.num_batches)
+        if self.grouping not in get_args(Grouping):
+            raise ValueError(f"grouping must be one of {get_args(Grouping)}, got {self.grouping!r}")
+        if self.preset is not None and self.preset not in get_args(Preset):
+            raise ValueError(f"preset must be None or 'paper', got {self.preset!r}")
+
+    @property
+    def newest(self) -> int | None:
+        """K, the number of newest minibatches to read; None means all of them."""
+        if self.num_batches is not None:
+            return self.num_batches
+        if self.preset == "paper" or self.tolerance == 0:
+            return None
+        if self.alpha == 1:
+            return 1
+        return max(1, math.ceil(math.log(self.tolerance) / math.log(1 - self.alpha)))

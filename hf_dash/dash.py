@@ -1,0 +1,133 @@
+"""The whole method: gradients over old and new data, then the shrink.
+
+Flow: batches, oldest to newest → newest K → G (``gradients``) → factors → weights (``shrink``).
+Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495); authors' commit 3d3cea6.
+"""
+
+import inspect
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from hf_dash.batches import Batch, check_labels, newest_batches, split_labels
+from hf_dash.config import DashConfig, Grouping
+from hf_dash.distributed import num_processes, refuse_unsupported, synchronise
+from hf_dash.gradients import LossFn, average_gradients
+from hf_dash.shrink import ShrinkReport, all_factors, report_tensors, shrink_
+from hf_dash.tensors import find_shrinkable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def dash_shrink_(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: LossFn | None = None,
+    *,
+    alpha: float = 0.3,
+    lam: float = 0.3,
+    grouping: Grouping = "kernel",
+    tolerance: float = 1e-3,
+    num_batches: int | None = None,
+    accelerator: "Accelerator | None" = None,
+    dry_run: bool = False,
+) -> ShrinkReport:
+    """Shrink every weight vector of a model by how well it agrees with the descent direction.
+
+    Call it on the weights of the last round, before training on old and new data. The model may
+    be a bare timm model, a transformers image classifier, or either prepared by Accelerate. It
+    runs in evaluation mode; afterwards nothing but the weights has changed.
+
+    Args:
+        model: the model, changed in place.
+        batches: minibatches ordered from oldest to newest: mappings with ``labels``, or pairs of
+            images [batch, channels, height, width] and labels [batch]. Only the newest K are
+            computed; see :func:`~hf_dash.batches.newest_batches`. Use evaluation transforms.
+        loss_fn: called as ``loss_fn(model, batch)``, returns the scalar mean loss; by default the
+            model's own loss, or cross-entropy where the model takes no labels.
+        alpha: weight of the newest minibatch in the moving average, in (0, 1].
+        lam: smallest factor, in [0, 1]; 1 changes nothing.
+        grouping: what one vector of a convolution is; see :class:`~hf_dash.config.DashConfig`.
+        tolerance: share of the moving average that may be left out, in [0, 1); 0 reads all.
+        num_batches: number K of newest minibatches to read, instead of ``tolerance``.
+        accelerator: where it is given, the forward passes run under its autocast.
+        dry_run: report what the shrink would do and change nothing.
+
+    Returns:
+        The report: factors per tensor, what was left alone, what was read.
+
+    Raises:
+        TypeError, ValueError: an argument or a batch is not of the form above.
+        FloatingPointError: a loss, gradient or weight is not finite.
+        NotImplementedError: the model is wrapped or stored in a way the shrink cannot work on.
+
+    Whatever is raised, no weight has changed.
+    """
+    config = DashConfig(
+        alpha=alpha, lam=lam, grouping=grouping, tolerance=tolerance, num_batches=num_batches
+    )
+    refuse_unsupported(model)
+    module = extract_model_from_parallel(model)
+    tensors, untouched = find_shrinkable(module, grouping)
+    device = tensors[0].parameter.device
+    loss_fn = default_loss if loss_fn is None else loss_fn
+    if accelerator is not None:
+        loss_fn = _under_autocast(loss_fn, accelerator)
+
+    synchronise(device)
+    started = time.perf_counter()
+    average = average_gradients(
+        module, tensors, newest_batches(batches, config.newest), loss_fn, alpha=alpha
+    )
+    factors = all_factors(tensors, average, lam)
+    if not dry_run:
+        shrink_(tensors, factors)
+    synchronise(device)
+    return ShrinkReport(
+        tensors=report_tensors(tensors, factors, lam),
+        untouched=tuple(untouched),
+        config=config,
+        num_batches=len(average.batch_sizes),
+        num_images=sum(average.batch_sizes) * num_processes(),
+        seconds=time.perf_counter() - started,
+        dry_run=dry_run,
+    )
+
+
+def default_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's own loss on a batch, or cross-entropy where it takes no labels.
+
+    Args:
+        model: a transformers image classifier, or a bare model from images to logits.
+        batch: a mapping with ``labels``, or a pair (images, labels).
+
+    Raises:
+        ValueError: the batch has no labels, or labels that the model has no class for.
+    """
+    inputs, labels = split_labels(batch)
+    config = getattr(model, "config", None)
+    check_labels(labels, getattr(config, "num_labels", getattr(model, "num_classes", None)))
+    if isinstance(inputs, Mapping) and "labels" in inspect.signature(model.forward).parameters:
+        loss: Tensor = model(**inputs, labels=labels).loss
+        return loss
+    if isinstance(inputs, Mapping):
+        if len(inputs) != 1:
+            raise ValueError(
+                f"a model without labels in its forward takes the images alone, got {sorted(inputs)}"
+            )
+        (inputs,) = inputs.values()
+    outputs = model(inputs)
+    return F.cross_entropy(getattr(outputs, "logits", outputs), labels)
+
+
+def _under_autocast(loss_fn: LossFn, accelerator: "Accelerator") -> LossFn:
+    def loss_under_autocast(model: nn.Module, batch: Batch) -> Tensor:
+        with accelerator.autocast():
+            return loss_fn(model, batch)
+
+    return loss_under_autocast

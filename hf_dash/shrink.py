@@ -1,0 +1,186 @@
+"""From the averaged gradient to smaller weights.
+
+Flow: G and w, vector by vector → cosine → factor in [λ, 1] → w multiplied in place → report.
+Source: Algorithm 1 (arXiv:2410.23495): w ← w · clamp(cos(G, w), min=λ, max=1).
+Differs from the authors' commit 3d3cea6: the cosine is free of scale. ``cosine_similarity`` raises
+each norm to at least 1e-8, so there vectors with tiny gradients count as disagreeing.
+Symbols: G (``gradient``), w (``weight``), λ (``lam``).
+"""
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_dash.config import DashConfig
+from hf_dash.gradients import GradientAverage
+from hf_dash.tensors import ShrinkableTensor
+
+
+class NoEffectWarning(UserWarning):
+    """A call that should have changed weights changed none."""
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one tensor: its vectors' factors, each in [λ, 1]."""
+
+    name: str
+    num_vectors: int
+    mean_factor: float
+    min_factor: float
+    max_factor: float
+    share_at_lam: float
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What a shrink did, or would do.
+
+    Args:
+        tensors: one entry per tensor that shrinks, in the order of the model.
+        untouched: names of the parameters left alone.
+        config: the settings.
+        num_batches: minibatches read by each process.
+        num_images: images read by all processes.
+        seconds: duration of the pass and the shrink.
+        dry_run: True where the weights were left as they are.
+    """
+
+    tensors: tuple[TensorReport, ...]
+    untouched: tuple[str, ...]
+    config: DashConfig
+    num_batches: int
+    num_images: int
+    seconds: float
+    dry_run: bool = False
+
+    @property
+    def num_vectors(self) -> int:
+        """Number of vectors over all tensors."""
+        return sum(tensor.num_vectors for tensor in self.tensors)
+
+    @property
+    def mean_factor(self) -> float:
+        """Mean factor over all vectors."""
+        return sum(t.mean_factor * t.num_vectors for t in self.tensors) / self.num_vectors
+
+    @property
+    def share_at_lam(self) -> float:
+        """Share of all vectors whose factor is λ, the smallest allowed."""
+        return sum(t.share_at_lam * t.num_vectors for t in self.tensors) / self.num_vectors
+
+    def summary(self) -> dict[str, float]:
+        """Return the few numbers worth logging, under names that begin with ``dash/``."""
+        return {
+            "dash/mean_factor": self.mean_factor,
+            "dash/share_at_lam": self.share_at_lam,
+            "dash/num_batches": self.num_batches,
+            "dash/num_images": self.num_images,
+            "dash/seconds": round(self.seconds, 4),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        overall = {"mean_factor": self.mean_factor, "share_at_lam": self.share_at_lam}
+        plain = asdict(self)
+        return {
+            **plain,
+            "tensors": list(plain["tensors"]),
+            "untouched": list(self.untouched),
+            **overall,
+        }
+
+    def __str__(self) -> str:
+        did = "would shrink" if self.dry_run else "shrank"
+        lines = [
+            f"DASH {did} {self.num_vectors} vectors in {len(self.tensors)} tensors: mean factor"
+            f" {self.mean_factor:.3f}, {self.share_at_lam:.1%} at λ = {self.config.lam}"
+            f" (α = {self.config.alpha}, {self.num_batches} minibatches, {self.num_images} images,"
+            f" {self.seconds:.2f} s; {len(self.untouched)} parameters untouched)",
+        ]
+        width = max(len(tensor.name) for tensor in self.tensors)
+        lines.append(f"{'tensor':<{width}}  vectors   mean    min    max   at λ")
+        lines += [
+            f"{t.name:<{width}}  {t.num_vectors:7d}  {t.mean_factor:.3f}  {t.min_factor:.3f}"
+            f"  {t.max_factor:.3f}  {t.share_at_lam:5.1%}"
+            for t in self.tensors
+        ]
+        return "\n".join(lines)
+
+
+def shrink_factors(gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam: float) -> Tensor:
+    """Return clamp(cos(G, w), λ, 1) for every vector.
+
+    Args:
+        gradient: G, of any shape.
+        weight: w, of the same shape.
+        dims: the dimensions one vector spans.
+        lam: the smallest factor, in [0, 1].
+
+    Returns:
+        The factors, of the same shape with ``dims`` reduced to 1. A vector whose w or G is zero
+        has cosine 0, hence factor λ.
+    """
+    cosine = (_unit(gradient, dims) * _unit(weight.to(gradient.dtype), dims)).sum(dims, keepdim=True)
+    return cosine.clamp_(min=lam, max=1.0)
+
+
+def _unit(vectors: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Scale every vector to length 1 without under- or overflow; zero vectors stay zero."""
+    largest = vectors.abs().amax(dims, keepdim=True)
+    scaled = vectors / torch.where(largest > 0, largest, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
+    return scaled.div_(torch.where(norm > 0, norm, 1))
+
+
+@torch.no_grad()
+def all_factors(
+    tensors: list[ShrinkableTensor], average: GradientAverage, lam: float
+) -> list[Tensor]:
+    """Return the factors of every tensor.
+
+    Raises:
+        FloatingPointError: a factor is not finite, because a weight is not.
+    """
+    factors = [
+        shrink_factors(part, tensor.view(tensor.parameter), tensor.dims, lam)
+        for tensor, part in zip(tensors, average.parts, strict=True)
+    ]
+    finite = torch.stack([factor.isfinite().all() for factor in factors]).tolist()
+    if not all(finite):
+        names = [tensor.name for tensor, good in zip(tensors, finite, strict=True) if not good]
+        raise FloatingPointError(f"factors of {names} are not finite; no weight was changed")
+    return factors
+
+
+@torch.no_grad()
+def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
+    """Multiply every vector by its factor, in place.
+
+    Args:
+        tensors: what to shrink.
+        factors: one tensor of factors each, as :func:`all_factors` returns them.
+
+    Warns:
+        NoEffectWarning: every factor is 1.
+    """
+    for tensor, factor in zip(tensors, factors, strict=True):
+        tensor.view(tensor.parameter).mul_(factor)
+    if all(bool((factor == 1).all()) for factor in factors):
+        warnings.warn("the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=2)
+
+
+def report_tensors(
+    tensors: list[ShrinkableTensor], factors: list[Tensor], lam: float
+) -> tuple[TensorReport, ...]:
+    """Sum up the factors of every tensor."""
+    numbers = [
+        torch.stack([f.mean(), f.amin(), f.amax(), (f <= lam).to(f.dtype).mean()]) for f in factors
+    ]
+    return tuple(
+        TensorReport(tensor.name, tensor.num_vectors, *row)
+        for tensor, row in zip(tensors, torch.stack(numbers).tolist(), strict=True)
+    )
