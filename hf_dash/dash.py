@@ -6,7 +6,7 @@ Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495); authors' co
 
 import inspect
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -72,18 +72,19 @@ def dash_shrink_(
         alpha=alpha, lam=lam, grouping=grouping, tolerance=tolerance, num_batches=num_batches
     )
     refuse_unsupported(model)
-    module = extract_model_from_parallel(model)
+    # The uncompiled module: compiling evaluation with gradients anew would cost more than the pass.
+    module = extract_model_from_parallel(model, keep_torch_compile=False)
     tensors, untouched = find_shrinkable(module, grouping)
     device = tensors[0].parameter.device
-    loss_fn = default_loss if loss_fn is None else loss_fn
+    newest = newest_batches(batches, config.newest)
+    if loss_fn is None:
+        loss_fn, newest = default_loss, _labels_checked(newest, module)
     if accelerator is not None:
         loss_fn = _under_autocast(loss_fn, accelerator)
 
     synchronise(device)
     started = time.perf_counter()
-    average = average_gradients(
-        module, tensors, newest_batches(batches, config.newest), loss_fn, alpha=alpha
-    )
+    average = average_gradients(module, tensors, newest, loss_fn, alpha=alpha)
     factors = all_factors(tensors, average, lam)
     if not dry_run:
         shrink_(tensors, factors)
@@ -107,11 +108,9 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         batch: a mapping with ``labels``, or a pair (images, labels).
 
     Raises:
-        ValueError: the batch has no labels, or labels that the model has no class for.
+        ValueError: the batch has no labels, or more inputs than a bare model can take.
     """
     inputs, labels = split_labels(batch)
-    config = getattr(model, "config", None)
-    check_labels(labels, getattr(config, "num_labels", getattr(model, "num_classes", None)))
     if isinstance(inputs, Mapping) and "labels" in inspect.signature(model.forward).parameters:
         loss: Tensor = model(**inputs, labels=labels).loss
         return loss
@@ -123,6 +122,15 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         (inputs,) = inputs.values()
     outputs = model(inputs)
     return F.cross_entropy(getattr(outputs, "logits", outputs), labels)
+
+
+def _labels_checked(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
+    """Check labels while they are still in main memory: on a device an index too high is fatal."""
+    config = getattr(model, "config", None)
+    num_classes = getattr(config, "num_labels", getattr(model, "num_classes", None))
+    for batch in batches:
+        check_labels(split_labels(batch)[1], num_classes)
+        yield batch
 
 
 def _under_autocast(loss_fn: LossFn, accelerator: "Accelerator") -> LossFn:

@@ -1,0 +1,23 @@
+"""Files that are either whole or not there: written aside, then moved into place."""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file ``path`` by ``text`` in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move every file of the folder ``source`` into ``target``, each in one step."""
+    for file in sorted(source.iterdir()):
+        os.replace(file, target / file.name)

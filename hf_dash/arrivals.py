@@ -1,0 +1,203 @@
+"""Images in the order in which they arrive.
+
+Flow: a name (embedded digits, a local path, a Hub dataset) → a HF dataset with the columns
+``image`` and ``label`` → its examples in arrival order, each with a stable ``example_id``.
+Differs from plain ``load_dataset``: columns are checked and renamed here, once, so that nothing
+later asks what they are called; the label column always knows its names.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
+
+AnyDataset = Dataset | IterableDataset
+DIGITS = "digits"
+DIGITS_TEST_SHARE = 0.2
+
+
+def load_images(
+    name: str = DIGITS,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    image_column: str = "image",
+    label_column: str = "label",
+    image_mode: str | None = None,
+    token: str | bool | None = None,
+) -> AnyDataset:
+    """Load a labelled image dataset.
+
+    Args:
+        name: ``"digits"`` (scikit-learn's 1,797 handwritten digits, real and without a download),
+            a local folder of parquet files or an imagefolder, a glob of parquet files, or the name
+            of a dataset on the Hub.
+        split: which split; digits have ``"train"`` (80 %) and ``"test"``, cut once and for all.
+        revision: branch, tag or commit of a Hub dataset.
+        streaming: read through an ``IterableDataset`` instead of preparing it on disk.
+        image_column: name of the column of images in the source.
+        label_column: name of the column of labels in the source.
+        image_mode: PIL mode to convert every image to, such as ``"RGB"``; None keeps them.
+        token: access token for a private Hub dataset.
+
+    Returns:
+        A dataset with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
+
+    Raises:
+        ValueError: a column is missing, or the labels are neither class labels nor integers.
+    """
+    if name == DIGITS:
+        dataset = load_digits(split)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    elif name.endswith(".parquet"):
+        dataset = load_dataset(
+            "parquet", data_files={split: name}, split=split, streaming=streaming
+        )
+    else:
+        dataset = load_dataset(
+            name, split=split, revision=revision, streaming=streaming, token=token
+        )
+    return _standard_columns(dataset, image_column, label_column, image_mode)
+
+
+def load_digits(split: str = "train") -> Dataset:
+    """Return scikit-learn's handwritten digits as 32×32 RGB images.
+
+    Args:
+        split: ``"train"`` (1,437 examples) or ``"test"`` (360), stratified, always the same.
+
+    Raises:
+        ValueError: another split is asked for.
+        ImportError: scikit-learn is not installed.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split of the digits must be 'train' or 'test', got {split!r}")
+    from PIL import Image as PILImage
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    rows = train_test_split(
+        np.arange(len(digits.target)),
+        test_size=DIGITS_TEST_SHARE,
+        stratify=digits.target,
+        random_state=0,
+    )[split == "test"]
+    # Grey levels come as 0 … 16 on 8×8 pixels.
+    levels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
+    images = [PILImage.fromarray(grey).resize((32, 32)).convert("RGB") for grey in levels]
+    names = [str(digit) for digit in digits.target_names]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    labels = [int(label) for label in digits.target[rows]]
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def _standard_columns(
+    dataset: AnyDataset, image_column: str, label_column: str, image_mode: str | None
+) -> AnyDataset:
+    features = dataset.features
+    if features is None:
+        # A stream of files without a stored schema: its first rows tell.
+        dataset = dataset._resolve_features()
+        features = dataset.features
+    for argument, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in features:
+            raise ValueError(
+                f"{argument} {column!r} is not a column of the dataset, which has {list(features)}"
+            )
+    dataset = dataset.select_columns([image_column, label_column])
+    dataset = dataset.rename_columns(
+        {
+            old: new
+            for old, new in ((image_column, "image"), (label_column, "label"))
+            if old != new
+        }
+    )
+    if image_mode is not None or not isinstance(features[image_column], Image):
+        dataset = dataset.cast_column("image", Image(mode=image_mode))
+    return _named_labels(dataset, features[label_column])
+
+
+def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
+    if isinstance(feature, ClassLabel):
+        return dataset
+    if isinstance(dataset, Dataset) and isinstance(feature, Value):
+        if feature.dtype == "string":
+            return dataset.class_encode_column("label")
+        if feature.dtype.startswith(("int", "uint")):
+            labels = np.asarray(dataset.with_format("numpy")["label"][:])
+            if labels.size and labels.min() < 0:
+                raise ValueError(f"labels must not be negative, got {labels.min()}")
+            names = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+            return dataset.cast_column("label", ClassLabel(names=names))
+    raise ValueError(
+        "label_column must hold ClassLabel (or, unless streaming, integers or strings), got"
+        f" {feature}"
+    )
+
+
+def label_names(dataset: AnyDataset) -> list[str]:
+    """Return the names of the classes, in the order of the labels."""
+    names: list[str] = dataset.features["label"].names
+    return names
+
+
+def in_arrival_order(
+    dataset: AnyDataset,
+    *,
+    seed: int,
+    num_examples: int | None = None,
+    buffer_size: int = 10_000,
+) -> Dataset:
+    """Put examples into the order in which they arrive: a random one, so that rounds are alike.
+
+    Args:
+        dataset: as :func:`load_images` returns it.
+        seed: of the order; the same seed gives the same order on every process.
+        num_examples: how many arrive in all; None takes the whole dataset.
+        buffer_size: for a stream, the number of examples among which the order is drawn.
+
+    Returns:
+        A map-style dataset with the column ``example_id``: the example's position in the source,
+        the same whatever the seed. A stream is read only as far as needed; its images stay encoded.
+
+    Raises:
+        ValueError: the dataset has fewer than ``num_examples`` examples, or none.
+    """
+    if isinstance(dataset, Dataset):
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        arrived = dataset.add_column("example_id", np.arange(len(dataset))).select(
+            order[:num_examples]
+        )
+    else:
+        arrived = _read_stream(dataset, seed, num_examples, buffer_size)
+    if len(arrived) < (num_examples or 1):
+        raise ValueError(
+            f"num_examples is {num_examples}, but the dataset holds only {len(arrived)} examples"
+        )
+    return arrived
+
+
+def _read_stream(
+    stream: IterableDataset, seed: int, num_examples: int | None, buffer_size: int
+) -> Dataset:
+    image = stream.features["image"]
+    encoded = stream.cast_column("image", Image(mode=image.mode, decode=False))
+    features = Features({**encoded.features, "example_id": Value("int64")})
+    numbered = encoded.map(_add_ids, with_indices=True, batched=True, features=features)
+    shuffled = numbered.shuffle(seed=seed, buffer_size=buffer_size)
+    limited = shuffled if num_examples is None else shuffled.take(num_examples)
+    rows: Iterator[dict[str, Any]] = iter(limited)
+    return Dataset.from_list(list(rows), features=features).cast_column("image", image)
+
+
+def _add_ids(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    return {**columns, "example_id": indices}
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a dataset name means embedded or local data rather than the Hub."""
+    return name == DIGITS or name.endswith(".parquet") or Path(name).exists()

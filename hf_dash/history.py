@@ -1,0 +1,121 @@
+"""The ledger of rounds: a JSON file that only grows.
+
+Flow: one ``RoundRecord`` per round and start → appended to ``history.json`` in one step → read back
+for tables, plots and cards without training again.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_dash._files import write_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one start did in one round.
+
+    Args:
+        start: name of the strategy.
+        seed: of the run.
+        round_index: 1 for the first round.
+        num_new: examples that arrived in this round.
+        num_total: examples trained on.
+        accuracy: on the held-out examples, in [0, 1].
+        per_class_accuracy: the same by label.
+        train_accuracy: over the last epoch.
+        converged: whether training reached its threshold.
+        epochs: of training.
+        steps: optimizer steps.
+        start_seconds: duration of the start itself, the gradient pass included.
+        train_seconds: duration of the training.
+        shrink: ``ShrinkReport.to_dict()``, or None where nothing was shrunk.
+    """
+
+    start: str
+    seed: int
+    round_index: int
+    num_new: int
+    num_total: int
+    accuracy: float
+    per_class_accuracy: dict[str, float]
+    train_accuracy: float
+    converged: bool
+    epochs: int
+    steps: int
+    start_seconds: float
+    train_seconds: float
+    shrink: dict[str, Any] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The whole cost: start and training."""
+        return self.start_seconds + self.train_seconds
+
+
+@dataclass
+class History:
+    """An append-only ledger.
+
+    Args:
+        path: of the JSON file, or None to keep the ledger in memory only.
+        settings: everything that was set for the run; written once, never changed.
+        records: so far, oldest first; use :meth:`append`.
+    """
+
+    path: Path | None
+    settings: dict[str, Any]
+    records: list[RoundRecord] = field(default_factory=list)
+
+    def append(self, record: RoundRecord) -> None:
+        """Add a record; the file is replaced in one step.
+
+        Raises:
+            ValueError: the same start, seed and round is recorded already.
+        """
+        key = (record.start, record.seed, record.round_index)
+        if any((r.start, r.seed, r.round_index) == key for r in self.records):
+            raise ValueError(f"history already has a record of (start, seed, round) = {key}")
+        records = [*self.records, record]
+        if self.path is not None:
+            content = {
+                "format": FORMAT,
+                "settings": self.settings,
+                "records": [asdict(r) for r in records],
+            }
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+        self.records = records
+
+    def select(self, start: str | None = None, seed: int | None = None) -> list[RoundRecord]:
+        """Return the records of one start, one seed, or both, oldest first."""
+        return [
+            record
+            for record in self.records
+            if (start is None or record.start == start) and (seed is None or record.seed == seed)
+        ]
+
+
+def read_history(path: str | Path) -> History:
+    """Read a ledger back.
+
+    Raises:
+        ValueError: the file is not a whole ledger of this format.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+        records = [RoundRecord(**record) for record in content["records"]]
+        return History(path, content["settings"], records)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole hf_dash history: {error}") from error
+
+
+def starts_of(records: Iterable[RoundRecord]) -> list[str]:
+    """Return the starts among records, in order of appearance."""
+    return list(dict.fromkeys(record.start for record in records))

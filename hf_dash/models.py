@@ -1,0 +1,183 @@
+"""timm models in the transformers wrapper: made, loaded, saved.
+
+Flow: architecture and label names → ``TimmWrapperForImageClassification`` with timm's own
+initialisation → a folder that transformers, its pipeline and timm all load.
+Differs from ``TimmWrapperForImageClassification(config)``: transformers fills every convolution and
+linear layer with N(0, 0.02); here timm's own initialisation is put back.
+"""
+
+import difflib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+
+from hf_dash._files import replace_files
+
+# The one PIL mode in which an image has that many channels as timm's transforms read it.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def create_model(
+    architecture: str,
+    *,
+    label_names: list[str],
+    model_args: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Make an untrained timm model in the transformers wrapper.
+
+    Args:
+        architecture: a name timm knows, such as ``"resnet18"``.
+        label_names: one name per class, all different; they go into the config.
+        model_args: for ``timm.create_model``, such as ``{"in_chans": 1}``.
+        image_size: height and width of the input in pixels; the architecture's own by default.
+        seed: of the initialisation; the global random state is left alone.
+
+    Raises:
+        ValueError: an unknown architecture, no or repeated label names, or ``num_classes`` among
+            ``model_args``.
+    """
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise ValueError(f"architecture {architecture!r} is not known to timm; close names: {close}")
+    if not label_names or len(set(label_names)) != len(label_names):
+        raise ValueError(f"label_names must be different and at least one, got {label_names}")
+    model_args = dict(model_args or {})
+    if "num_classes" in model_args:
+        raise ValueError("model_args must not hold num_classes: label_names give it")
+    defaults = timm.get_pretrained_cfg(architecture)
+    default_size = defaults.input_size if defaults is not None else (3, 224, 224)
+    if image_size is not None and defaults is not None and defaults.fixed_input_size:
+        model_args["img_size"] = image_size
+    size = (image_size, image_size) if image_size is not None else default_size[1:]
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+        model_args=model_args,
+        pretrained_cfg={
+            "input_size": [model_args.get("in_chans", 3), *size],
+            "interpolation": getattr(defaults, "interpolation", "bicubic"),
+            # Nothing is cropped: the model is trained on whole images.
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            **_normalisation(defaults, model_args.get("in_chans", 3)),
+        },
+    )
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(fresh_state(model, seed))
+    return model
+
+
+def _normalisation(defaults: Any, channels: int) -> dict[str, list[float]]:
+    mean, std = (getattr(defaults, name, (0.5, 0.5, 0.5)) for name in ("mean", "std"))
+    if len(mean) != channels:
+        mean, std = (0.5,) * channels, (0.5,) * channels
+    return {"mean": list(mean), "std": list(std)}
+
+
+def fresh_state(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Return the weights of a new timm model of the same make, as timm initialises it.
+
+    Args:
+        model: a timm wrapper; only its config is read.
+        seed: of the initialisation; the global random state is left alone.
+    """
+    config = model.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = timm.create_model(
+            config.architecture, num_classes=config.num_labels, **(config.model_args or {})
+        )
+    state: dict[str, Tensor] = fresh.state_dict()
+    return state
+
+
+def load_model(
+    name_or_path: str, *, revision: str | None = None, token: str | bool | None = None
+) -> PreTrainedModel:
+    """Load an image classifier from a local folder or the Hub; only safetensors are read.
+
+    Args:
+        name_or_path: a folder, or the id of a repository.
+        revision: branch, tag or commit on the Hub.
+        token: for private repositories.
+    """
+    return AutoModelForImageClassification.from_pretrained(
+        name_or_path, revision=revision, token=token, use_safetensors=True, trust_remote_code=False
+    )
+
+
+def save_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a timm wrapper in timm's own layout, which transformers and timm both load.
+
+    The files are written aside and moved into place when they are whole.
+
+    Args:
+        model: a timm wrapper.
+        folder: made where it does not exist; other files in it stay.
+    """
+    if getattr(model, "timm_model", None) is None:
+        raise TypeError(f"model must be a timm wrapper, got {type(model).__name__}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        timm.models.save_for_hf(
+            model.timm_model,
+            aside,
+            model_config={"label_names": [config.id2label[i] for i in range(config.num_labels)]},
+            model_args=config.model_args,
+            safe_serialization=True,
+            data_config=timm.data.resolve_data_config(config.pretrained_cfg),
+        )
+        # timm records num_classes twice; transformers fails on the one among the model_args.
+        config_file = Path(aside) / "config.json"
+        saved = json.loads(config_file.read_text(encoding="utf-8"))
+        saved.get("model_args", {}).pop("num_classes", None)
+        config_file.write_text(json.dumps(saved, indent=2), encoding="utf-8")
+        replace_files(Path(aside), folder)
+
+
+def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
+    """Return the model's evaluation transform: resize, crop, scale, normalise; no augmentation.
+
+    The transform raises ``ValueError`` for an image whose mode does not have the channels the
+    model takes, instead of converting it unasked.
+    """
+    pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
+    if pretrained_cfg is None:
+        raise ValueError("the model's config has no pretrained_cfg to make a transform from")
+    data_config = timm.data.resolve_data_config(pretrained_cfg)
+    transform = timm.data.create_transform(**data_config, is_training=False)
+    channels = data_config["input_size"][0]
+    mode = _MODES.get(channels)
+
+    def checked(image: Image.Image) -> Tensor:
+        if mode is not None and image.mode != mode:
+            raise ValueError(
+                f"image mode is {image.mode!r}, but the model takes {channels} channels"
+                f" ({mode!r}); convert on loading with image_mode={mode!r}, or give the model"
+                " another in_chans"
+            )
+        tensor: Tensor = transform(image)
+        return tensor
+
+    return checked
+
+

@@ -1,0 +1,164 @@
+"""Rounds: what is new, what was seen before, and the minibatches made of both.
+
+Flow: examples in arrival order → equal arrivals → ``Round`` → shuffled training batches, and
+gradient batches from the oldest to the newest arrival.
+Source: the protocol of Shin et al. (arXiv:2410.23495, section 2): in every round a new chunk of the
+same distribution arrives, and training goes on over all data so far.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from hf_dash.config import DashConfig
+
+Transform = Callable[[Any], Tensor]
+
+
+class ImageExamples(TorchDataset[dict[str, Any]]):
+    """One arrival as model inputs: ``{"pixel_values": [channels, h, w], "labels": int}``.
+
+    Args:
+        dataset: with the columns ``image`` and ``label``.
+        transform: from a PIL image to a tensor; deterministic where ``in_memory`` is set.
+        in_memory: decode every image once, on first use of the dataset, and keep the tensors.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Transform, *, in_memory: bool = False) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.in_memory = in_memory
+        self._decoded: Tensor | None = None
+        self._labels = [int(label) for label in dataset["label"]]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self.in_memory:
+            pixels = self.transform(self.dataset[index]["image"])
+        else:
+            if self._decoded is None:
+                self._decoded = torch.stack([self.transform(i) for i in self.dataset["image"]])
+            pixels = self._decoded[index]
+        return {"pixel_values": pixels, "labels": self._labels[index]}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of training.
+
+    Args:
+        index: 1 for the first round.
+        arrivals: all that has arrived, oldest first; the last one is new in this round.
+    """
+
+    index: int
+    arrivals: tuple[ImageExamples, ...]
+
+    def __post_init__(self) -> None:
+        if not self.arrivals or len(self.arrivals[-1]) == 0:
+            raise ValueError(f"round {self.index} is empty: a round needs at least one new example")
+
+    @property
+    def new(self) -> ImageExamples:
+        """The arrival of this round."""
+        return self.arrivals[-1]
+
+    @property
+    def seen(self) -> "ConcatDataset[dict[str, Any]] | None":
+        """What arrived in earlier rounds, oldest first; None in the first round."""
+        return ConcatDataset(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
+
+    @property
+    def examples(self) -> "ConcatDataset[dict[str, Any]]":
+        """Old and new examples, oldest first."""
+        return ConcatDataset(self.arrivals)
+
+
+def cut_rounds(
+    dataset: Dataset, num_rounds: int, transform: Transform, *, in_memory: bool = False
+) -> Iterator[Round]:
+    """Cut a dataset in arrival order into rounds whose sizes differ by at most one.
+
+    Args:
+        dataset: with the columns ``image`` and ``label``; see ``in_arrival_order``.
+        num_rounds: at least 1 and at most the number of examples.
+        transform: from a PIL image to a tensor.
+        in_memory: see :class:`ImageExamples`.
+
+    Raises:
+        ValueError: ``num_rounds`` is out of range.
+    """
+    if not 1 <= num_rounds <= len(dataset):
+        raise ValueError(
+            f"num_rounds must be at least 1 and at most the number of examples, {len(dataset)},"
+            f" got {num_rounds}"
+        )
+    parts = np.array_split(np.arange(len(dataset)), num_rounds)
+    arrivals = tuple(
+        ImageExamples(dataset.select(part), transform, in_memory=in_memory) for part in parts
+    )
+    return (Round(index, arrivals[:index]) for index in range(1, num_rounds + 1))
+
+
+def train_batches(
+    round_: Round, batch_size: int, *, seed: int, num_workers: int = 0
+) -> "DataLoader[dict[str, Any]]":
+    """Return shuffled training batches over old and new examples.
+
+    Args:
+        round_: the round to train on.
+        batch_size: images per batch and process.
+        seed: of the order, which changes from epoch to epoch.
+        num_workers: as in ``DataLoader``.
+    """
+    return DataLoader(
+        round_.examples,
+        batch_size=batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        num_workers=num_workers,
+    )
+
+
+def gradient_batches(
+    round_: Round, config: DashConfig, *, num_processes: int = 1, process_index: int = 0
+) -> "DataLoader[dict[str, Any]]":
+    """Return the minibatches of the gradient pass, oldest examples first.
+
+    Batches are counted from the newest example backwards, so a short one is the oldest, where it
+    weighs least. Under the paper's preset every arrival is one minibatch.
+
+    Args:
+        round_: whose examples, old and new, are read.
+        config: gives the preset and the number of images in one minibatch, over all processes.
+        num_processes: among which every minibatch is shared out equally; a remainder is dropped
+            from its old end.
+        process_index: which of them this one is.
+
+    Raises:
+        ValueError: no minibatch has an example for every process.
+    """
+    sizes = [len(arrival) for arrival in round_.arrivals]
+    if config.preset == "paper":
+        bounds = np.cumsum([0, *sizes]).tolist()
+    else:
+        bounds = sorted({0, *range(sum(sizes), 0, -config.gradient_batch_size)})
+    shares = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        begin += (end - begin) % num_processes
+        shares.append(list(range(begin + process_index, end, num_processes)))
+    shares = [share for share in shares if share]
+    if not shares:
+        raise ValueError(
+            f"round {round_.index} has {sum(sizes)} examples, too few for {num_processes} processes"
+        )
+    return DataLoader(round_.examples, batch_sampler=shares)
