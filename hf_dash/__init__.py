@@ -1,8 +1,61 @@
 """hf_dash: direction-aware shrinking for vision models that are retrained on arriving data."""
 
 from hf_dash._version import __version__
+from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
+from hf_dash.callback import DashCallback
+from hf_dash.card import CardInfo, library_versions, write_card
 from hf_dash.config import DashConfig
+from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
+from hf_dash.evaluation import ClassAccuracy, evaluate_model
+from hf_dash.history import History, RoundRecord, read_history
+from hf_dash.hub import push_folder
+from hf_dash.models import create_model, image_transform, load_model, save_model
+from hf_dash.plots import plot_rounds
+from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
+from hf_dash.starts import STARTS, Start, StartContext, find_start
+from hf_dash.tables import rounds_table, starts_table
+from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
-__all__ = ["DashConfig", "NoEffectWarning", "ShrinkReport", "__version__", "dash_shrink_"]
+__all__ = [
+    "STARTS",
+    "CardInfo",
+    "ClassAccuracy",
+    "DashCallback",
+    "DashConfig",
+    "DataConfig",
+    "History",
+    "ImageExamples",
+    "NoEffectWarning",
+    "Round",
+    "RoundRecord",
+    "ShrinkReport",
+    "Start",
+    "StartContext",
+    "TrainingConfig",
+    "TrainingResult",
+    "__version__",
+    "create_model",
+    "cut_rounds",
+    "dash_shrink_",
+    "evaluate_model",
+    "find_start",
+    "gradient_batches",
+    "image_transform",
+    "in_arrival_order",
+    "label_names",
+    "library_versions",
+    "load_images",
+    "load_model",
+    "plot_rounds",
+    "push_folder",
+    "read_history",
+    "rounds_table",
+    "run_rounds",
+    "save_model",
+    "starts_table",
+    "train_batches",
+    "train_round",
+    "write_card",
+]

@@ -7,6 +7,7 @@ later asks what they are called; the label column always knows its names.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,45 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 AnyDataset = Dataset | IterableDataset
 DIGITS = "digits"
 DIGITS_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from; the fields are those of :func:`load_images`.
+
+    Args:
+        dataset_name: ``"digits"``, a local path, a glob of parquet files or a Hub dataset.
+        dataset_revision: branch, tag or commit of a Hub dataset.
+        train_split: name of the split that arrives in rounds.
+        test_split: name of the split that is held out.
+        streaming: read through an ``IterableDataset``.
+        image_column_name: column of images in the source.
+        label_column_name: column of labels in the source.
+        image_mode: PIL mode to convert every image to.
+        cache_images: decode every image once and keep it in memory.
+    """
+
+    dataset_name: str = DIGITS
+    dataset_revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    streaming: bool = False
+    image_column_name: str = "image"
+    label_column_name: str = "label"
+    image_mode: str | None = None
+    cache_images: bool = True
+
+    def load(self, split: str) -> AnyDataset:
+        """Load one split; see :func:`load_images`."""
+        return load_images(
+            self.dataset_name,
+            split=split,
+            revision=self.dataset_revision,
+            streaming=self.streaming,
+            image_column=self.image_column_name,
+            label_column=self.label_column_name,
+            image_mode=self.image_mode,
+        )
 
 
 def load_images(

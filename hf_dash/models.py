@@ -27,7 +27,7 @@ from transformers import (
 from hf_dash._files import replace_files
 
 # The one PIL mode in which an image has that many channels as timm's transforms read it.
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def create_model(
@@ -166,7 +166,7 @@ def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
     data_config = timm.data.resolve_data_config(pretrained_cfg)
     transform = timm.data.create_transform(**data_config, is_training=False)
     channels = data_config["input_size"][0]
-    mode = _MODES.get(channels)
+    mode = IMAGE_MODES.get(channels)
 
     def checked(image: Image.Image) -> Tensor:
         if mode is not None and image.mode != mode:

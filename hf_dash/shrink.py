@@ -156,7 +156,6 @@ def all_factors(
     return factors
 
 
-@torch.no_grad()
 def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
     """Multiply every vector by its factor, in place.
 
@@ -167,10 +166,11 @@ def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
     Warns:
         NoEffectWarning: every factor is 1.
     """
-    for tensor, factor in zip(tensors, factors, strict=True):
-        tensor.view(tensor.parameter).mul_(factor)
+    with torch.no_grad():
+        for tensor, factor in zip(tensors, factors, strict=True):
+            tensor.view(tensor.parameter).mul_(factor)
     if all(bool((factor == 1).all()) for factor in factors):
-        warnings.warn("the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=2)
+        warnings.warn("the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=3)
 
 
 def report_tensors(

@@ -114,6 +114,8 @@ def train_round(
             progress.set_postfix(epoch=epochs, train_accuracy=f"{accuracy:.4f}")
     synchronise(device)
     seconds = time.perf_counter() - started
+    # Takes the precision wrapper off the model's forward, or the next round would wrap it again.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return TrainingResult(epochs, steps, accuracy, accuracy >= config.accuracy_threshold, seconds)
 
