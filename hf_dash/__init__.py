@@ -8,9 +8,9 @@ from hf_dash.config import DashConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
-from hf_dash.history import History, RoundRecord, read_history
+from hf_dash.history import History, RoundRecord, read_history, write_history
 from hf_dash.hub import push_folder
-from hf_dash.models import create_model, image_transform, load_model, save_model
+from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
@@ -36,6 +36,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "__version__",
+    "check_label_names",
     "create_model",
     "cut_rounds",
     "dash_shrink_",
@@ -58,4 +59,5 @@ __all__ = [
     "train_batches",
     "train_round",
     "write_card",
+    "write_history",
 ]

@@ -9,12 +9,12 @@ later asks what they are called; the label column always knows its names.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 DIGITS = "digits"
 DIGITS_TEST_SHARE = 0.2
 
@@ -26,6 +26,7 @@ class DataConfig:
     Args:
         dataset_name: ``"digits"``, a local path, a glob of parquet files or a Hub dataset.
         dataset_revision: branch, tag or commit of a Hub dataset.
+        test_dataset_name: where the held-out images are, if elsewhere; a glob needs one.
         train_split: name of the split that arrives in rounds.
         test_split: name of the split that is held out.
         streaming: read through an ``IterableDataset``.
@@ -37,6 +38,7 @@ class DataConfig:
 
     dataset_name: str = DIGITS
     dataset_revision: str | None = None
+    test_dataset_name: str | None = None
     train_split: str = "train"
     test_split: str = "test"
     streaming: bool = False
@@ -45,10 +47,27 @@ class DataConfig:
     image_mode: str | None = None
     cache_images: bool = True
 
-    def load(self, split: str) -> AnyDataset:
-        """Load one split; see :func:`load_images`."""
+    def load_train(self, dataset_name: str | None = None) -> AnyDataset:
+        """Load the images to train on, of ``dataset_name`` where it is given."""
+        return self._load(dataset_name or self.dataset_name, self.train_split)
+
+    def load_held_out(self) -> AnyDataset:
+        """Load the images held out.
+
+        Raises:
+            ValueError: the dataset is a glob of files, which has no splits, and no
+                ``test_dataset_name`` says where the held-out images are.
+        """
+        if self.test_dataset_name is None and self.dataset_name.endswith(".parquet"):
+            raise ValueError(
+                f"test_dataset_name must be given: the files of {self.dataset_name!r} have no"
+                " split that could be held out"
+            )
+        return self._load(self.test_dataset_name or self.dataset_name, self.test_split)
+
+    def _load(self, name: str, split: str) -> AnyDataset:
         return load_images(
-            self.dataset_name,
+            name,
             split=split,
             revision=self.dataset_revision,
             streaming=self.streaming,
@@ -150,11 +169,7 @@ def _standard_columns(
             )
     dataset = dataset.select_columns([image_column, label_column])
     dataset = dataset.rename_columns(
-        {
-            old: new
-            for old, new in ((image_column, "image"), (label_column, "label"))
-            if old != new
-        }
+        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
     )
     if image_mode is not None or not isinstance(features[image_column], Image):
         dataset = dataset.cast_column("image", Image(mode=image_mode))

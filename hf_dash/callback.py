@@ -6,8 +6,10 @@ Differs from ``dash_shrink_``: training data of a Trainer are shuffled and carry
 batches do; give ``batches`` where the order of arrival is known.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_dash._files import write_text
 from hf_dash._preserve import rng_preserved
 from hf_dash.batches import Batch
 from hf_dash.config import DashConfig, Grouping
@@ -28,13 +31,16 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+REPORT_NAME = "dash_report.json"
+
 
 class DashCallback(TrainerCallback):  # type: ignore[misc]
     """Shrink the model's weights when training begins, and never on resume.
 
     By default the gradients come from K batches of the Trainer's own training data, through its
     dataset and collator; whatever augmentation these contain stays in. ``report`` holds the last
-    :class:`~hf_dash.shrink.ShrinkReport`.
+    :class:`~hf_dash.shrink.ShrinkReport`; ``dash_report.json`` in the output directory says the
+    same, and the Trainer's log its summary.
 
     Args:
         alpha: as in :func:`~hf_dash.dash.dash_shrink_`, like those that follow.
@@ -91,18 +97,13 @@ class DashCallback(TrainerCallback):  # type: ignore[misc]
             batches = self.batches
             if batches is None:
                 batches = sample_batches(train_dataloader, args, self.config.newest)
-            self.report = dash_shrink_(
-                model,
-                batches,
-                self.loss_fn,
-                alpha=self.config.alpha,
-                lam=self.config.lam,
-                grouping=self.config.grouping,
-                tolerance=self.config.tolerance,
-                num_batches=self.config.num_batches,
-            )
+            self.report = dash_shrink_(model, batches, self.loss_fn, **self.config.arguments)
         if self.reset_optimizer and optimizer is not None:
             reset_optimizer_(optimizer)
+        if state.is_world_process_zero:
+            output_dir = Path(args.output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_text(output_dir / REPORT_NAME, json.dumps(self.report.to_dict(), indent=1))
         self._to_log = self.report.summary()
         state.log_history.append({**self._to_log, "step": state.global_step})
         logger.info("%s", str(self.report).partition("\n")[0])
@@ -141,7 +142,8 @@ def sample_batches(
         # A stream begins anew with every iterator; each process takes every world-th batch.
         batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
         return islice(iter(batches), rank, None if newest is None else newest * world, world)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(dataset), generator=generator)  # type: ignore[arg-type]
     size = max(1, min(size, len(order) // world))
     count = len(order) // (size * world)
     count = count if newest is None else min(count, newest)

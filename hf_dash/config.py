@@ -8,7 +8,7 @@ Symbols: α (``alpha``) weighs the newest minibatch in the moving average of the
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Grouping = Literal["kernel", "filter", "auto"]
 Preset = Literal["paper"]
@@ -73,6 +73,17 @@ class DashConfig:
             raise ValueError(f"grouping must be one of {get_args(Grouping)}, got {self.grouping!r}")
         if self.preset is not None and self.preset not in get_args(Preset):
             raise ValueError(f"preset must be None or 'paper', got {self.preset!r}")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``dash_shrink_`` and ``DashCallback`` that say the same."""
+        return {
+            "alpha": self.alpha,
+            "lam": self.lam,
+            "grouping": self.grouping,
+            "tolerance": 0.0 if self.preset == "paper" else self.tolerance,
+            "num_batches": self.num_batches,
+        }
 
     @property
     def newest(self) -> int | None:

@@ -117,7 +117,7 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     if isinstance(inputs, Mapping):
         if len(inputs) != 1:
             raise ValueError(
-                f"a model without labels in its forward takes the images alone, got {sorted(inputs)}"
+                f"a model that takes no labels takes the images alone, got {sorted(inputs)}"
             )
         (inputs,) = inputs.values()
     outputs = model(inputs)

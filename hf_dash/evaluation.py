@@ -1,8 +1,8 @@
 """How good a model is on held-out examples.
 
-Flow: held-out examples → predictions from all processes → ``evaluate.Metric`` → accuracy overall
-and per class.
-Differs from ``evaluate.load("accuracy")``: the metric is part of the package, so nothing is fetched.
+Flow: held-out examples → predictions of all processes → ``evaluate.Metric`` → accuracy overall and
+per class.
+Differs from ``evaluate.load("accuracy")``: the metric is part of the package; nothing is fetched.
 """
 
 from typing import Any

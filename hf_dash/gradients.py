@@ -86,13 +86,14 @@ def _empty_average(tensors: list[ShrinkableTensor]) -> tuple[GradientAverage, Te
     devices = {tensor.parameter.device for tensor in tensors}
     if len(devices) > 1:
         raise NotImplementedError(
-            f"hf_dash cannot shrink a model spread over several devices: {sorted(map(str, devices))}"
+            f"hf_dash cannot shrink a model on several devices: {sorted(map(str, devices))}"
         )
     # float32 at least, so that small steps of the average are not lost in half precision.
     dtype = reduce(torch.promote_types, (t.parameter.dtype for t in tensors), torch.float32)
     sizes = [math.prod(tensor.shape) for tensor in tensors]
     flat = torch.zeros(sum(sizes), dtype=dtype, device=devices.pop())
-    parts = [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
+    slices = torch.split(flat, sizes)
+    parts = [part.view(tensor.shape) for part, tensor in zip(slices, tensors, strict=True)]
     return GradientAverage(parts), flat
 
 
@@ -111,7 +112,10 @@ def _folding(
         parameter.grad = None
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(fold) for parameter in trainable]
+    handles = [
+        parameter.register_post_accumulate_grad_hook(fold)  # type: ignore[no-untyped-call]
+        for parameter in trainable
+    ]
     try:
         yield
     finally:

@@ -27,8 +27,8 @@ class RoundRecord:
         num_total: examples trained on.
         accuracy: on the held-out examples, in [0, 1].
         per_class_accuracy: the same by label.
-        train_accuracy: over the last epoch.
-        converged: whether training reached its threshold.
+        train_accuracy: over the last epoch; None where it was not measured.
+        converged: whether training reached its threshold; None where it had none.
         epochs: of training.
         steps: optimizer steps.
         start_seconds: duration of the start itself, the gradient pass included.
@@ -43,9 +43,9 @@ class RoundRecord:
     num_total: int
     accuracy: float
     per_class_accuracy: dict[str, float]
-    train_accuracy: float
-    converged: bool
-    epochs: int
+    train_accuracy: float | None
+    converged: bool | None
+    epochs: float
     steps: int
     start_seconds: float
     train_seconds: float
@@ -82,12 +82,7 @@ class History:
             raise ValueError(f"history already has a record of (start, seed, round) = {key}")
         records = [*self.records, record]
         if self.path is not None:
-            content = {
-                "format": FORMAT,
-                "settings": self.settings,
-                "records": [asdict(r) for r in records],
-            }
-            write_text(self.path, json.dumps(content, indent=1) + "\n")
+            write_history(self.path, self.settings, records)
         self.records = records
 
     def select(self, start: str | None = None, seed: int | None = None) -> list[RoundRecord]:
@@ -97,6 +92,14 @@ class History:
             for record in self.records
             if (start is None or record.start == start) and (seed is None or record.seed == seed)
         ]
+
+
+def write_history(
+    path: str | Path, settings: dict[str, Any], records: Iterable[RoundRecord]
+) -> None:
+    """Write a whole ledger in one step, in place of the file at ``path``."""
+    content = {"format": FORMAT, "settings": settings, "records": [asdict(r) for r in records]}
+    write_text(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 def read_history(path: str | Path) -> History:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+# Checkpoints and logs of a Trainer may lie in the same folder; they are nobody else's business.
+PUBLISHED = ["README.md", "config.json", "model.safetensors", "history.json", "*.png"]
+
 
 def push_folder(
     folder: str | Path,
@@ -37,6 +40,9 @@ def push_folder(
     api = HfApi(token=token)
     repository = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
-        repo_id=repository, folder_path=folder, commit_message=commit_message
+        repo_id=repository,
+        folder_path=folder,
+        commit_message=commit_message,
+        allow_patterns=PUBLISHED,
     )
     return str(commit.commit_url)

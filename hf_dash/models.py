@@ -53,7 +53,9 @@ def create_model(
     """
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(f"architecture {architecture!r} is not known to timm; close names: {close}")
+        raise ValueError(
+            f"architecture {architecture!r} is not known to timm; close names: {close}"
+        )
     if not label_names or len(set(label_names)) != len(label_names):
         raise ValueError(f"label_names must be different and at least one, got {label_names}")
     model_args = dict(model_args or {})
@@ -123,6 +125,17 @@ def load_model(
     )
 
 
+def check_label_names(model: PreTrainedModel, label_names: list[str]) -> None:
+    """Check that data have the classes of a model, in the model's order.
+
+    Raises:
+        ValueError: they have not.
+    """
+    known = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if known != label_names:
+        raise ValueError(f"label_names must be the model's, {known}, got {label_names}")
+
+
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     """Save a timm wrapper in timm's own layout, which transformers and timm both load.
 
@@ -179,5 +192,3 @@ def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
         return tensor
 
     return checked
-
-

@@ -37,9 +37,7 @@ def plot_rounds(records: Sequence[RoundRecord], path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw(
-    axes: Any, records: Sequence[RoundRecord], value: Callable[[RoundRecord], float]
-) -> None:
+def _draw(axes: Any, records: Sequence[RoundRecord], value: Callable[[RoundRecord], float]) -> None:
     rounds = sorted({record.round_index for record in records})
     for start in starts_of(records):
         by_round = [

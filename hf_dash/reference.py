@@ -42,9 +42,7 @@ def reference_factors(
             G[name] = (1 - alpha) * G[name] + alpha * (-u)
     for module, training in modes.items():
         module.training = training
-    owners = {
-        name: model.get_submodule(name.rpartition(".")[0]) for name in theta
-    }
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in theta}
     return {
         name: _tensor_factors(owners[name], name, G[name], tensor.detach().double(), lam, grouping)
         for name, tensor in theta.items()
@@ -57,7 +55,11 @@ def reference_tensors(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             wanted = [
-                "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"
+                "in_proj_weight",
+                "q_proj_weight",
+                "k_proj_weight",
+                "v_proj_weight",
+                "in_proj_bias",
             ]
         elif isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             wanted = ["weight", "bias"]

@@ -8,6 +8,7 @@ same distribution arrives, and training goes on over all data so far.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,7 @@ def gradient_batches(
     else:
         bounds = sorted({0, *range(sum(sizes), 0, -config.gradient_batch_size)})
     shares = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         begin += (end - begin) % num_processes
         shares.append(list(range(begin + process_index, end, num_processes)))
     shares = [share for share in shares if share]

@@ -124,7 +124,9 @@ def shrink_factors(gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam:
         The factors, of the same shape with ``dims`` reduced to 1. A vector whose w or G is zero
         has cosine 0, hence factor λ.
     """
-    cosine = (_unit(gradient, dims) * _unit(weight.to(gradient.dtype), dims)).sum(dims, keepdim=True)
+    cosine = (_unit(gradient, dims) * _unit(weight.to(gradient.dtype), dims)).sum(
+        dims, keepdim=True
+    )
     return cosine.clamp_(min=lam, max=1.0)
 
 
@@ -170,7 +172,9 @@ def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
         for tensor, factor in zip(tensors, factors, strict=True):
             tensor.view(tensor.parameter).mul_(factor)
     if all(bool((factor == 1).all()) for factor in factors):
-        warnings.warn("the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=3)
+        warnings.warn(
+            "the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=3
+        )
 
 
 def report_tensors(

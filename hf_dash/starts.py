@@ -65,16 +65,11 @@ def dash_(model: PreTrainedModel, context: StartContext) -> ShrinkReport:
 
     Source: Shin et al., NeurIPS 2024 (arXiv:2410.23495), Algorithm 1.
     """
-    dash = context.dash
     return dash_shrink_(
         model,
         context.gradient_batches(),
-        alpha=dash.alpha,
-        lam=dash.lam,
-        grouping=dash.grouping,
-        tolerance=0.0 if dash.preset == "paper" else dash.tolerance,
-        num_batches=dash.num_batches,
         accelerator=context.accelerator,
+        **context.dash.arguments,
     )
 
 

@@ -12,12 +12,15 @@ from hf_dash.history import RoundRecord, starts_of
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay rows out as a Markdown table, first column left, the others right."""
-    table = [list(header), *[list(row) for row in rows]]
+    table = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
     lines = []
     for row in [table[0], rule, *table[1:]]:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -32,14 +35,14 @@ def rounds_table(records: Sequence[RoundRecord]) -> str:
             str(r.round_index),
             str(r.num_total),
             f"{r.accuracy:.2%}",
-            str(r.steps) + ("" if r.converged else "*"),
+            str(r.steps) + ("*" if r.converged is False else ""),
             f"{r.seconds:.1f}",
             f"{r.start_seconds:.2f}",
         ]
         for r in records
     ]
     table = markdown_table(header, rows)
-    if all(record.converged for record in records):
+    if all(record.converged is not False for record in records):
         return table
     return table + "\n\n\\* stopped at the largest number of epochs, before convergence"
 

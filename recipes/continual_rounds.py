@@ -55,7 +55,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     with accelerator.main_process_first():
-        train, test = data.load(data.train_split), data.load(data.test_split)
+        train, test = data.load_train(), data.load_held_out()
     wanted = run.examples_per_round and run.examples_per_round * run.num_rounds
     held_out_images = hf_dash.in_arrival_order(test, seed=0)
     settings = {
@@ -116,6 +116,7 @@ def export(
     records = history.records
     own = history.select(start=records[-1].start, seed=records[-1].seed)
     hf_dash.save_model(model, folder)
+    hf_dash.write_history(folder / "history.json", history.settings, own)
     hf_dash.plot_rounds(own, folder / "rounds.png")
     info = hf_dash.CardInfo(
         model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
