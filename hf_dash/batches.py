@@ -45,9 +45,18 @@ def newest_batches(batches: Iterable[Batch], newest: int | None) -> Iterator[Bat
         return iter(_tail_of_loader(batches, newest))
     if isinstance(batches, Sequence):
         return iter(batches[max(0, len(batches) - newest) :])
-    if isinstance(batches, Sized):
-        return islice(iter(batches), max(0, len(batches) - newest), None)
+    length = _length(batches)
+    if length is not None:
+        return islice(iter(batches), max(0, length - newest), None)
     return iter(deque(batches, maxlen=newest))
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    """Return the number of minibatches where it is known: a loader of a stream only claims to."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
 
 
 def is_shuffled(loader: "DataLoader[Any]") -> bool:

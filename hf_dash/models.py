@@ -81,7 +81,8 @@ def create_model(
             **_normalisation(defaults, model_args.get("in_chans", 3)),
         },
     )
-    model = TimmWrapperForImageClassification(config)
+    with torch.random.fork_rng(devices=[]):
+        model = TimmWrapperForImageClassification(config)
     model.timm_model.load_state_dict(fresh_state(model, seed))
     return model
 

@@ -1,0 +1,96 @@
+import dataclasses
+import json
+
+import pytest
+
+from hf_dash import History, RoundRecord, read_history, write_history
+
+
+def record(start="warm", seed=0, round_index=1, **changes):
+    fields = {
+        "num_new": 10,
+        "num_total": 10 * round_index,
+        "accuracy": 0.5,
+        "per_class_accuracy": {"a": 0.4, "b": 0.6},
+        "train_accuracy": 1.0,
+        "converged": True,
+        "epochs": 3,
+        "steps": 30,
+        "start_seconds": 0.5,
+        "train_seconds": 2.0,
+    }
+    return RoundRecord(start=start, seed=seed, round_index=round_index, **{**fields, **changes})
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    history = History(tmp_path / "history.json", {"alpha": 0.3})
+    records = [record(), record(round_index=2, shrink={"mean_factor": 0.4}), record("cold")]
+    for one in records:
+        history.append(one)
+    back = read_history(tmp_path / "history.json")
+    assert back.records == records == history.records
+    assert back.settings == {"alpha": 0.3}
+    assert records[0].seconds == 2.5
+    back.append(record("dash"))
+    assert len(read_history(tmp_path / "history.json").records) == 4
+
+
+def test_a_round_is_recorded_once(tmp_path):
+    history = History(tmp_path / "history.json", {})
+    history.append(record())
+    before = (tmp_path / "history.json").read_bytes()
+    with pytest.raises(ValueError, match=r"already has a record of .* \('warm', 0, 1\)"):
+        history.append(record(accuracy=0.9))
+    assert (tmp_path / "history.json").read_bytes() == before
+    assert history.records == [record()]
+
+
+def test_without_a_path_it_stays_in_memory():
+    history = History(None, {})
+    history.append(record())
+    assert history.records == [record()]
+
+
+def test_a_failure_while_writing_leaves_the_ledger_whole(tmp_path, monkeypatch):
+    history = History(tmp_path / "history.json", {})
+    history.append(record())
+    before = (tmp_path / "history.json").read_bytes()
+
+    def full_disk(file_number):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_dash._files.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        history.append(record(round_index=2))
+    assert (tmp_path / "history.json").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["history.json"]
+    assert history.records == [record()]
+
+
+def test_records_are_selected_by_start_and_seed():
+    history = History(None, {})
+    for start in ("cold", "dash"):
+        for seed in (0, 1):
+            history.append(record(start, seed))
+    assert [(r.start, r.seed) for r in history.select(start="dash")] == [("dash", 0), ("dash", 1)]
+    assert [(r.start, r.seed) for r in history.select(seed=1)] == [("cold", 1), ("dash", 1)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "format", "field"])
+def test_a_damaged_ledger_is_refused(tmp_path, damage):
+    path = tmp_path / "history.json"
+    write_history(path, {}, [record()])
+    content = json.loads(path.read_text())
+    if damage == "format":
+        content["format"] = 99
+    if damage == "field":
+        del content["records"][0]["accuracy"]
+    text = json.dumps(content)
+    path.write_text(text[:-20] if damage == "cut" else text)
+    with pytest.raises(ValueError, match=r"history.json is not a whole hf_dash history"):
+        read_history(path)
+
+
+def test_records_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record().accuracy = 1.0

@@ -1,0 +1,151 @@
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    pipeline,
+)
+
+import hf_dash
+from hf_dash.models import fresh_state
+
+NAMES = ["ant", "bee", "cat"]
+
+
+def make(architecture="test_resnet", **options):
+    return hf_dash.create_model(architecture, label_names=NAMES, **{"image_size": 32, **options})
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "test_vit"])
+def test_layers_have_timms_own_initialisation(architecture):
+    model = make(architecture, seed=3)
+    options = {"img_size": 32} if architecture == "test_vit" else {}
+    torch.manual_seed(3)
+    expected = timm.create_model(architecture, num_classes=3, **options).state_dict()
+    found = model.timm_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_plain_wrapper_does_not_have_it():
+    """The reason for ``create_model``; if this fails, the remedy may have become needless."""
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+    plain = TimmWrapperForImageClassification(config).timm_model.layer1[0].conv1.weight.std()
+    ours = make().timm_model.layer1[0].conv1.weight.std()
+    assert plain.item() == pytest.approx(0.02, rel=0.1)
+    # timm: Kaiming normal over the fan-out, √(2 / (32 · 9)).
+    assert ours.item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.1)
+
+
+def test_seeds_decide_and_the_global_state_is_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, second, other = make(seed=1), make(seed=1), make(seed=2)
+    assert torch.equal(torch.rand(1), expected)
+    weight = lambda m: m.timm_model.fc.weight  # noqa: E731
+    assert torch.equal(weight(first), weight(second))
+    assert not torch.equal(weight(first), weight(other))
+    assert torch.equal(fresh_state(first, 2)["fc.weight"], weight(other))
+
+
+def test_names_channels_and_size_are_in_the_config():
+    model = make(model_args={"in_chans": 1})
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.label2id["cat"] == 2
+    assert model.config.pretrained_cfg["input_size"] == [1, 32, 32]
+    assert model(torch.zeros(2, 1, 32, 32)).logits.shape == (2, 3)
+    image = Image.new("L", (20, 20), 255)
+    pixels = hf_dash.image_transform(model)(image)
+    assert pixels.shape == (1, 32, 32)
+    assert pixels.max().item() == pytest.approx(1.0)  # (1 − 0.5) / 0.5
+
+
+def test_the_architectures_own_size_is_the_default():
+    assert make(image_size=None).config.pretrained_cfg["input_size"] == [3, 160, 160]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "resnet19"}, "architecture 'resnet19' is not known to timm; .*resnet"),
+        ({"model_args": {"num_classes": 4}}, "model_args must not hold num_classes"),
+    ],
+)
+def test_bad_models_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_bad_label_names_are_refused(names):
+    with pytest.raises(ValueError, match="label_names must be different and at least one"):
+        hf_dash.create_model("test_resnet", label_names=names)
+
+
+def test_an_image_of_another_mode_is_refused():
+    transform = hf_dash.image_transform(make())
+    with pytest.raises(ValueError, match=r"image mode is 'L', but the model takes 3 channels"):
+        transform(Image.new("L", (32, 32)))
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+def test_a_saved_folder_loads_everywhere_with_identical_logits(architecture, tmp_path):
+    model = make(architecture).eval()
+    with torch.no_grad():
+        for buffer in model.buffers():  # batch norm statistics must travel too
+            buffer.add_(1)
+    hf_dash.save_model(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    noise = torch.randint(0, 256, (40, 40, 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.to(torch.uint8).numpy())
+    pixels = hf_dash.image_transform(model)(image)[None]
+
+    with torch.no_grad():
+        logits = model(pixels).logits
+        auto = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(auto(pixels).logits, logits)
+        again = hf_dash.load_model(str(tmp_path))
+        assert torch.equal(again(hf_dash.image_transform(again)(image)[None]).logits, logits)
+        plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(plain(pixels), logits)
+        transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=plain))
+        assert torch.equal(transform(image)[None], pixels)
+    assert again.config.id2label == dict(enumerate(NAMES))
+
+    classified = pipeline("image-classification", model=str(tmp_path))(image)
+    scores = logits.softmax(dim=-1)[0]
+    assert classified[0]["label"] == NAMES[scores.argmax()]
+    assert classified[0]["score"] == pytest.approx(scores.max().item())
+
+
+def test_saving_again_replaces_the_files_and_leaves_others(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    hf_dash.save_model(make(seed=1), tmp_path)
+    hf_dash.save_model(hf_dash.load_model(str(tmp_path)), tmp_path)
+    other = make(seed=2)
+    hf_dash.save_model(other, tmp_path)
+    loaded = hf_dash.load_model(str(tmp_path))
+    assert torch.equal(loaded.timm_model.fc.weight, other.timm_model.fc.weight)
+    assert "num_classes" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
+
+
+def test_only_timm_wrappers_are_saved(tmp_path):
+    with pytest.raises(TypeError, match="model must be a timm wrapper, got Linear"):
+        hf_dash.save_model(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_label_names_of_data_and_model_must_agree():
+    hf_dash.check_label_names(make(), NAMES)
+    with pytest.raises(ValueError, match="label_names must be the model's"):
+        hf_dash.check_label_names(make(), NAMES[::-1])

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from torch.utils.data import DataLoader
+
+from hf_dash import DashConfig, Round, cut_rounds, gradient_batches, train_batches
+from hf_dash.rounds import ImageExamples
+
+
+def numbered(count):
+    """A dataset whose "image" is its number."""
+    features = Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": list(range(count)), "label": [i % 2 for i in range(count)]}
+    return Dataset.from_dict(rows, features=features)
+
+
+def as_tensor(number):
+    return torch.tensor([number])
+
+
+def rounds(count, num_rounds):
+    return list(cut_rounds(numbered(count), num_rounds, as_tensor))
+
+
+def numbers(loader):
+    return [batch["pixel_values"].flatten().tolist() for batch in loader]
+
+
+def test_rounds_share_all_examples_out_in_order():
+    cut = rounds(11, 3)
+    assert [round_.index for round_ in cut] == [1, 2, 3]
+    assert [len(round_.new) for round_ in cut] == [4, 4, 3]
+    assert cut[0].seen is None
+    assert [example["pixel_values"].item() for example in cut[2].seen] == list(range(8))
+    assert [example["pixel_values"].item() for example in cut[2].new] == [8, 9, 10]
+    assert [example["labels"] for example in cut[1].examples] == [0, 1] * 4
+
+
+@pytest.mark.parametrize("num_rounds", [0, 12])
+def test_the_number_of_rounds_is_checked(num_rounds):
+    with pytest.raises(ValueError, match=f"at most the number of examples, 11, got {num_rounds}"):
+        rounds(11, num_rounds)
+
+
+def test_an_empty_round_is_refused():
+    with pytest.raises(ValueError, match="round 4 is empty"):
+        Round(4, (ImageExamples(numbered(0), as_tensor),))
+    with pytest.raises(ValueError, match="round 1 is empty"):
+        Round(1, ())
+
+
+def test_images_are_decoded_once_where_they_are_kept_in_memory():
+    decoded = []
+
+    def transform(number):
+        decoded.append(number)
+        return as_tensor(number)
+
+    kept = ImageExamples(numbered(3), transform, in_memory=True)
+    assert [kept[1]["pixel_values"].item() for _ in range(2)] == [1, 1]
+    assert decoded == [0, 1, 2]
+    read = ImageExamples(numbered(3), transform)
+    assert [read[1]["pixel_values"].item() for _ in range(2)] == [1, 1]
+    assert decoded == [0, 1, 2, 1, 1]
+
+
+def test_training_batches_hold_every_example_in_a_seeded_new_order_each_epoch():
+    round_ = rounds(10, 2)[1]
+    loader = train_batches(round_, 4, seed=5)
+    first, second = numbers(loader), numbers(loader)
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    for epoch in (first, second):
+        assert sorted(number for batch in epoch for number in batch) == list(range(10))
+    assert first != second
+    assert numbers(train_batches(round_, 4, seed=5)) == first
+    assert numbers(train_batches(round_, 4, seed=6)) != first
+
+
+def test_gradient_batches_are_ordered_and_the_short_one_is_the_oldest():
+    config = DashConfig(gradient_batch_size=4)
+    assert numbers(gradient_batches(rounds(10, 2)[1], config)) == [
+        [0, 1],
+        [2, 3, 4, 5],
+        [6, 7, 8, 9],
+    ]
+
+
+def test_the_papers_preset_makes_every_arrival_one_minibatch():
+    config = DashConfig(preset="paper")
+    assert numbers(gradient_batches(rounds(7, 3)[2], config)) == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_processes_share_every_minibatch_equally():
+    config = DashConfig(gradient_batch_size=4)
+    round_ = rounds(11, 1)[0]
+    shares = [
+        numbers(gradient_batches(round_, config, num_processes=2, process_index=rank))
+        for rank in range(2)
+    ]
+    # The oldest minibatch [0, 1, 2] has one too many for two processes: the oldest is dropped.
+    assert shares == [[[1], [3, 5], [7, 9]], [[2], [4, 6], [8, 10]]]
+    with pytest.raises(ValueError, match="round 1 has 2 examples, too few for 3 processes"):
+        gradient_batches(rounds(2, 1)[0], config, num_processes=3)
+
+
+def test_loaders_are_plain_data_loaders():
+    round_ = rounds(4, 1)[0]
+    assert type(train_batches(round_, 2, seed=0)) is DataLoader
+    assert type(gradient_batches(round_, DashConfig())) is DataLoader
