@@ -40,7 +40,8 @@ def main() -> None:
     model = hf_dash.load_model(
         source.model_name_or_path, revision=source.model_revision, token=args.hub_token
     )
-    past = past_records(source.model_name_or_path)
+    ledger = Path(source.model_name_or_path) / "history.json"
+    past = hf_dash.read_history(ledger).records if ledger.is_file() else []
     transform = hf_dash.image_transform(model)
     with args.main_process_first(desc="loading images"):
         loaded = [data.load_train(name) for name in [*source.seen_dataset_names, data.dataset_name]]
@@ -49,11 +50,9 @@ def main() -> None:
         hf_dash.check_label_names(model, hf_dash.label_names(dataset))
     *arrivals, held_out = (
         hf_dash.ImageExamples(
-            hf_dash.in_arrival_order(dataset, seed=args.seed),
-            transform,
-            in_memory=data.cache_images,
+            hf_dash.in_arrival_order(part, seed=args.seed), transform, in_memory=data.cache_images
         )
-        for dataset in [*loaded, held_out]
+        for part in [*loaded, held_out]
     )
     round_ = hf_dash.Round(past[-1].round_index + 1 if past else 1, tuple(arrivals))
 
@@ -72,20 +71,13 @@ def main() -> None:
     settings = {**asdict(source), **asdict(data), **asdict(dash), **training_settings(args)}
     save(model, [*past, record], settings, source, data, args, len(held_out))
     if push_to_hub:
-        message = f"Round {record.round_index}: accuracy {record.accuracy:.4f}"
-        where = args.hub_model_id or Path(args.output_dir).name
         hf_dash.push_folder(
             args.output_dir,
-            where,
+            args.hub_model_id or Path(args.output_dir).name,
             token=args.hub_token,
             private=args.hub_private_repo,
-            commit_message=message,
+            commit_message=f"Round {record.round_index}: accuracy {record.accuracy:.4f}",
         )
-
-
-def past_records(model_name_or_path: str) -> list[hf_dash.RoundRecord]:
-    path = Path(model_name_or_path) / "history.json"
-    return hf_dash.read_history(path).records if path.is_file() else []
 
 
 def make_record(

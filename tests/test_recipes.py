@@ -1,0 +1,132 @@
+"""The recipes as a user starts them: by ``accelerate launch``, in an empty folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from huggingface_hub import ModelCard
+
+import hf_dash
+
+CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
+QUICK = ["--max_epochs", "1", "--disable_tqdm"]
+
+
+def launch(recipe, folder, *flags, check=True):
+    """Run a recipe and return what it printed."""
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch"]
+    return subprocess.run(
+        [*command, str(REPOSITORY / "recipes" / recipe), *flags],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=check,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The comparison on digits, two rounds, one epoch each."""
+    folder = tmp_path_factory.mktemp("recipes")
+    done = launch("continual_rounds.py", folder, "--num_rounds", "2", *QUICK)
+    return folder, done
+
+
+def test_the_comparison_prints_its_tables_and_writes_its_files(finished):
+    folder, done = finished
+    output = folder / "runs" / "continual_rounds"
+    history = hf_dash.read_history(output / "history.json")
+    assert [(r.start, r.round_index) for r in history.records] == [
+        (start, index) for start in ("cold", "warm", "dash") for index in (1, 2)
+    ]
+    assert history.settings["alpha"] == 0.3
+    assert hf_dash.rounds_table(history.records) in done.stdout
+    assert hf_dash.starts_table(history.records) in done.stdout
+    assert (output / "rounds.png").stat().st_size > 10_000
+    assert "it/s" not in done.stderr
+
+
+def test_starts_share_the_first_round(finished):
+    records = hf_dash.read_history(finished[0] / "runs/continual_rounds/history.json").records
+    first = {(r.accuracy, r.train_accuracy, r.steps) for r in records if r.round_index == 1}
+    assert len(first) == 1
+
+
+def test_the_exported_folder_is_whole(finished):
+    model_folder = finished[0] / "runs" / "continual_rounds" / "model"
+    assert sorted(file.name for file in model_folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "history.json",
+        "model.safetensors",
+        "rounds.png",
+    ]
+    card = ModelCard.load(model_folder / "README.md")
+    own = hf_dash.read_history(model_folder / "history.json").records
+    assert [r.start for r in own] == ["dash", "dash"]
+    assert card.data.eval_results[0].metric_value == own[-1].accuracy
+    assert str(finished[0]) not in str(card)
+    assert hf_dash.load_model(str(model_folder)).config.num_labels == 10
+
+
+def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, digits_test):
+    for name, rows in (("old", range(200)), ("new", range(200, 300))):
+        digits.select(rows).to_parquet(tmp_path / f"{name}.parquet")
+    digits_test.to_parquet(tmp_path / "test.parquet")
+    shutil.copytree(finished[0] / "runs" / "continual_rounds" / "model", tmp_path / "parent")
+    flags = ["--model_name_or_path", "parent", "--output_dir", "child", "--disable_tqdm", "true"]
+    flags += ["--seen_dataset_names", "old.parquet", "--dataset_name", "new.parquet"]
+    flags += ["--test_dataset_name", "test.parquet", "--num_train_epochs", "1"]
+    flags += ["--save_strategy", "steps", "--save_steps", "30", "--report_to", "none"]
+    launch("retrain_with_trainer.py", tmp_path, *flags)
+
+    records = hf_dash.read_history(tmp_path / "child" / "history.json").records
+    assert [r.round_index for r in records] == [1, 2, 3]
+    last = records[-1]
+    assert (last.num_new, last.num_total, last.start) == (100, 300, "dash")
+    assert last.shrink == json.loads((tmp_path / "child" / "dash_report.json").read_text())
+    assert last.shrink["num_images"] == 300
+    card = ModelCard.load(tmp_path / "child" / "README.md")
+    assert card.data.eval_results[0].metric_value == last.accuracy
+    assert "| learning_rate " in str(card)
+
+    whole = (tmp_path / "child" / "model.safetensors").read_bytes()
+    flags += ["--resume_from_checkpoint", "child/checkpoint-30"]
+    launch("retrain_with_trainer.py", tmp_path, *flags)
+    resumed = hf_dash.read_history(tmp_path / "child" / "history.json").records[-1]
+    assert resumed.shrink == last.shrink
+    assert (tmp_path / "child" / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--architecture", "resnet19"], "architecture 'resnet19' is not known to timm"),
+        (["--starts", "hot"], "start must be one of"),
+        (["--num_rounds", "2000"], "num_rounds must be at least 1 and at most"),
+        (["--alpha", "0"], "alpha must be in (0, 1], got 0.0"),
+        (["--label_column_name", "digit"], "label_column 'digit' is not a column"),
+        (["--image_mode", "L"], "image mode is 'L', but the model takes 3 channels"),
+    ],
+)
+def test_bad_flags_end_with_a_clear_message(tmp_path, flags, message):
+    done = launch("continual_rounds.py", tmp_path, *flags, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason="the CIFAR-10 files are not beside the project")
+def test_cifar10_streams_through_the_comparison(tmp_path):
+    flags = ["--dataset_name", str(CIFAR10), "--streaming", "--num_rounds", "3"]
+    flags += ["--examples_per_round", "100", "--starts", "warm", "dash", *QUICK]
+    launch("continual_rounds.py", tmp_path, *flags)
+    records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
+    assert [r.num_total for r in records] == [100, 200, 300] * 2
+    assert set(records[0].per_class_accuracy) >= {"airplane", "truck"}
