@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from hf_dash.batches import check_labels
 from hf_dash.config import DashConfig
 
 Transform = Callable[[Any], Tensor]
@@ -30,6 +31,9 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         dataset: with the columns ``image`` and ``label``.
         transform: from a PIL image to a tensor; deterministic where ``in_memory`` is set.
         in_memory: decode every image once, on first use of the dataset, and keep the tensors.
+
+    Raises:
+        ValueError: a label is none of the dataset's classes.
     """
 
     def __init__(self, dataset: Dataset, transform: Transform, *, in_memory: bool = False) -> None:
@@ -37,7 +41,9 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         self.transform = transform
         self.in_memory = in_memory
         self._decoded: Tensor | None = None
-        self._labels = [int(label) for label in dataset["label"]]
+        labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
+        check_labels(labels, dataset.features["label"].num_classes)
+        self._labels: list[int] = labels.tolist()
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -49,6 +49,14 @@ def test_an_empty_round_is_refused():
         Round(1, ())
 
 
+def test_labels_out_of_range_are_refused():
+    features = Features({"image": Value("int64"), "label": Value("int64")})
+    dataset = Dataset.from_dict({"image": [0, 1], "label": [0, 2]}, features=features)
+    dataset.info.features["label"] = ClassLabel(names=["a", "b"])
+    with pytest.raises(ValueError, match=r"labels must lie in 0 … 1 .* got labels from 0 to 2"):
+        ImageExamples(dataset, as_tensor)
+
+
 def test_images_are_decoded_once_where_they_are_kept_in_memory():
     decoded = []
 
