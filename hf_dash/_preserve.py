@@ -13,10 +13,12 @@ from torch import nn
 def rng_preserved() -> Iterator[None]:
     """Put the global random states of python, numpy and torch (and its device) back on leaving."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    device = torch.accelerator.current_accelerator(check_available=True)
-    # Naming the current device only keeps fork_rng from opening a context on every other one.
-    devices = [] if device is None else [torch.accelerator.current_device_index()]
-    with torch.random.fork_rng(devices, device_type="cuda" if device is None else device.type):
+    # Naming one device keeps fork_rng from opening a context on every other one.
+    kind, devices = "cuda", []
+    if torch.accelerator.is_available():
+        kind = str(torch.accelerator.current_accelerator())
+        devices = [torch.accelerator.current_device_index()]
+    with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
@@ -151,20 +152,18 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
+    native = {
+        "architecture": config.architecture,
+        "num_classes": config.num_labels,
+        "num_features": model.timm_model.num_features,
+        "label_names": [config.id2label[index] for index in range(config.num_labels)],
+        "model_args": config.model_args or {},
+        "pretrained_cfg": config.pretrained_cfg,
+    }
+    state = {name: tensor.contiguous() for name, tensor in model.timm_model.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        timm.models.save_for_hf(
-            model.timm_model,
-            aside,
-            model_config={"label_names": [config.id2label[i] for i in range(config.num_labels)]},
-            model_args=config.model_args,
-            safe_serialization=True,
-            data_config=timm.data.resolve_data_config(config.pretrained_cfg),
-        )
-        # timm records num_classes twice; transformers fails on the one among the model_args.
-        config_file = Path(aside) / "config.json"
-        saved = json.loads(config_file.read_text(encoding="utf-8"))
-        saved.get("model_args", {}).pop("num_classes", None)
-        config_file.write_text(json.dumps(saved, indent=2), encoding="utf-8")
+        (Path(aside) / "config.json").write_text(json.dumps(native, indent=2), encoding="utf-8")
+        save_file(state, Path(aside) / "model.safetensors", metadata={"format": "pt"})
         replace_files(Path(aside), folder)
 
 

@@ -4,12 +4,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForImageClassification,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    pipeline,
-)
+from transformers import AutoModelForImageClassification, pipeline
 
 import hf_dash
 from hf_dash.models import fresh_state
@@ -32,14 +27,10 @@ def test_layers_have_timms_own_initialisation(architecture):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_plain_wrapper_does_not_have_it():
-    """The reason for ``create_model``; if this fails, the remedy may have become needless."""
-    config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
-    plain = TimmWrapperForImageClassification(config).timm_model.layer1[0].conv1.weight.std()
-    ours = make().timm_model.layer1[0].conv1.weight.std()
-    assert plain.item() == pytest.approx(0.02, rel=0.1)
-    # timm: Kaiming normal over the fan-out, √(2 / (32 · 9)).
-    assert ours.item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.1)
+def test_a_convolution_has_the_spread_timm_gives_it():
+    """Kaiming normal over the fan-out, √(2 / (32 · 9)); transformers would make it 0.02."""
+    weight = make().timm_model.layer1[0].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.1)
 
 
 def test_seeds_decide_and_the_global_state_is_left_alone():
