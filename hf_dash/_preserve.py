@@ -1,7 +1,7 @@
 """Leave no trace: what a gradient pass may change besides its result, put back afterwards."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -49,3 +49,16 @@ def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
+
+
+@contextmanager
+def gradients_required(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let frozen parameters among these require gradients, and freeze them again on leaving."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -136,6 +136,37 @@ def count_images(batch: Batch) -> int:
     return int(split_labels(batch)[1].shape[0])
 
 
+def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[float, Batch]]:
+    """Cut a batch into pieces of at most ``size`` images.
+
+    Args:
+        batch: as :func:`split_labels` takes it; every tensor in it whose first dimension is the
+            number of images is cut, anything else goes with every piece.
+        size: at least 1; None keeps the batch whole.
+
+    Yields:
+        Each piece after its share of the images, so that the shares of all add up to 1 and the
+        mean loss over the batch is the sum of share × mean loss of the piece.
+    """
+    images = count_images(batch)
+    if size is None or images <= size:
+        yield 1.0, batch
+        return
+    for begin in range(0, images, size):
+        end = min(begin + size, images)
+        yield (end - begin) / images, _rows(batch, begin, end, images)
+
+
+def _rows(value: Any, begin: int, end: int, images: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[begin:end] if value.ndim and value.shape[0] == images else value
+    if isinstance(value, Mapping):
+        return {key: _rows(item, begin, end, images) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rows(item, begin, end, images) for item in value]
+    return value
+
+
 def check_labels(labels: Tensor, num_classes: int | None) -> None:
     """Check that integer labels name classes the model has.
 

@@ -51,6 +51,8 @@ class DashCallback(TrainerCallback):  # type: ignore[misc]
         grouping: what one vector of a convolution is.
         tolerance: share of the moving average that may be left out; sets K.
         num_batches: K outright.
+        micro_batch_size: images to compute at a time.
+        include_frozen: shrink tensors that do not require gradients too.
         reset_optimizer: forget optimizer state that belongs to the weights before the shrink.
 
     Raises:
@@ -67,10 +69,18 @@ class DashCallback(TrainerCallback):  # type: ignore[misc]
         grouping: Grouping = "kernel",
         tolerance: float = 1e-3,
         num_batches: int | None = None,
+        micro_batch_size: int | None = None,
+        include_frozen: bool = False,
         reset_optimizer: bool = True,
     ) -> None:
         self.config = DashConfig(
-            alpha=alpha, lam=lam, grouping=grouping, tolerance=tolerance, num_batches=num_batches
+            alpha=alpha,
+            lam=lam,
+            grouping=grouping,
+            tolerance=tolerance,
+            num_batches=num_batches,
+            micro_batch_size=micro_batch_size,
+            include_frozen=include_frozen,
         )
         self.batches = batches
         self.loss_fn = loss_fn
@@ -97,7 +107,13 @@ class DashCallback(TrainerCallback):  # type: ignore[misc]
             batches = self.batches
             if batches is None:
                 batches = sample_batches(train_dataloader, args, self.config.newest)
-            self.report = dash_shrink_(model, batches, self.loss_fn, **self.config.arguments)
+            self.report = dash_shrink_(
+                model,
+                batches,
+                self.loss_fn,
+                disable_tqdm=args.disable_tqdm or None,
+                **self.config.arguments,
+            )
         if self.reset_optimizer and optimizer is not None:
             reset_optimizer_(optimizer)
         if state.is_world_process_zero:
@@ -106,7 +122,6 @@ class DashCallback(TrainerCallback):  # type: ignore[misc]
             write_text(output_dir / REPORT_NAME, json.dumps(self.report.to_dict(), indent=1))
         self._to_log = self.report.summary()
         state.log_history.append({**self._to_log, "step": state.global_step})
-        logger.info("%s", str(self.report).partition("\n")[0])
 
     def on_log(
         self,

@@ -47,6 +47,9 @@ class DashConfig:
         num_batches: K given outright instead, at least 1.
         gradient_batch_size: images in one minibatch of the pass, at least 1, where hf_dash makes
             the minibatches.
+        micro_batch_size: images to compute at a time, at least 1, where a minibatch is too large
+            for memory; the result is the same.
+        include_frozen: shrink tensors that do not require gradients too.
         preset: ``"paper"`` uses one arrival per minibatch and reads all of them, as the authors do.
 
     Raises:
@@ -60,6 +63,8 @@ class DashConfig:
     tolerance: float = 1e-3
     num_batches: int | None = None
     gradient_batch_size: int = 128
+    micro_batch_size: int | None = None
+    include_frozen: bool = False
     preset: Preset | None = None
 
     def __post_init__(self) -> None:
@@ -67,8 +72,9 @@ class DashConfig:
         _check_number("lam", self.lam, "[0, 1]", 0.0, 1.0)
         _check_number("tolerance", self.tolerance, "[0, 1)", 0.0, 1.0)
         _check_count("gradient_batch_size", self.gradient_batch_size)
-        if self.num_batches is not None:
-            _check_count("num_batches", self.num_batches)
+        for name in ("num_batches", "micro_batch_size"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         if self.grouping not in get_args(Grouping):
             raise ValueError(f"grouping must be one of {get_args(Grouping)}, got {self.grouping!r}")
         if self.preset is not None and self.preset not in get_args(Preset):
@@ -83,6 +89,8 @@ class DashConfig:
             "grouping": self.grouping,
             "tolerance": 0.0 if self.preset == "paper" else self.tolerance,
             "num_batches": self.num_batches,
+            "micro_batch_size": self.micro_batch_size,
+            "include_frozen": self.include_frozen,
         }
 
     @property

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_dash.batches import Batch, check_labels, newest_batches, split_labels
 from hf_dash.config import DashConfig, Grouping
-from hf_dash.distributed import num_processes, refuse_unsupported, synchronise
+from hf_dash.distributed import is_main_process, num_processes, refuse_unsupported, synchronise
 from hf_dash.gradients import LossFn, average_gradients
 from hf_dash.shrink import ShrinkReport, all_factors, report_tensors, shrink_
 from hf_dash.tensors import find_shrinkable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.get_logger(__name__)
 
 
 def dash_shrink_(
@@ -34,8 +37,11 @@ def dash_shrink_(
     grouping: Grouping = "kernel",
     tolerance: float = 1e-3,
     num_batches: int | None = None,
+    micro_batch_size: int | None = None,
+    include_frozen: bool = False,
     accelerator: "Accelerator | None" = None,
     dry_run: bool = False,
+    disable_tqdm: bool | None = None,
 ) -> ShrinkReport:
     """Shrink every weight vector of a model by how well it agrees with the descent direction.
 
@@ -55,8 +61,12 @@ def dash_shrink_(
         grouping: what one vector of a convolution is; see :class:`~hf_dash.config.DashConfig`.
         tolerance: share of the moving average that may be left out, in [0, 1); 0 reads all.
         num_batches: number K of newest minibatches to read, instead of ``tolerance``.
+        micro_batch_size: images to compute at a time, where a minibatch is too large for memory;
+            the result is the same.
+        include_frozen: shrink tensors that do not require gradients too.
         accelerator: where it is given, the forward passes run under its autocast.
         dry_run: report what the shrink would do and change nothing.
+        disable_tqdm: show no progress bar; by default there is one on a terminal.
 
     Returns:
         The report: factors per tensor, what was left alone, what was read.
@@ -69,12 +79,18 @@ def dash_shrink_(
     Whatever is raised, no weight has changed.
     """
     config = DashConfig(
-        alpha=alpha, lam=lam, grouping=grouping, tolerance=tolerance, num_batches=num_batches
+        alpha=alpha,
+        lam=lam,
+        grouping=grouping,
+        tolerance=tolerance,
+        num_batches=num_batches,
+        micro_batch_size=micro_batch_size,
+        include_frozen=include_frozen,
     )
     refuse_unsupported(model)
     # The uncompiled module: compiling evaluation with gradients anew would cost more than the pass.
     module = extract_model_from_parallel(model, keep_torch_compile=False)
-    tensors, untouched = find_shrinkable(module, grouping)
+    tensors, untouched = find_shrinkable(module, grouping, include_frozen=include_frozen)
     device = tensors[0].parameter.device
     newest = newest_batches(batches, config.newest)
     if loss_fn is None:
@@ -84,12 +100,20 @@ def dash_shrink_(
 
     synchronise(device)
     started = time.perf_counter()
-    average = average_gradients(module, tensors, newest, loss_fn, alpha=alpha)
+    average = average_gradients(
+        module,
+        tensors,
+        newest,
+        loss_fn,
+        alpha=alpha,
+        micro_batch_size=micro_batch_size,
+        disable_tqdm=disable_tqdm,
+    )
     factors = all_factors(tensors, average, lam)
     if not dry_run:
         shrink_(tensors, factors)
     synchronise(device)
-    return ShrinkReport(
+    report = ShrinkReport(
         tensors=report_tensors(tensors, factors, lam),
         untouched=tuple(untouched),
         config=config,
@@ -98,6 +122,9 @@ def dash_shrink_(
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
     )
+    if is_main_process():
+        logger.info("%s", str(report).partition("\n")[0])
+    return report
 
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:

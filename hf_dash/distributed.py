@@ -1,26 +1,33 @@
-"""What the gradient pass needs of other processes: agreement, then one mean.
+"""What the gradient pass needs of other processes: agreement, one mean, and sharded tensors.
 
-Every rank keeps its own moving average and nothing is exchanged until the end: the average is
-linear in the gradients, so the mean of the ranks' averages is the average of the mean gradients.
+Plain and DDP models: every rank keeps its own moving average and nothing is exchanged until the
+end. The average is linear in the gradients, so the mean of the ranks' averages is the average of
+the mean gradients.
+FSDP2 models (``fully_shard``): every rank holds some rows of each tensor as a ``DTensor``; FSDP
+itself has averaged the gradients, so rows stay where they are and only vectors that are cut across
+ranks, such as biases, are put together.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 _REFUSED = {
-    "FullyShardedDataParallel": "FSDP1 keeps flattened shards, in which no vector is whole",
-    "FSDPModule": "FSDP2 keeps sharded tensors, which the pass does not read yet",
-    "DeepSpeedEngine": "DeepSpeed owns the backward pass",
-    "DataParallel": "DataParallel replicas do not fire the hooks of the pass; use DDP",
+    "FullyShardedDataParallel": "FSDP1 keeps flattened shards, in which no vector is whole; use"
+    " FSDP2 (fsdp_version=2)",
+    "DeepSpeedEngine": "its optimizer keeps its own copies of the weights, which would undo the"
+    " shrink; shrink before accelerator.prepare",
+    "DataParallel": "its replicas do not fire the hooks of the pass; use DDP",
 }
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What one rank has to tell the others before the mean.
+    """What one rank has to tell the others.
 
     Args:
         batch_sizes: number of images in each of its minibatches, oldest to newest.
@@ -36,19 +43,69 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_main_process() -> bool:
+    """Tell whether this is the process that reports."""
+    return num_processes() == 1 or dist.get_rank() == 0
+
+
 def refuse_unsupported(model: nn.Module) -> None:
-    """Refuse the wrappers the pass cannot work through.
+    """Refuse what the pass cannot work through.
 
     Raises:
-        NotImplementedError: ``model`` or one of its modules is wrapped by FSDP, DeepSpeed or
-            ``nn.DataParallel``; the message says which and why.
+        NotImplementedError: ``model`` is wrapped by FSDP1, DeepSpeed or ``nn.DataParallel``, its
+            parameters are partitioned by ZeRO-3, or sharded by tensor parallelism or by anything
+            but FSDP2 on dimension 0; the message says which and why.
     """
+    fully_sharded = False
     for module in model.modules():
         for cls in type(module).__mro__:
             if cls.__name__ in _REFUSED:
                 raise NotImplementedError(
                     f"hf_dash cannot shrink a model under {cls.__name__}: {_REFUSED[cls.__name__]}"
                 )
+            fully_sharded = fully_sharded or cls.__name__ == "FSDPModule"
+    sharded = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise NotImplementedError(
+                "hf_dash cannot shrink a model under DeepSpeed ZeRO-3: it partitions every"
+                f" parameter, {name!r} among them; shrink before accelerator.prepare"
+            )
+        if isinstance(parameter, DTensor) and not (fully_sharded and _by_rows(parameter)):
+            raise NotImplementedError(
+                f"hf_dash cannot shrink {name!r}, sharded as {parameter.placements} outside FSDP2:"
+                " tensor parallelism is not supported"
+            )
+    if any(sharded) and not all(sharded):
+        raise NotImplementedError(
+            "hf_dash cannot shrink a model that is only partly sharded: wrap the whole of it in"
+            " fully_shard"
+        )
+
+
+def _by_rows(parameter: DTensor) -> bool:
+    return all(isinstance(p, Replicate) or p == Shard(0) for p in parameter.placements)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds: all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor on every process; gathers a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_like(part: Tensor, like: Tensor) -> Tensor:
+    """Return the whole of what ``part`` is this process's share of, sharded as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return part
+    shape, stride = like.shape, torch.empty(like.shape, device="meta").stride()
+    placed = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return whole(placed)
 
 
 def agree(status: RankStatus) -> None:
@@ -59,20 +116,25 @@ def agree(status: RankStatus) -> None:
         ValueError: the ranks have different batch counts or sizes, so that their mean would not
             be the gradient of the global minibatches.
     """
-    if num_processes() == 1:
-        return
-    statuses: list[RankStatus | None] = [None] * num_processes()
-    dist.all_gather_object(statuses, status)
+    statuses = gather(status)
     for rank, other in enumerate(statuses):
-        assert other is not None
         if other.error is not None and status.error is None:
             raise RuntimeError(f"the gradient pass failed on rank {rank}: {other.error}")
-    sizes = {rank: other.batch_sizes for rank, other in enumerate(statuses) if other is not None}
+    sizes = {rank: other.batch_sizes for rank, other in enumerate(statuses)}
     if status.error is None and len(set(sizes.values())) > 1:
         raise ValueError(
             "every rank must pass the same number of batches of the same sizes to the shrink, got"
             f" the sizes {sizes} by rank"
         )
+
+
+def gather(item: Any) -> list[Any]:
+    """Return what every rank brought, in the order of the ranks."""
+    if num_processes() == 1:
+        return [item]
+    items = [None] * num_processes()
+    dist.all_gather_object(items, item)
+    return items
 
 
 def mean_across_ranks_(tensor: Tensor) -> Tensor:

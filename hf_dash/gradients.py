@@ -9,7 +9,7 @@ Symbols: G (the buffer), U (one minibatch's gradient), α.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -17,13 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from hf_dash._preserve import evaluation_mode, gradients_set_aside, rng_preserved
-from hf_dash.batches import Batch, count_images, to_device
-from hf_dash.distributed import RankStatus, agree, mean_across_ranks_
-from hf_dash.tensors import ShrinkableTensor
+from hf_dash._preserve import (
+    evaluation_mode,
+    gradients_required,
+    gradients_set_aside,
+    rng_preserved,
+)
+from hf_dash.batches import Batch, count_images, micro_batches, to_device
+from hf_dash.distributed import RankStatus, agree, is_main_process, local, mean_across_ranks_
+from hf_dash.tensors import ShrinkableTensor, is_sharded
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+# Losses are multiplied by this before the backward pass, so that half precision loses no small
+# gradient to underflow; a power of two, divided out again, changes nothing in float32.
+LOSS_SCALE = 2.0**10
 
 
 @dataclass
@@ -31,8 +41,8 @@ class GradientAverage:
     """G over the minibatches read.
 
     Args:
-        parts: G of each shrinkable tensor in the shape of its :class:`ShrinkableTensor`; views
-            of one flat buffer.
+        parts: G of each shrinkable tensor, or this process's share of it, in the shape of its
+            :class:`~hf_dash.tensors.ShrinkableTensor`; views of one flat buffer.
         batch_sizes: number of images in each minibatch this process read, oldest to newest.
     """
 
@@ -47,6 +57,8 @@ def average_gradients(
     loss_fn: LossFn,
     *,
     alpha: float,
+    micro_batch_size: int | None = None,
+    disable_tqdm: bool | None = True,
 ) -> GradientAverage:
     """Compute G over ``batches``, leaving the model exactly as it was.
 
@@ -54,12 +66,14 @@ def average_gradients(
 
     Args:
         model: the module whose parameters ``tensors`` are; unwrapped, so that no wrapper averages
-            gradients between processes.
+            gradients between processes (FSDP2, which is no wrapper, does, and is meant to).
         tensors: what to accumulate, as found by :func:`~hf_dash.tensors.find_shrinkable`.
         batches: minibatches from oldest to newest; on several processes, each one's share of the
             global minibatches.
         loss_fn: called with the model and a minibatch on its device; returns the mean loss.
         alpha: weight of the newest minibatch, in (0, 1].
+        micro_batch_size: images to compute at a time; None computes a minibatch at once.
+        disable_tqdm: show no progress; None shows it on a terminal; the main process's only.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the message names the minibatch.
@@ -67,34 +81,51 @@ def average_gradients(
         RuntimeError: the pass failed on another rank.
     """
     average, flat = _empty_average(tensors)
+    sharded = is_sharded(tensors)
+    if sharded:
+        # Every backward pass of a sharded model is a meeting of all ranks: agree before the first.
+        batches = list(batches)
+        agree(RankStatus(tuple(count_images(batch) for batch in batches)))
+    total = len(batches) if isinstance(batches, Sized) else None
+    hidden = True if not is_main_process() else disable_tqdm
     error: Exception | None = None
-    with rng_preserved(), evaluation_mode(model), gradients_set_aside(model):
+    with (
+        rng_preserved(),
+        evaluation_mode(model),
+        gradients_set_aside(model),
+        gradients_required([tensor.parameter for tensor in tensors]),
+        _folding(model, tensors, average.parts, alpha),
+        tqdm(desc="DASH", unit=" images", total=total, disable=hidden) as progress,
+    ):
         try:
-            with _folding(model, tensors, average.parts, alpha):
-                _run(model, batches, loss_fn, flat, average.batch_sizes, alpha)
+            average.batch_sizes = _run(
+                model, batches, loss_fn, flat, alpha, micro_batch_size, progress
+            )
         except Exception as failure:
             error = failure
     # The others wait for this rank: they must hear of its failure before it is raised.
     agree(RankStatus(tuple(average.batch_sizes), None if error is None else repr(error)))
     if error is not None:
         raise error
-    mean_across_ranks_(flat)
+    flat.div_(LOSS_SCALE)
+    if not sharded:
+        mean_across_ranks_(flat)
     return average
 
 
 def _empty_average(tensors: list[ShrinkableTensor]) -> tuple[GradientAverage, Tensor]:
-    devices = {tensor.parameter.device for tensor in tensors}
+    held = [tensor.view(local(tensor.parameter)) for tensor in tensors]
+    devices = {tensor.device for tensor in held}
     if len(devices) > 1:
         raise NotImplementedError(
             f"hf_dash cannot shrink a model on several devices: {sorted(map(str, devices))}"
         )
     # float32 at least, so that small steps of the average are not lost in half precision.
-    dtype = reduce(torch.promote_types, (t.parameter.dtype for t in tensors), torch.float32)
-    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in held), torch.float32)
+    sizes = [tensor.numel() for tensor in held]
     flat = torch.zeros(sum(sizes), dtype=dtype, device=devices.pop())
     slices = torch.split(flat, sizes)
-    parts = [part.view(tensor.shape) for part, tensor in zip(slices, tensors, strict=True)]
-    return GradientAverage(parts), flat
+    return GradientAverage([g.view(t.shape) for g, t in zip(slices, held, strict=True)]), flat
 
 
 @contextmanager
@@ -108,7 +139,7 @@ def _folding(
         target = targets.get(id(parameter))
         if target is not None and parameter.grad is not None:
             tensor, part = target
-            part.sub_(parameter.grad.view(tensor.shape), alpha=alpha)
+            part.sub_(tensor.view(local(parameter.grad)), alpha=alpha)
         parameter.grad = None
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -128,30 +159,39 @@ def _run(
     batches: Iterable[Batch],
     loss_fn: LossFn,
     flat: Tensor,
-    batch_sizes: list[int],
     alpha: float,
-) -> None:
-    """Run forward and backward over all minibatches and check that all numbers stay finite."""
-    device = flat.device
-    largest: list[Tensor] = []
+    micro_batch_size: int | None,
+    progress: "tqdm[Any]",
+) -> list[int]:
+    """Run forward and backward over all minibatches; return how many images each had."""
+    sizes: list[int] = []
+    # Read after the pass: asking the device for a number here would make it wait every time.
+    watched: list[Tensor] = []
     for batch in batches:
-        batch_sizes.append(count_images(batch))
-        with torch.enable_grad():
-            loss = loss_fn(model, to_device(batch, device))
-            _check_loss(loss)
-            flat.mul_(1 - alpha)
-            loss.backward()  # type: ignore[no-untyped-call]
-        # Read after the pass: asking the device for a number here would make it wait every time.
-        largest_entry = torch.linalg.vector_norm(flat, ord=math.inf)
-        largest.append(torch.stack([loss.detach().to(flat.dtype), largest_entry]))
-    if not largest:
+        sizes.append(count_images(batch))
+        flat.mul_(1 - alpha)
+        total = torch.zeros((), dtype=flat.dtype, device=flat.device)
+        for share, piece in micro_batches(batch, micro_batch_size):
+            with torch.enable_grad():
+                loss = loss_fn(model, to_device(piece, flat.device))
+                _check_loss(loss)
+                (loss * (share * LOSS_SCALE)).backward()  # type: ignore[no-untyped-call]
+            total += share * loss.detach()
+        watched.append(torch.stack([total, torch.linalg.vector_norm(flat, ord=math.inf)]))
+        progress.update(sizes[-1])
+    if not watched:
         raise ValueError("batches must hold at least one minibatch, got none")
-    for index, (loss_value, entry) in enumerate(torch.stack(largest).tolist()):
-        if not (math.isfinite(loss_value) and math.isfinite(entry)):
-            what = "gradient" if math.isfinite(loss_value) else "loss"
+    _check_finite(torch.stack(watched).tolist())
+    return sizes
+
+
+def _check_finite(watched: list[list[float]]) -> None:
+    for index, (loss, largest_entry) in enumerate(watched):
+        if not (math.isfinite(loss) and math.isfinite(largest_entry)):
+            what = "gradient" if math.isfinite(loss) else "loss"
             raise FloatingPointError(
-                f"the {what} of minibatch {index} (of {len(largest)}, counted from the oldest read)"
-                f" is not finite: loss {loss_value}; no weight was changed"
+                f"the {what} of minibatch {index} (of {len(watched)}, counted from the oldest read)"
+                f" is not finite: loss {loss}; no weight was changed"
             )
 
 

@@ -7,6 +7,7 @@ each norm to at least 1e-8, so there vectors with tiny gradients count as disagr
 Symbols: G (``gradient``), w (``weight``), λ (``lam``).
 """
 
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor
 
 from hf_dash.config import DashConfig
+from hf_dash.distributed import gather, local, whole, whole_like
 from hf_dash.gradients import GradientAverage
-from hf_dash.tensors import ShrinkableTensor
+from hf_dash.tensors import ShrinkableTensor, is_sharded
+
+# Elements whose factors are computed at a time; keeps the memory of the computation small.
+SLICE = 2**18
 
 
 class NoEffectWarning(UserWarning):
@@ -142,19 +147,45 @@ def _unit(vectors: Tensor, dims: tuple[int, ...]) -> Tensor:
 def all_factors(
     tensors: list[ShrinkableTensor], average: GradientAverage, lam: float
 ) -> list[Tensor]:
-    """Return the factors of every tensor.
+    """Return the factors of every tensor; uses up ``average``, whose memory they take.
+
+    Of a sharded tensor each process gets the factors of its own rows, and all those of vectors
+    that are cut across processes.
 
     Raises:
         FloatingPointError: a factor is not finite, because a weight is not.
     """
-    factors = [
-        shrink_factors(part, tensor.view(tensor.parameter), tensor.dims, lam)
-        for tensor, part in zip(tensors, average.parts, strict=True)
-    ]
-    finite = torch.stack([factor.isfinite().all() for factor in factors]).tolist()
+    factors = []
+    for tensor, part in zip(tensors, average.parts, strict=True):
+        if tensor.is_cut:
+            gradient = whole_like(part, tensor.parameter)
+            factors.append(shrink_factors(gradient, whole(tensor.parameter), tensor.dims, lam))
+        else:
+            weight = tensor.view(local(tensor.parameter))
+            factors.append(_factors_in_place(part, weight, tensor.dims, lam))
+    finite = [bool(factor.isfinite().all()) for factor in factors]
     if not all(finite):
         names = [tensor.name for tensor, good in zip(tensors, finite, strict=True) if not good]
         raise FloatingPointError(f"factors of {names} are not finite; no weight was changed")
+    return factors
+
+
+def _factors_in_place(
+    gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam: float
+) -> Tensor:
+    """Compute factors slice by slice and write them over the beginning of the gradient's memory.
+
+    A slice never has more factors than elements, so what is overwritten has been read.
+    """
+    shape = [1 if dim in dims else size for dim, size in enumerate(gradient.shape)]
+    factors = gradient.view(-1)[: math.prod(shape)].view(shape)
+    rows = gradient.shape[0]
+    if 0 in dims:
+        return factors.copy_(shrink_factors(gradient, weight, dims, lam))
+    step = max(1, SLICE * rows // max(1, gradient.numel()))
+    for begin in range(0, rows, step):
+        piece = slice(begin, begin + step)
+        factors[piece] = shrink_factors(gradient[piece], weight[piece], dims, lam)
     return factors
 
 
@@ -170,7 +201,7 @@ def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
     """
     with torch.no_grad():
         for tensor, factor in zip(tensors, factors, strict=True):
-            tensor.view(tensor.parameter).mul_(factor)
+            tensor.view(local(tensor.parameter)).mul_(factor)
     if all(bool((factor == 1).all()) for factor in factors):
         warnings.warn(
             "the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=3
@@ -180,11 +211,25 @@ def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
 def report_tensors(
     tensors: list[ShrinkableTensor], factors: list[Tensor], lam: float
 ) -> tuple[TensorReport, ...]:
-    """Sum up the factors of every tensor."""
-    numbers = [
-        torch.stack([f.mean(), f.amin(), f.amax(), (f <= lam).to(f.dtype).mean()]) for f in factors
-    ]
-    return tuple(
-        TensorReport(tensor.name, tensor.num_vectors, *row)
-        for tensor, row in zip(tensors, torch.stack(numbers).tolist(), strict=True)
-    )
+    """Sum up the factors of every tensor, over all processes where it is sharded."""
+    rows = [_sums(factor, lam) for factor in factors]
+    by_rank = gather(rows) if is_sharded(tensors) else [rows]
+    reports = []
+    for index, tensor in enumerate(tensors):
+        held = [rank[index] for rank in by_rank if rank[index] is not None]
+        # Every process has the factors of a vector that is cut: the first will do.
+        held = held[:1] if tensor.is_cut else held
+        counts, sums, at_lam, lowest, highest = zip(*held, strict=True)
+        count = sum(counts)
+        mean, share = sum(sums) / count, sum(at_lam) / count
+        reports.append(TensorReport(tensor.name, count, mean, min(lowest), max(highest), share))
+    return tuple(reports)
+
+
+def _sums(factor: Tensor, lam: float) -> tuple[float, ...] | None:
+    """Return count, sum, number at λ, smallest and largest; None where this process has none."""
+    if factor.numel() == 0:
+        return None
+    at_lam = (factor <= lam).sum().to(factor.dtype)
+    numbers = torch.stack([factor.sum(), at_lam, factor.amin(), factor.amax()])
+    return (factor.numel(), *numbers.tolist())

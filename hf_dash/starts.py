@@ -69,6 +69,7 @@ def dash_(model: PreTrainedModel, context: StartContext) -> ShrinkReport:
         model,
         context.gradient_batches(),
         accelerator=context.accelerator,
+        disable_tqdm=True,
         **context.dash.arguments,
     )
 

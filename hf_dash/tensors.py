@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
@@ -42,35 +43,50 @@ class ShrinkableTensor:
         """Number of vectors the tensor holds."""
         return math.prod(size for dim, size in enumerate(self.shape) if dim not in self.dims)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether vectors lie across processes: sharding is by rows, and they span all rows."""
+        return isinstance(self.parameter, DTensor) and 0 in self.dims
+
     def view(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor``, laid out as the parameter is, as a view of shape ``self.shape``."""
-        return tensor.view(self.shape)
+        """Return ``tensor``, laid out as the parameter is, as a view of shape ``self.shape``.
+
+        A process's share of a sharded tensor keeps its own number of rows.
+        """
+        return tensor if self.shape == tuple(self.parameter.shape) else tensor.view(self.shape)
 
 
 def find_shrinkable(
-    model: nn.Module, grouping: Grouping = "kernel"
+    model: nn.Module, grouping: Grouping = "kernel", *, include_frozen: bool = False
 ) -> tuple[list[ShrinkableTensor], list[str]]:
     """Find the tensors that shrink.
 
     Args:
         model: any module; wrappers such as DDP are to be taken off before.
         grouping: see :class:`~hf_dash.config.DashConfig`.
+        include_frozen: take tensors that do not require gradients too.
 
     Returns:
         The shrinkable tensors in the order of the model's modules, each once, and the names of all
-        other parameters, which stay untouched: other layers' and frozen ones.
+        other parameters, which stay untouched: other layers' and frozen ones. Names are those of
+        the model as written, without the prefixes of compiled submodules.
 
     Raises:
         ValueError: no tensor of the model can shrink.
-        NotImplementedError: a linear or convolution weight is parametrized, so that scaling it
-            would not scale what the layer computes with.
+        NotImplementedError: a linear or convolution weight is parametrized or quantised, so that
+            scaling it would not scale what the layer computes with.
     """
     found: list[ShrinkableTensor] = []
     taken: set[int] = set()
     for prefix, module in model.named_modules():
         for local_name, parameter, shape, dims in _cuts(module, grouping):
-            name = f"{prefix}.{local_name}" if prefix else local_name
-            if parameter.requires_grad and id(parameter) not in taken:
+            name = _plain(f"{prefix}.{local_name}" if prefix else local_name)
+            if isinstance(parameter, DTensor) and shape != tuple(parameter.shape):
+                raise NotImplementedError(
+                    f"hf_dash cannot cut {name!r} into filters under FSDP2: a grouped transposed"
+                    " convolution mixes its groups in the rows that are sharded"
+                )
+            if (parameter.requires_grad or include_frozen) and id(parameter) not in taken:
                 taken.add(id(parameter))
                 found.append(ShrinkableTensor(name, parameter, shape, dims))
     if not found:
@@ -78,8 +94,22 @@ def find_shrinkable(
             f"model {type(model).__name__} has no shrinkable tensor: DASH shrinks trainable weights"
             " and biases of linear and convolution layers"
         )
-    untouched = [name for name, parameter in model.named_parameters() if id(parameter) not in taken]
+    untouched = [_plain(name) for name, p in model.named_parameters() if id(p) not in taken]
     return found, untouched
+
+
+def is_sharded(tensors: list[ShrinkableTensor]) -> bool:
+    """Tell whether each process holds only a share of these tensors (FSDP2: all or none)."""
+    return any(isinstance(tensor.parameter, DTensor) for tensor in tensors)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell a tensor that holds its numbers from one that packs them, such as a quantised one."""
+    return type(tensor.data) in (Tensor, nn.Parameter, DTensor)
 
 
 _Cut = tuple[str, nn.Parameter, tuple[int, ...], tuple[int, ...]]
@@ -91,7 +121,8 @@ def _cuts(module: nn.Module, grouping: Grouping) -> Iterator[_Cut]:
         return
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     has_weight = "weight" in own or isinstance(module, nn.MultiheadAttention)
-    if parametrize.is_parametrized(module) or not has_weight:
+    plain = all(t.is_floating_point() and _is_plain(t) for t in own.values())
+    if parametrize.is_parametrized(module) or not (has_weight and plain):
         raise NotImplementedError(
             f"{type(module).__name__} is parametrized or quantised: its stored tensors are not the"
             " weights it computes with, so scaling them would not scale the layer"

@@ -150,9 +150,9 @@ def test_the_first_log_of_the_trainer_shows_the_summary_once(tmp_path, two_round
 
 
 def test_a_summary_line_is_logged_at_info(tmp_path, two_rounds, caplog):
-    logger = logging.getLogger("hf_dash.callback")
+    logger = logging.getLogger("hf_dash.dash")
     logger.propagate = True
-    with caplog.at_level(logging.INFO, logger="hf_dash.callback"):
+    with caplog.at_level(logging.INFO, logger="hf_dash.dash"):
         trained(tmp_path, two_rounds[0], [hf_dash.DashCallback()])
     assert any(message.startswith("DASH shrank") for message in caplog.messages)
 
