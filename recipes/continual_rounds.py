@@ -8,6 +8,7 @@ Every start sees the same rounds in the same order and shares its first round's 
 seed. Flags: those below, and the fields of hf_dash's DataConfig, TrainingConfig and DashConfig.
 """
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class RunArguments:
         default=None, metadata={"help": "Examples in one arrival; by default all are shared out."}
     )
     architecture: str = field(default="test_resnet", metadata={"help": "A name timm knows."})
+    model_args: str = field(default="{}", metadata={"help": "For timm.create_model, as JSON."})
     image_size: int = field(default=32, metadata={"help": "Height and width of the model's input."})
     export_start: str | None = field(
         default=None, metadata={"help": "Start whose model is saved; the last of --starts."}
@@ -73,6 +75,7 @@ def main() -> None:
         fresh = {
             "architecture": run.architecture,
             "label_names": hf_dash.label_names(train),
+            "model_args": json.loads(run.model_args),
             "image_size": run.image_size,
             "seed": seed,
         }
