@@ -5,6 +5,7 @@ It shares no helper with the rest of the package, on purpose. Letters as in the 
 """
 
 import math
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,8 +29,13 @@ def reference_factors(
     alpha: float = 0.3,
     lam: float = 0.3,
     grouping: str = "kernel",
+    sample: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return, per tensor name, the factor of every element (float64, the tensor's own shape)."""
+    """Return, per tensor name, the factor of every element (float64, the tensor's own shape).
+
+    With ``sample`` only so many vectors of each tensor, drawn at random, are computed; the elements
+    of all others are NaN.
+    """
     theta = reference_tensors(model)
     G = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in theta.items()}
     modes = {module: module.training for module in model.modules()}
@@ -42,11 +48,18 @@ def reference_factors(
             G[name] = (1 - alpha) * G[name] + alpha * (-u)
     for module, training in modes.items():
         module.training = training
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in theta}
-    return {
-        name: _tensor_factors(owners[name], name, G[name], tensor.detach().double(), lam, grouping)
-        for name, tensor in theta.items()
-    }
+    result = {}
+    for name, tensor in theta.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        where = _vectors(owner, name, tensor, grouping)
+        if sample is not None and len(where) > sample:
+            where = random.Random(0).sample(where, sample)
+        factors = torch.full(tensor.shape, math.nan, dtype=torch.float64)
+        for vector in where:
+            g, w = G[name][vector].flatten().tolist(), tensor.detach()[vector].flatten().tolist()
+            factors[vector] = max(lam, min(1.0, _cosine(g, w)))
+        result[name] = factors
+    return result
 
 
 def reference_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -75,45 +88,20 @@ def reference_tensors(model: nn.Module) -> dict[str, Tensor]:
     return theta
 
 
-def _tensor_factors(
-    module: nn.Module, name: str, G: Tensor, theta: Tensor, lam: float, grouping: str
-) -> Tensor:
-    factors = torch.empty(theta.shape, dtype=torch.float64)
-    for where in _vectors(module, name, theta, grouping):
-        g = [G[index].item() for index in where]
-        w = [theta[index].item() for index in where]
-        factor = max(lam, min(1.0, _cosine(g, w)))
-        for index in where:
-            factors[index] = factor
-    return factors
-
-
-def _vectors(
-    module: nn.Module, name: str, theta: Tensor, grouping: str
-) -> list[list[tuple[int, ...]]]:
-    """Return, for every vector, the indices of its elements."""
-    by_vector: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for index in _indices(tuple(theta.shape)):
-        if name.endswith("bias"):
-            vector: tuple[int, ...] = ()
-        elif not isinstance(module, CONVOLUTIONS):
-            vector = index[:1]
-        elif grouping == "kernel" or (grouping == "auto" and max(theta.shape[2:]) > 1):
-            vector = index[:2]
-        elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            inputs_per_group = theta.shape[0] // module.groups
-            vector = (index[0] // inputs_per_group, index[1])
-        else:
-            vector = index[:1]
-        by_vector.setdefault(vector, []).append(index)
-    return list(by_vector.values())
-
-
-def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    indices: list[tuple[int, ...]] = [()]
-    for size in shape:
-        indices = [(*index, i) for index in indices for i in range(size)]
-    return indices
+def _vectors(module: nn.Module, name: str, theta: Tensor, grouping: str) -> list[Any]:
+    """Return where in its tensor each vector is."""
+    if name.endswith("bias"):
+        return [...]
+    if not isinstance(module, CONVOLUTIONS):
+        return list(range(theta.shape[0]))
+    if grouping == "kernel" or (grouping == "auto" and max(theta.shape[2:]) > 1):
+        return [(o, i) for o in range(theta.shape[0]) for i in range(theta.shape[1])]
+    if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return list(range(theta.shape[0]))
+    # Transposed: [in, out / groups, *k]; the inputs of one group make its output channels.
+    step = theta.shape[0] // module.groups
+    starts = range(0, theta.shape[0], step)
+    return [(slice(begin, begin + step), o) for begin in starts for o in range(theta.shape[1])]
 
 
 def _cosine(g: list[float], w: list[float]) -> float:
