@@ -148,6 +148,8 @@ def _conv_cut(
     if not isinstance(module, _ConvTransposeNd):
         return shape, tuple(range(1, len(shape)))
     # A transposed weight is [in, out / groups, *k]; split off the groups to find its filters.
+    if module.groups == 1:
+        return shape, (0, *range(2, len(shape)))
     inputs, outputs_per_group = shape[:2]
     grouped = (module.groups, inputs // module.groups, outputs_per_group, *kernel)
     return grouped, (1, *range(3, len(grouped)))

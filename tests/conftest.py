@@ -28,15 +28,15 @@ class EveryLayer(nn.Module):
 
     num_classes = 10
 
-    def __init__(self) -> None:
+    def __init__(self, norm: bool = True, groups: int = 2) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.GroupNorm(2, 8)
         self.depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
         self.pointwise = nn.Conv2d(8, 6, 1)
         self.frozen = nn.Conv2d(6, 6, 1)
         self.frozen.requires_grad_(False)
-        self.transposed = nn.ConvTranspose2d(6, 4, 2, groups=2)
+        self.transposed = nn.ConvTranspose2d(6, 4, 2, groups=groups)
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(4, 10)
 

@@ -1,4 +1,4 @@
-"""Two processes on the CPU against one; each writes what it found to a file, which is judged."""
+"""Several processes on the CPU against one; what each wrote to a file is judged."""
 
 import json
 import os
@@ -21,106 +21,104 @@ from hf_dash.distributed import (
     synchronise,
 )
 
-WORKER = """
-import json, os, sys
-import torch, torch.distributed as dist
-from accelerate import Accelerator
-from conftest import EveryLayer, random_pairs
-import hf_dash
-
-case, out = sys.argv[1:]
-accelerator = Accelerator(cpu=True)
-rank, world = accelerator.process_index, accelerator.num_processes
-reduces = []
-all_reduce = dist.all_reduce
-dist.all_reduce = lambda *a, **k: (reduces.append(1), all_reduce(*a, **k))[1]
-
-torch.manual_seed(0)
-model = EveryLayer()
-batches = [(x[rank::world], y[rank::world]) for x, y in random_pairs(6)]
-if case == "uneven count" and rank == 1:
-    batches = batches[1:]
-if case == "uneven size" and rank == 1:
-    batches[2] = tuple(part[1:] for part in batches[2])
-if case == "broken" and rank == 1:
-    batches[2][0].fill_(float("nan"))
-prepared = accelerator.prepare(model) if case == "prepared" else model
-before = [p.detach().clone() for p in model.parameters()]
-result = {"world": world}
-try:
-    report = hf_dash.dash_shrink_(prepared, batches, tolerance=0.0)
-    result["num_images"] = report.num_images
-except (ValueError, RuntimeError, FloatingPointError) as error:
-    result["error"] = type(error).__name__ + ": " + str(error)
-result["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-result["all_reduces"] = len(reduces)
-result["weights"] = [p.flatten().tolist() for p in model.parameters()]
-with open(f"{out}/{rank}.json.tmp", "w") as file:
-    json.dump(result, file)
-os.replace(f"{out}/{rank}.json.tmp", f"{out}/{rank}.json")
-"""
+TESTS = Path(__file__).parent
+FAILING = ["uneven_count", "uneven_size", "broken", "fsdp_uneven_count", "fsdp_broken"]
+TWO = ["bare", "ddp", "ddp_no_batch_norm", "fsdp", "fsdp_filter", "trainer", *FAILING]
+FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
 
 
-def run_two(case, folder):
-    """Run the worker in two processes and return what each wrote."""
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1",
-    }
+def run(world, cases, folder):
+    """Run cases in ``world`` processes; return, per case, what each rank wrote."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # A gloo process sometimes aborts at exit with all its work done: the files tell, not the code.
+    worker = [str(TESTS / "process_worker.py"), str(folder), *cases]
     done = subprocess.run(
-        [*launcher, str(script), case, str(folder)],
-        env=environment,
+        [*launcher, f"--nproc_per_node={world}", *worker],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
-    found = sorted(folder.glob("*.json"))
-    assert len(found) == 2, done.stderr[-3000:]
-    return [json.loads(file.read_text()) for file in found]
+    files = [[folder / f"{case}.{rank}.json" for rank in range(world)] for case in cases]
+    missing = [file.name for row in files for file in row if not file.exists()]
+    assert not missing, f"{missing}: {done.stderr[-5000:]}"
+    return {
+        c: [json.loads(f.read_text()) for f in row] for c, row in zip(cases, files, strict=True)
+    }
 
 
-@pytest.mark.parametrize("case", ["bare", "prepared"])
-def test_two_processes_shrink_as_one_does(case, tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return {
+        1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
+        2: run(2, TWO, tmp_path_factory.mktemp("two")),
+        4: run(4, FOUR, tmp_path_factory.mktemp("four")),
+    }
+
+
+def in_this_process(case):
     torch.manual_seed(0)
-    model = EveryLayer()
-    hf_dash.dash_shrink_(model, random_pairs(6), tolerance=0.0)
-    ranks = run_two(case, tmp_path)
-    for rank in ranks:
-        assert rank["world"] == 2
-        assert rank["num_images"] == 48
-        assert rank["all_reduces"] == 1
-        for found, expected in zip(rank["weights"], model.parameters(), strict=True):
-            torch.testing.assert_close(
-                torch.tensor(found), expected.detach().flatten(), rtol=0, atol=1e-6
-            )
-    assert ranks[0]["weights"] == ranks[1]["weights"]
+    model = EveryLayer(norm="batch_norm" not in case, groups=1 if "filter" in case else 2)
+    grouping = "filter" if "filter" in case else "kernel"
+    report = hf_dash.dash_shrink_(model, random_pairs(6), tolerance=0.0, grouping=grouping)
+    return model, report
 
 
 @pytest.mark.parametrize(
-    ("case", "errors"),
+    ("world", "case"),
     [
-        ("uneven count", ["ValueError: every rank must pass the same number"] * 2),
-        ("uneven size", ["ValueError: every rank must pass the same number"] * 2),
-        (
-            "broken",
-            [
-                "RuntimeError: the gradient pass failed on rank 1: FloatingPointError",
-                "FloatingPointError: the loss of minibatch 2",
-            ],
-        ),
+        (1, "ddp"),
+        (1, "trainer"),
+        *((2, case) for case in TWO if case not in FAILING),
+        *((4, case) for case in FOUR),
     ],
 )
-def test_what_goes_wrong_on_one_rank_stops_all_unchanged(case, errors, tmp_path):
-    for rank, error in zip(run_two(case, tmp_path), errors, strict=True):
-        assert rank["error"].startswith(error)
+def test_several_processes_shrink_as_one_does(results, world, case):
+    model, report = in_this_process(case)
+    ranks = results[world][case]
+    for rank in ranks:
+        assert rank["world"] == world
+        for found, expected in zip(rank["weights"], model.parameters(), strict=True):
+            torch.testing.assert_close(
+                torch.tensor(found), expected.detach().flatten(), rtol=1e-5, atol=1e-7
+            )
+        assert rank["weights"] == ranks[0]["weights"]
+        assert rank["report"]["num_images"] == 48
+        for found, tensor in zip(rank["report"]["tensors"], report.tensors, strict=True):
+            assert found["num_vectors"] == tensor.num_vectors
+            assert found["name"].removeprefix("inner.") == tensor.name
+            for number in ("mean_factor", "min_factor", "max_factor", "share_at_lam"):
+                assert found[number] == pytest.approx(getattr(tensor, number), abs=1e-5)
+
+
+def test_one_all_reduce_in_all_and_none_for_a_sharded_model(results):
+    for world in (2, 4):
+        assert [rank["all_reduces"] for rank in results[world]["ddp"]] == [1] * world
+        assert [rank["all_reduces"] for rank in results[world]["fsdp"]] == [0] * world
+    assert results[1]["ddp"][0]["all_reduces"] == 0
+
+
+def test_the_trainer_did_wrap_the_model(results):
+    assert {rank["wrapped"] for rank in results[2]["trainer"]} == {"DistributedDataParallel"}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
+    if "broken" in case:
+        errors = [
+            "RuntimeError: the gradient pass failed on rank 1: FloatingPointError",
+            "FloatingPointError: the loss of minibatch 2",
+        ]
+    else:
+        errors = ["ValueError: every rank must pass the same number of batches"] * 2
+    for rank, error in zip(results[2][case], errors, strict=True):
         assert rank["unchanged"]
         assert rank["all_reduces"] == 0
+        if case == "fsdp_broken":
+            # FSDP averages the gradients, so every rank sees that they are not finite.
+            error = ("RuntimeError", "FloatingPointError")
+        assert rank["error"].startswith(error)
 
 
 def test_one_process_needs_no_group():

@@ -1,0 +1,128 @@
+"""What one of several processes does in ``test_distributed.py``.
+
+Called as ``process_worker.py FOLDER CASE…``. Every case writes ``FOLDER/CASE.RANK.json``.
+"""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from conftest import EveryLayer, random_pairs
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hf_dash
+from hf_dash.distributed import whole
+
+REDUCES: list[int] = []
+plain_all_reduce = dist.all_reduce
+
+
+def counted_all_reduce(*arguments, **options):
+    REDUCES.append(1)
+    return plain_all_reduce(*arguments, **options)
+
+
+def share(rank, world):
+    return [(images[rank::world], labels[rank::world]) for images, labels in random_pairs(6)]
+
+
+def shrink(case, accelerator, folder):
+    rank, world = accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(0)
+    model = EveryLayer(norm="batch_norm" not in case, groups=1 if "filter" in case else 2)
+    batches = share(rank, world)
+    if "uneven_count" in case and rank == 1:
+        batches = batches[1:]
+    if "uneven_size" in case and rank == 1:
+        batches[2] = tuple(part[1:] for part in batches[2])
+    if "broken" in case and rank == 1:
+        batches[2][0].fill_(float("nan"))
+    prepared = accelerator.prepare(model) if "ddp" in case else model
+    if "fsdp" in case:
+        fully_shard(model.conv)
+        fully_shard(model)
+    before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
+    grouping = "filter" if "filter" in case else "kernel"
+    REDUCES.clear()
+    result = {"world": world}
+    try:
+        report = hf_dash.dash_shrink_(prepared, batches, tolerance=0.0, grouping=grouping)
+        result["report"] = report.to_dict()
+    except (ValueError, RuntimeError, FloatingPointError) as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    result["all_reduces"] = len(REDUCES)
+    after = [whole(parameter.detach()) for parameter in model.parameters()]
+    result["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    result["weights"] = [parameter.flatten().tolist() for parameter in after]
+    write(result, case, rank, folder)
+
+
+class AfterShrink(TrainerCallback):
+    """Keeps the weights as the shrink left them."""
+
+    def on_step_begin(self, args, state, control, *, model, **kwargs):
+        self.weights = [p.detach().flatten().tolist() for p in model.parameters()]
+
+
+class WithLoss(torch.nn.Module):
+    """EveryLayer as a model of the Trainer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = EveryLayer()
+
+    def forward(self, images, labels):
+        return {"loss": torch.nn.functional.cross_entropy(self.inner(images), labels)}
+
+
+def train(case, folder, rank, world):
+    torch.manual_seed(0)
+    model = WithLoss()
+    batches = [{"images": images, "labels": labels} for images, labels in share(rank, world)]
+    after = AfterShrink()
+    dash = hf_dash.DashCallback(
+        batches=batches, tolerance=0.0, loss_fn=lambda m, b: m(b["images"], b["labels"])["loss"]
+    )
+    args = TrainingArguments(
+        output_dir=f"{folder}/trainer",
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    images, labels = random_pairs(1)[0]
+    rows = [{"images": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[dash, after])
+    REDUCES.clear()
+    trainer.train()
+    result = {"world": world, "weights": after.weights, "report": dash.report.to_dict()}
+    result["wrapped"] = type(trainer.model_wrapped).__name__
+    write(result, case, rank, folder)
+
+
+def write(result, case, rank, folder):
+    path = f"{folder}/{case}.{rank}.json"
+    with open(path + ".tmp", "w") as file:
+        json.dump(result, file)
+    os.replace(path + ".tmp", path)
+
+
+def main():
+    folder, *cases = sys.argv[1:]
+    dist.all_reduce = counted_all_reduce
+    accelerator = Accelerator(cpu=True)
+    for case in cases:
+        if case == "trainer":
+            train(case, folder, accelerator.process_index, accelerator.num_processes)
+        else:
+            shrink(case, accelerator, folder)
+
+
+if __name__ == "__main__":
+    main()
