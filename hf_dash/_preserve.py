@@ -1,7 +1,7 @@
 """Leave no trace: what a gradient pass may change besides its result, put back afterwards."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -62,3 +62,29 @@ def gradients_required(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def caches_set_aside(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Give a function that empties the model's caches; put their contents back on leaving.
+
+    Some of timm's models (LeViT and its kin) keep what evaluation computed from a parameter in a
+    dict for the next call: with it they would keep a graph that one backward pass has used up.
+    """
+    caches = [
+        (cache, dict(cache))
+        for module in model.modules()
+        for name, cache in vars(module).items()
+        if name.endswith("_cache") and isinstance(cache, dict)
+    ]
+
+    def empty() -> None:
+        for cache, _ in caches:
+            cache.clear()
+
+    try:
+        yield empty
+    finally:
+        empty()
+        for cache, contents in caches:
+            cache.update(contents)

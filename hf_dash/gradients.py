@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_dash._preserve import (
+    caches_set_aside,
     evaluation_mode,
     gradients_required,
     gradients_set_aside,
@@ -89,17 +90,23 @@ def average_gradients(
     total = len(batches) if isinstance(batches, Sized) else None
     hidden = True if not is_main_process() else disable_tqdm
     error: Exception | None = None
+
+    def fresh_loss(module: nn.Module, batch: Batch) -> Tensor:
+        empty_caches()
+        return loss_fn(module, batch)
+
     with (
         rng_preserved(),
         evaluation_mode(model),
         gradients_set_aside(model),
         gradients_required([tensor.parameter for tensor in tensors]),
+        caches_set_aside(model) as empty_caches,
         _folding(model, tensors, average.parts, alpha),
         tqdm(desc="DASH", unit=" images", total=total, disable=hidden) as progress,
     ):
         try:
             average.batch_sizes = _run(
-                model, batches, loss_fn, flat, alpha, micro_batch_size, progress
+                model, batches, fresh_loss, flat, alpha, micro_batch_size, progress
             )
         except Exception as failure:
             error = failure

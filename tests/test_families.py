@@ -4,7 +4,6 @@
 """
 
 import gc
-import math
 import warnings
 
 import pytest
@@ -35,6 +34,10 @@ SAMPLE = 48
 
 
 def loss_of(model, batch):
+    for module in model.modules():
+        # What evaluation keeps between calls would keep a graph already used up.
+        if hasattr(module, "attention_bias_cache"):
+            module.attention_bias_cache = {}
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -65,7 +68,7 @@ def largest_error(model, size):
     ]
     expected = reference_factors(model, batches, loss_of, sample=SAMPLE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = hf_dash.dash_shrink_(model, batches, loss_of, tolerance=0.0)
+    report = hf_dash.dash_shrink_(model, batches, tolerance=0.0)
     assert {tensor.name for tensor in report.tensors} == set(expected)
     worst = 0.0
     for name, parameter in model.named_parameters():
@@ -94,17 +97,9 @@ def check(module):
         except NotImplementedError as reason:
             return [module, name, "", "", "", f"cannot be run: {reason}"]
         error, report = largest_error(model, size)
-    assert math.isfinite(error)
-    assert error <= 1e-5, f"{name}: relative error {error}"
     gc.collect()
-    return [
-        module,
-        name,
-        str(size),
-        str(len(report.tensors)),
-        str(report.num_vectors),
-        f"{error:.1e}",
-    ]
+    counts = str(len(report.tensors)), str(report.num_vectors)
+    return [module, name, str(size), *counts, f"{error:.1e}"]
 
 
 @pytest.mark.parametrize("module", DOZEN)
@@ -121,4 +116,5 @@ def test_all_families_equal_the_reference():
     header = ["timm module", "smallest model", "input", "tensors", "vectors", "largest rel. error"]
     print("\n" + markdown_table(header, rows))
     ran = [row for row in rows if row[2]]
+    assert [row for row in ran if not float(row[-1]) <= 1e-5] == []
     assert len(ran) >= 0.9 * len(rows)

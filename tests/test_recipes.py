@@ -130,3 +130,13 @@ def test_cifar10_streams_through_the_comparison(tmp_path):
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
     assert [r.num_total for r in records] == [100, 200, 300] * 2
     assert set(records[0].per_class_accuracy) >= {"airplane", "truck"}
+
+
+RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_tables_are_those_of_their_histories(path):
+    text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
+    assert hf_dash.starts_table(hf_dash.read_history(path).records) in text
+    assert f"`{path.parent.name}`" in text
