@@ -15,7 +15,7 @@ from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, find_start
-from hf_dash.tables import rounds_table, starts_table
+from hf_dash.tables import markdown_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "library_versions",
     "load_images",
     "load_model",
+    "markdown_table",
     "plot_rounds",
     "push_folder",
     "read_history",

@@ -184,7 +184,7 @@ def _run(
                 _check_loss(loss)
                 (loss * (share * LOSS_SCALE)).backward()  # type: ignore[no-untyped-call]
             total += share * loss.detach()
-        watched.append(torch.stack([total, torch.linalg.vector_norm(flat, ord=math.inf)]))
+        watched.append(torch.stack([total, *torch.aminmax(flat)]))
         progress.update(sizes[-1])
     if not watched:
         raise ValueError("batches must hold at least one minibatch, got none")
@@ -193,8 +193,8 @@ def _run(
 
 
 def _check_finite(watched: list[list[float]]) -> None:
-    for index, (loss, largest_entry) in enumerate(watched):
-        if not (math.isfinite(loss) and math.isfinite(largest_entry)):
+    for index, (loss, lowest, highest) in enumerate(watched):
+        if not all(map(math.isfinite, (loss, lowest, highest))):
             what = "gradient" if math.isfinite(loss) else "loss"
             raise FloatingPointError(
                 f"the {what} of minibatch {index} (of {len(watched)}, counted from the oldest read)"

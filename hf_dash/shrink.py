@@ -23,6 +23,9 @@ from hf_dash.tensors import ShrinkableTensor, is_sharded
 # Elements whose factors are computed at a time; keeps the memory of the computation small.
 SLICE = 2**18
 
+# Squared norms that float32 holds with all their digits.
+SAFE_SQUARES = (1e-28, 1e28)
+
 
 class NoEffectWarning(UserWarning):
     """A call that should have changed weights changed none."""
@@ -129,17 +132,31 @@ def shrink_factors(gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam:
         The factors, of the same shape with ``dims`` reduced to 1. A vector whose w or G is zero
         has cosine 0, hence factor λ.
     """
-    cosine = (_unit(gradient, dims) * _unit(weight.to(gradient.dtype), dims)).sum(
-        dims, keepdim=True
-    )
-    return cosine.clamp_(min=lam, max=1.0)
+    g, w = _as_rows(gradient, dims), _as_rows(weight.to(gradient.dtype), dims)
+    squares = torch.linalg.vecdot(g, g), torch.linalg.vecdot(w, w)
+    cosine = torch.linalg.vecdot(g, w) / (squares[0].sqrt() * squares[1].sqrt())
+    # Squares of very small or large numbers leave float32: these few are computed with more care.
+    low, high = SAFE_SQUARES
+    odd = ~((squares[0] > low) & (squares[0] < high) & (squares[1] > low) & (squares[1] < high))
+    if odd.any():
+        cosine[odd] = torch.linalg.vecdot(_unit(g[odd]), _unit(w[odd]))
+    shape = [1 if dim in dims else size for dim, size in enumerate(gradient.shape)]
+    factors: Tensor = cosine.clamp_(min=lam, max=1.0).view(shape)
+    return factors
 
 
-def _unit(vectors: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Scale every vector to length 1 without under- or overflow; zero vectors stay zero."""
-    largest = vectors.abs().amax(dims, keepdim=True)
-    scaled = vectors / torch.where(largest > 0, largest, 1)
-    norm = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
+def _as_rows(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return a tensor [vectors, elements], to be read only: it may be a copy."""
+    others = [dim for dim in range(tensor.ndim) if dim not in dims]
+    vectors = math.prod(tensor.shape[dim] for dim in others)
+    return tensor.permute(*others, *dims).reshape(vectors, -1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Scale every row to length 1 whatever its size; zero rows stay zero."""
+    largest = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     return scaled.div_(torch.where(norm > 0, norm, 1))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_dash
 from hf_dash.dash import default_loss
-from hf_dash.reference import reference_factors
+from hf_dash.reference import published_pass_, reference_factors
 
 
 def pair_loss(model, batch):
@@ -111,6 +111,18 @@ def test_bare_timm_models_equal_the_reference(name, options):
     model = timm.create_model(name, num_classes=10, **options)
     batches = [(torch.randn(2, 3, 32, 32), torch.tensor([1, 7])) for _ in range(2)]
     assert shrunk_against_reference(model, batches) <= 1e-6
+
+
+def test_the_published_pass_comes_to_the_same():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    published, before = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [(torch.randn(4, 3, 32, 32), torch.tensor([1, 7, 0, 3])) for _ in range(3)]
+    published_pass_(published, batches, pair_loss)
+    hf_dash.dash_shrink_(model, batches, pair_loss, tolerance=0.0)
+    assert not same_state(state_of(before), state_of(model))
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor, published.get_parameter(name), rtol=0, atol=1e-5)
 
 
 def test_the_bounded_pass_differs_by_about_the_tolerance(every_layer):
