@@ -4,10 +4,9 @@ Launch:  accelerate launch recipes/benchmarks/shrink_pass.py
          accelerate launch recipes/benchmarks/shrink_pass.py --dtype bfloat16 --channels_last
 
 (a) bare forward and backward over the minibatches our pass reads; (b) our pass and shrink; (c) the
-plain pass over all data as the paper does it: a deep copy, lists of averages; (d) DASH-pytorch
-where it is installed, over all data. Images are random: only their number matters. The ways take
-turns; medians over the repeats. Memory is the peak beyond that of a forward and backward whose
-gradients are dropped one by one as they come (Linux or CUDA), in units of the parameters' bytes.
+pass over all data as published, on a deep copy; (d) DASH-pytorch where it is installed, over all
+data. Images are random: only their number matters. The ways take turns; medians over the repeats.
+Memory: the peak beyond that of (a) with every gradient dropped as it comes (Linux or CUDA).
 """
 
 import importlib.util
@@ -95,8 +94,8 @@ WAYS = {"dropped": dropped, "a": bare, "b": ours, "c": published, "d": dash_pyto
 
 def seconds(way, args, images):
     model, batches = prepare(args, images)
-    dropped(model, batches[:1])  # warm
-    next(model.parameters()).sum().item()  # and the device is waited for
+    dropped(model, batches[:1])
+    next(model.parameters()).sum().item()  # waits for the device
     started = time.perf_counter()
     WAYS[way](model, batches)
     next(model.parameters()).sum().item()
