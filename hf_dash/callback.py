@@ -103,6 +103,11 @@ class DashCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             logger.info("DASH: training resumes at step %d, no shrink", state.global_step)
             return
+        if getattr(args, "deepspeed", None):
+            raise NotImplementedError(
+                "DashCallback cannot shrink under DeepSpeed: the Trainer hands it the model without"
+                " the engine, which would undo the shrink; call dash_shrink_ before trainer.train()"
+            )
         with rng_preserved():
             batches = self.batches
             if batches is None:

@@ -16,7 +16,14 @@ from transformers.utils import logging
 
 from hf_dash.batches import Batch, check_labels, newest_batches, split_labels
 from hf_dash.config import DashConfig, Grouping
-from hf_dash.distributed import is_main_process, num_processes, refuse_unsupported, synchronise
+from hf_dash.distributed import (
+    deepspeed_engine,
+    is_main_process,
+    num_processes,
+    refresh_master_weights_,
+    refuse_unsupported,
+    synchronise,
+)
 from hf_dash.gradients import LossFn, average_gradients
 from hf_dash.shrink import ShrinkReport, all_factors, report_tensors, shrink_
 from hf_dash.tensors import find_shrinkable
@@ -88,8 +95,8 @@ def dash_shrink_(
         include_frozen=include_frozen,
     )
     refuse_unsupported(model)
-    # The uncompiled module: compiling evaluation with gradients anew would cost more than the pass.
-    module = extract_model_from_parallel(model, keep_torch_compile=False)
+    engine = deepspeed_engine(model)
+    module = _inner_module(model)
     tensors, untouched = find_shrinkable(module, grouping, include_frozen=include_frozen)
     device = tensors[0].parameter.device
     newest = newest_batches(batches, config.newest)
@@ -108,10 +115,13 @@ def dash_shrink_(
         alpha=alpha,
         micro_batch_size=micro_batch_size,
         disable_tqdm=disable_tqdm,
+        quietly=engine is not None,
     )
     factors = all_factors(tensors, average, lam)
     if not dry_run:
         shrink_(tensors, factors)
+        if engine is not None:
+            refresh_master_weights_(engine)
     synchronise(device)
     report = ShrinkReport(
         tensors=report_tensors(tensors, factors, lam),
@@ -125,6 +135,17 @@ def dash_shrink_(
     if is_main_process():
         logger.info("%s", str(report).partition("\n")[0])
     return report
+
+
+def _inner_module(model: nn.Module) -> nn.Module:
+    """Return the module itself, without DDP, DeepSpeed's engine or compilation.
+
+    Compiling evaluation with gradients anew would cost more than the pass.
+    """
+    engine = deepspeed_engine(model)
+    inner = model if engine is None else engine.module
+    plain: nn.Module = extract_model_from_parallel(inner, keep_torch_compile=False)
+    return plain
 
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -19,8 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 keeps flattened shards, in which no vector is whole; use"
     " FSDP2 (fsdp_version=2)",
-    "DeepSpeedEngine": "its optimizer keeps its own copies of the weights, which would undo the"
-    " shrink; shrink before accelerator.prepare",
+    "PipelineEngine": "DeepSpeed's pipeline keeps a part of the model on each process",
     "DataParallel": "its replicas do not fire the hooks of the pass; use DDP",
 }
 
@@ -81,6 +80,19 @@ def refuse_unsupported(model: nn.Module) -> None:
             "hf_dash cannot shrink a model that is only partly sharded: wrap the whole of it in"
             " fully_shard"
         )
+
+
+def deepspeed_engine(model: nn.Module) -> Any:
+    """Return the model where it is a DeepSpeed engine (ZeRO-0, 1 or 2), else None."""
+    is_engine = any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
+    return model if is_engine else None
+
+
+def refresh_master_weights_(engine: Any) -> None:
+    """Let a DeepSpeed optimizer take over the model's weights, of which it keeps copies."""
+    refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
+    if refresh is not None:
+        refresh()
 
 
 def _by_rows(parameter: DTensor) -> bool:

@@ -9,7 +9,7 @@ Symbols: G (the buffer), U (one minibatch's gradient), α.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -31,6 +31,7 @@ from hf_dash.distributed import RankStatus, agree, is_main_process, local, mean_
 from hf_dash.tensors import ShrinkableTensor, is_sharded
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Backward = Callable[[Tensor], None]
 
 # Losses are multiplied by this before the backward pass, so that half precision loses no small
 # gradient to underflow; a power of two, divided out again, changes nothing in float32.
@@ -60,6 +61,7 @@ def average_gradients(
     alpha: float,
     micro_batch_size: int | None = None,
     disable_tqdm: bool | None = True,
+    quietly: bool = False,
 ) -> GradientAverage:
     """Compute G over ``batches``, leaving the model exactly as it was.
 
@@ -75,6 +77,8 @@ def average_gradients(
         alpha: weight of the newest minibatch, in (0, 1].
         micro_batch_size: images to compute at a time; None computes a minibatch at once.
         disable_tqdm: show no progress; None shows it on a terminal; the main process's only.
+        quietly: let no hook on the parameters fire, since they are somebody else's (DeepSpeed's);
+            costs the memory of one more set of gradients.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the message names the minibatch.
@@ -87,7 +91,6 @@ def average_gradients(
         # Every backward pass of a sharded model is a meeting of all ranks: agree before the first.
         batches = list(batches)
         agree(RankStatus(tuple(count_images(batch) for batch in batches)))
-    total = len(batches) if isinstance(batches, Sized) else None
     hidden = True if not is_main_process() else disable_tqdm
     error: Exception | None = None
 
@@ -101,12 +104,12 @@ def average_gradients(
         gradients_set_aside(model),
         gradients_required([tensor.parameter for tensor in tensors]),
         caches_set_aside(model) as empty_caches,
-        _folding(model, tensors, average.parts, alpha),
-        tqdm(desc="DASH", unit=" images", total=total, disable=hidden) as progress,
+        (_folding_apart if quietly else _folding)(model, tensors, average.parts, alpha) as backward,
+        tqdm(desc="DASH", unit=" minibatches", disable=hidden) as progress,
     ):
         try:
             average.batch_sizes = _run(
-                model, batches, fresh_loss, flat, alpha, micro_batch_size, progress
+                model, batches, fresh_loss, backward, flat, alpha, micro_batch_size, progress
             )
         except Exception as failure:
             error = failure
@@ -138,8 +141,11 @@ def _empty_average(tensors: list[ShrinkableTensor]) -> tuple[GradientAverage, Te
 @contextmanager
 def _folding(
     model: nn.Module, tensors: list[ShrinkableTensor], parts: list[Tensor], alpha: float
-) -> Iterator[None]:
-    """Fold every gradient into its part of G as soon as it is complete, and release it."""
+) -> Iterator[Backward]:
+    """Fold every gradient into its part of G as soon as it is complete, and release it.
+
+    Gives the backward pass to go with it.
+    """
     targets = {id(t.parameter): (t, part) for t, part in zip(tensors, parts, strict=True)}
 
     def fold(parameter: Tensor) -> None:
@@ -155,16 +161,33 @@ def _folding(
         for parameter in trainable
     ]
     try:
-        yield
+        yield Tensor.backward
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _folding_apart(
+    model: nn.Module, tensors: list[ShrinkableTensor], parts: list[Tensor], alpha: float
+) -> Iterator[Backward]:
+    """Give a backward pass that folds the same and neither touches ``.grad`` nor fires hooks."""
+
+    def backward(loss: Tensor) -> None:
+        parameters = [tensor.parameter for tensor in tensors]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for tensor, part, gradient in zip(tensors, parts, gradients, strict=True):
+            if gradient is not None:
+                part.sub_(tensor.view(gradient), alpha=alpha)
+
+    yield backward
 
 
 def _run(
     model: nn.Module,
     batches: Iterable[Batch],
     loss_fn: LossFn,
+    backward: Backward,
     flat: Tensor,
     alpha: float,
     micro_batch_size: int | None,
@@ -182,10 +205,13 @@ def _run(
             with torch.enable_grad():
                 loss = loss_fn(model, to_device(piece, flat.device))
                 _check_loss(loss)
-                (loss * (share * LOSS_SCALE)).backward()  # type: ignore[no-untyped-call]
+                backward(loss * (share * LOSS_SCALE))
             total += share * loss.detach()
         watched.append(torch.stack([total, *torch.aminmax(flat)]))
-        progress.update(sizes[-1])
+        progress.update()
+        if progress.format_dict["elapsed"]:
+            rate = sum(sizes) / progress.format_dict["elapsed"]
+            progress.set_postfix_str(f"{rate:.0f} images/s", refresh=False)
     if not watched:
         raise ValueError("batches must hold at least one minibatch, got none")
     _check_finite(torch.stack(watched).tolist())

@@ -130,7 +130,7 @@ def test_one_process_needs_no_group():
     synchronise(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine"])
+@pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DataParallel", "PipelineEngine"])
 def test_sharded_models_are_refused_by_name(name):
     wrapped = type(name, (nn.Sequential,), {})(nn.Linear(2, 2))
     with pytest.raises(NotImplementedError, match=f"cannot shrink a model under {name}"):

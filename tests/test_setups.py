@@ -202,6 +202,35 @@ def test_zero_three_partitions_are_refused_by_name(every_layer):
         hf_dash.dash_shrink_(every_layer, random_pairs(1))
 
 
+class DeepSpeedEngine(nn.Module):
+    """What of DeepSpeed's ZeRO-1 and 2 matters here: foreign hooks, and copies of the weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.optimizer = module, self
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(self.foreign_hook)
+        self.refresh_fp32_params()
+
+    def foreign_hook(self, parameter: Tensor) -> None:
+        raise AssertionError("this gradient is none of DeepSpeed's business")
+
+    def refresh_fp32_params(self) -> None:
+        self.copies = [p.detach().clone() for p in self.module.parameters()]
+
+
+def test_a_deepspeed_engine_takes_over_the_shrunk_weights():
+    model, batches = resnet_and_batches()
+    plain = copy.deepcopy(model)
+    expected = hf_dash.dash_shrink_(plain, batches)
+    engine = DeepSpeedEngine(model)
+    report = hf_dash.dash_shrink_(engine, batches)
+    assert report.tensors == expected.tensors
+    assert same_state(state_of(plain), state_of(model))
+    for copied, parameter in zip(engine.copies, plain.parameters(), strict=True):
+        assert torch.equal(copied, parameter)
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])
 def test_micro_batches_give_the_same_factors(every_layer, micro_batch_size):
     whole, before = copy.deepcopy(every_layer), copy.deepcopy(every_layer)
@@ -235,7 +264,8 @@ def test_progress_is_shown_with_images_and_can_be_hidden(every_layer, capsys):
     hf_dash.dash_shrink_(every_layer, random_pairs(3), disable_tqdm=False)
     shown = capsys.readouterr().err
     assert "DASH" in shown
-    assert "24 images" in shown
+    assert "3 minibatches" in shown
+    assert "images/s" in shown
     hf_dash.dash_shrink_(every_layer, random_pairs(3), disable_tqdm=True)
     assert capsys.readouterr().err == ""
 
