@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm_families import FAMILIES
+from timm_families import FAMILIES, WITHOUT
 
 import hf_dash
 from hf_dash.reference import reference_factors
@@ -84,6 +84,8 @@ def largest_error(model, size):
 
 def check(module):
     """Return a row of the table: module, model, size, tensors, vectors, error or reason."""
+    if module in WITHOUT:
+        return [module, "", "", "", "", WITHOUT[module]]
     if module not in FAMILIES:
         return [module, "", "", "", "", "new in this timm, add its smallest model"]
     name, options = FAMILIES[module]

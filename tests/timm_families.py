@@ -15,7 +15,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "cspnet": ("cs3darknet_focus_s", {}),
     "cspnext": ("cspnext_tiny", {}),
     "davit": ("davit_tiny", {}),
-    "deepseek_vit": ("deepseek_vit_412m", {}),
+    "deepseek_vit": ("deepseek_vit_412m", {"depth": 2}),
     "deit": ("deit_tiny_patch16_224", {}),
     "densenet": ("densenet121", {}),
     "dla": ("dla46x_c", {}),
@@ -32,7 +32,6 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "fastvit": ("fastvit_t8", {}),
     "focalnet": ("focalnet_tiny_srf", {}),
     "gcvit": ("gcvit_xxtiny", {}),
-    "gemma4_vit": ("gemma4_vit_167m_enc", {}),
     "ghostnet": ("ghostnet_050", {}),
     "hardcorenas": ("hardcorenas_b", {}),
     "hgnet": ("hgnetv2_b0", {}),
@@ -100,3 +99,6 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "xception_aligned": ("xception41p", {}),
     "xcit": ("xcit_nano_12_p8_224", {}),
 }
+
+# Modules without a classifier, and why.
+WITHOUT = {"gemma4_vit": "gemma4_vit_167m_enc is an encoder: it gives tokens, not logits"}
