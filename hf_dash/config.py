@@ -43,8 +43,8 @@ class DashConfig:
             whole output ``"filter"``, or ``"auto"``: kernels, but filters where a kernel is 1×1
             and its cosine could only be ±1. Measured over three rounds of CIFAR-10 and 3 seeds
             (recipes/results): on a bottleneck network of mostly 1×1 kernels filters end 0.8 points
-            above kernels for a third more steps, auto 0.3; on a 3×3 network nothing differs by
-            more than the seeds do. Too little to leave the paper: the default is ``"kernel"``.
+            above kernels for a third more steps, auto 0.3; on a 3×3 network accuracies differ by
+            less than the seeds do. Too little to leave the paper: the default is ``"kernel"``.
         tolerance: share of the moving average that may be left out, in [0, 1). Only the newest
             K = ⌈ln(tolerance) / ln(1 − alpha)⌉ minibatches are read; 0 reads all.
         num_batches: K given outright instead, at least 1.

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import EveryLayer, random_pairs
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_dash
@@ -33,7 +35,7 @@ def share(rank, world):
 def shrink(case, accelerator, folder):
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
-    model = EveryLayer(norm="batch_norm" not in case, groups=1 if "filter" in case else 2)
+    model = EveryLayer(norm="batch_norm" not in case, groups=1 if case.endswith("filter") else 2)
     batches = share(rank, world)
     if "uneven_count" in case and rank == 1:
         batches = batches[1:]
@@ -45,6 +47,9 @@ def shrink(case, accelerator, folder):
     if "fsdp" in case:
         fully_shard(model.conv)
         fully_shard(model)
+    if "tensor_parallel" in case:
+        mesh = init_device_mesh("cpu", (world,))
+        parallelize_module(model, mesh, {"head": ColwiseParallel()})
     before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
     grouping = "filter" if "filter" in case else "kernel"
     REDUCES.clear()
@@ -52,7 +57,7 @@ def shrink(case, accelerator, folder):
     try:
         report = hf_dash.dash_shrink_(prepared, batches, tolerance=0.0, grouping=grouping)
         result["report"] = report.to_dict()
-    except (ValueError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, ArithmeticError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
     result["all_reduces"] = len(REDUCES)
     after = [whole(parameter.detach()) for parameter in model.parameters()]

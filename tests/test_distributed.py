@@ -23,6 +23,7 @@ from hf_dash.distributed import (
 
 TESTS = Path(__file__).parent
 FAILING = ["uneven_count", "uneven_size", "broken", "fsdp_uneven_count", "fsdp_broken"]
+FAILING += ["fsdp_filter_groups", "tensor_parallel"]
 TWO = ["bare", "ddp", "ddp_no_batch_norm", "fsdp", "fsdp_filter", "trainer", *FAILING]
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
 
@@ -110,6 +111,10 @@ def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
             "RuntimeError: the gradient pass failed on rank 1: FloatingPointError",
             "FloatingPointError: the loss of minibatch 2",
         ]
+    elif case == "tensor_parallel":
+        errors = ["NotImplementedError: hf_dash cannot shrink 'head.weight', sharded as"] * 2
+    elif case == "fsdp_filter_groups":
+        errors = ["NotImplementedError: hf_dash cannot cut 'transposed.weight' into filters"] * 2
     else:
         errors = ["ValueError: every rank must pass the same number of batches"] * 2
     for rank, error in zip(results[2][case], errors, strict=True):
