@@ -27,7 +27,7 @@ _RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def newest_batches(batches: Iterable[Batch], newest: int | None) -> Iterator[Batch]:
-    """Return the newest ``newest`` minibatches of ``batches``, oldest of them first.
+    """Yield the newest ``newest`` minibatches of ``batches``, oldest of them first.
 
     A sequence or a loader over ordered map-style data is cut to its end without touching the rest.
     A shuffled loader carries no age: its first ``newest`` batches are as good as any. Anything else
@@ -37,18 +37,21 @@ def newest_batches(batches: Iterable[Batch], newest: int | None) -> Iterator[Bat
         batches: minibatches ordered from oldest to newest.
         newest: how many to keep, at least 1; None keeps all.
     """
-    if newest is None:
-        return iter(batches)
-    if isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset):
-        if is_shuffled(batches):
-            return islice(iter(batches), newest)
-        return iter(_tail_of_loader(batches, newest))
-    if isinstance(batches, Sequence):
-        return iter(batches[max(0, len(batches) - newest) :])
+    # A generator: nothing is read before the pass, which tells other processes of what goes wrong.
     length = _length(batches)
-    if length is not None:
-        return islice(iter(batches), max(0, length - newest), None)
-    return iter(deque(batches, maxlen=newest))
+    if newest is None:
+        yield from batches
+    elif isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset):
+        if is_shuffled(batches):
+            yield from islice(batches, newest)
+        else:
+            yield from _tail_of_loader(batches, newest)
+    elif isinstance(batches, Sequence):
+        yield from batches[max(0, len(batches) - newest) :]
+    elif length is not None:
+        yield from islice(batches, max(0, length - newest), None)
+    else:
+        yield from deque(batches, maxlen=newest)
 
 
 def _length(batches: Iterable[Batch]) -> int | None:

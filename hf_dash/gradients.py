@@ -89,8 +89,7 @@ def average_gradients(
     sharded = is_sharded(tensors)
     if sharded:
         # Every backward pass of a sharded model is a meeting of all ranks: agree before the first.
-        batches = list(batches)
-        agree(RankStatus(tuple(count_images(batch) for batch in batches)))
+        batches = _read_and_agree(batches)
     hidden = True if not is_main_process() else disable_tqdm
     error: Exception | None = None
 
@@ -121,6 +120,21 @@ def average_gradients(
     if not sharded:
         mean_across_ranks_(flat)
     return average
+
+
+def _read_and_agree(batches: Iterable[Batch]) -> list[Batch]:
+    read: list[Batch] = []
+    sizes: tuple[int, ...] = ()
+    error: Exception | None = None
+    try:
+        read = list(batches)
+        sizes = tuple(count_images(batch) for batch in read)
+    except Exception as failure:
+        error = failure
+    agree(RankStatus(sizes, None if error is None else repr(error)))
+    if error is not None:
+        raise error
+    return read
 
 
 def _empty_average(tensors: list[ShrinkableTensor]) -> tuple[GradientAverage, Tensor]:

@@ -181,8 +181,11 @@ def all_factors(
             weight = tensor.view(local(tensor.parameter))
             factors.append(_factors_in_place(part, weight, tensor.dims, lam))
     finite = [bool(factor.isfinite().all()) for factor in factors]
-    if not all(finite):
-        names = [tensor.name for tensor, good in zip(tensors, finite, strict=True) if not good]
+    names = [tensor.name for tensor, good in zip(tensors, finite, strict=True) if not good]
+    if is_sharded(tensors):
+        # The bad weight may be in the rows of another process.
+        names = sorted({name for rank in gather(names) for name in rank})
+    if names:
         raise FloatingPointError(f"factors of {names} are not finite; no weight was changed")
     return factors
 
