@@ -7,11 +7,11 @@ Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495); authors' co
 import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_dash.batches import Batch, check_labels, newest_batches, split_labels
@@ -142,10 +142,10 @@ def _inner_module(model: nn.Module) -> nn.Module:
 
     Compiling evaluation with gradients anew would cost more than the pass.
     """
-    engine = deepspeed_engine(model)
-    inner = model if engine is None else engine.module
-    plain: nn.Module = extract_model_from_parallel(inner, keep_torch_compile=False)
-    return plain
+    inner: nn.Module | None = getattr(model, "_orig_mod", None)
+    if deepspeed_engine(model) is not None or isinstance(model, DistributedDataParallel):
+        inner = cast(nn.Module, model.module)
+    return model if inner is None else _inner_module(inner)
 
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:

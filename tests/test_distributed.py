@@ -26,6 +26,17 @@ FAILING = ["uneven_count", "uneven_size", "broken", "fsdp_uneven_count", "fsdp_b
 FAILING += ["fsdp_filter_groups", "tensor_parallel"]
 TWO = ["bare", "ddp", "ddp_no_batch_norm", "fsdp", "fsdp_filter", "trainer", *FAILING]
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
+# In torch 2.6 fully_shard itself fails on the CPU ('Stream' has no 'record_event').
+FSDP_ON_CPU = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
+needs_fsdp = pytest.mark.skipif(not FSDP_ON_CPU, reason="fully_shard needs torch 2.7 on the CPU")
+
+
+def runnable(cases):
+    return [case for case in cases if FSDP_ON_CPU or "fsdp" not in case]
+
+
+def marked(cases):
+    return [pytest.param(c, marks=needs_fsdp) if "fsdp" in c else c for c in cases]
 
 
 def run(world, cases, folder):
@@ -53,8 +64,8 @@ def run(world, cases, folder):
 def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
-        2: run(2, TWO, tmp_path_factory.mktemp("two")),
-        4: run(4, FOUR, tmp_path_factory.mktemp("four")),
+        2: run(2, runnable(TWO), tmp_path_factory.mktemp("two")),
+        4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
 
@@ -66,14 +77,13 @@ def in_this_process(case):
     return model, report
 
 
+SUCCEEDING = [case for case in TWO if case not in FAILING]
+WORLDS = [(1, "ddp"), (1, "trainer"), *((2, c) for c in SUCCEEDING), *((4, c) for c in FOUR)]
+
+
 @pytest.mark.parametrize(
     ("world", "case"),
-    [
-        (1, "ddp"),
-        (1, "trainer"),
-        *((2, case) for case in TWO if case not in FAILING),
-        *((4, case) for case in FOUR),
-    ],
+    [pytest.param(*pair, marks=needs_fsdp) if "fsdp" in pair[1] else pair for pair in WORLDS],
 )
 def test_several_processes_shrink_as_one_does(results, world, case):
     model, report = in_this_process(case)
@@ -93,18 +103,23 @@ def test_several_processes_shrink_as_one_does(results, world, case):
                 assert found[number] == pytest.approx(getattr(tensor, number), abs=1e-5)
 
 
-def test_one_all_reduce_in_all_and_none_for_a_sharded_model(results):
+def test_one_all_reduce_in_all(results):
+    for world in (1, 2, 4):
+        expected = 0 if world == 1 else 1
+        assert [rank["all_reduces"] for rank in results[world]["ddp"]] == [expected] * world
+
+
+@needs_fsdp
+def test_no_all_reduce_for_a_sharded_model(results):
     for world in (2, 4):
-        assert [rank["all_reduces"] for rank in results[world]["ddp"]] == [1] * world
         assert [rank["all_reduces"] for rank in results[world]["fsdp"]] == [0] * world
-    assert results[1]["ddp"][0]["all_reduces"] == 0
 
 
 def test_the_trainer_did_wrap_the_model(results):
     assert {rank["wrapped"] for rank in results[2]["trainer"]} == {"DistributedDataParallel"}
 
 
-@pytest.mark.parametrize("case", FAILING)
+@pytest.mark.parametrize("case", marked(FAILING))
 def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
     if "broken" in case:
         errors = [
