@@ -140,9 +140,14 @@ def shrink_factors(gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam:
     odd = ~((squares[0] > low) & (squares[0] < high) & (squares[1] > low) & (squares[1] < high))
     if odd.any():
         cosine[odd] = torch.linalg.vecdot(_unit(g[odd]), _unit(w[odd]))
-    shape = [1 if dim in dims else size for dim, size in enumerate(gradient.shape)]
+    shape = _reduced(gradient, dims)
     factors: Tensor = cosine.clamp_(min=lam, max=1.0).view(shape)
     return factors
+
+
+def _reduced(tensor: Tensor, dims: tuple[int, ...]) -> list[int]:
+    """Return the shape of one number per vector, with ``dims`` reduced to 1."""
+    return [1 if dim in dims else size for dim, size in enumerate(tensor.shape)]
 
 
 def _as_rows(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -197,7 +202,7 @@ def _factors_in_place(
 
     A slice never has more factors than elements, so what is overwritten has been read.
     """
-    shape = [1 if dim in dims else size for dim, size in enumerate(gradient.shape)]
+    shape = _reduced(gradient, dims)
     factors = gradient.view(-1)[: math.prod(shape)].view(shape)
     rows = gradient.shape[0]
     if 0 in dims:
