@@ -31,11 +31,15 @@ from hf_dash.distributed import RankStatus, agree, is_main_process, local, mean_
 from hf_dash.tensors import ShrinkableTensor, is_sharded
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-Backward = Callable[[Tensor], None]
+Backward = Callable[[Tensor, float], None]
 
 # Losses are multiplied by this before the backward pass, so that half precision loses no small
 # gradient to underflow; a power of two, divided out again, changes nothing in float32.
 LOSS_SCALE = 2.0**10
+
+# Instead of shrinking G before every minibatch, each newer minibatch weighs more, and G is brought
+# back to its own size only when this weight is reached: G is then read once a minibatch, not twice.
+LARGEST_WEIGHT = 2.0**16
 
 
 @dataclass
@@ -81,7 +85,7 @@ def average_gradients(
             costs the memory of one more set of gradients.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite; the message names the minibatch.
+        FloatingPointError: a loss (the message names its minibatch) or a gradient is not finite.
         ValueError: there is no minibatch, a loss is not a scalar, or the ranks' batches differ.
         RuntimeError: the pass failed on another rank.
     """
@@ -92,6 +96,7 @@ def average_gradients(
         batches = _read_and_agree(batches)
     hidden = True if not is_main_process() else disable_tqdm
     error: Exception | None = None
+    scale = 1.0
 
     def fresh_loss(module: nn.Module, batch: Batch) -> Tensor:
         empty_caches()
@@ -103,11 +108,11 @@ def average_gradients(
         gradients_set_aside(model),
         gradients_required([tensor.parameter for tensor in tensors]),
         caches_set_aside(model) as empty_caches,
-        (_folding_apart if quietly else _folding)(model, tensors, average.parts, alpha) as backward,
+        (_folding_apart if quietly else _folding)(model, tensors, average.parts) as backward,
         tqdm(desc="DASH", unit=" minibatches", disable=hidden) as progress,
     ):
         try:
-            average.batch_sizes = _run(
+            average.batch_sizes, scale = _run(
                 model, batches, fresh_loss, backward, flat, alpha, micro_batch_size, progress
             )
         except Exception as failure:
@@ -116,7 +121,7 @@ def average_gradients(
     agree(RankStatus(tuple(average.batch_sizes), None if error is None else repr(error)))
     if error is not None:
         raise error
-    flat.div_(LOSS_SCALE)
+    flat.div_(scale)
     if not sharded:
         mean_across_ranks_(flat)
     return average
@@ -154,20 +159,26 @@ def _empty_average(tensors: list[ShrinkableTensor]) -> tuple[GradientAverage, Te
 
 @contextmanager
 def _folding(
-    model: nn.Module, tensors: list[ShrinkableTensor], parts: list[Tensor], alpha: float
+    model: nn.Module, tensors: list[ShrinkableTensor], parts: list[Tensor]
 ) -> Iterator[Backward]:
     """Fold every gradient into its part of G as soon as it is complete, and release it.
 
-    Gives the backward pass to go with it.
+    Gives the backward pass to go with it: of a loss, with the weight of its gradient in G.
     """
+    current = 1.0
     targets = {id(t.parameter): (t, part) for t, part in zip(tensors, parts, strict=True)}
 
     def fold(parameter: Tensor) -> None:
         target = targets.get(id(parameter))
         if target is not None and parameter.grad is not None:
             tensor, part = target
-            part.sub_(tensor.view(local(parameter.grad)), alpha=alpha)
+            part.sub_(tensor.view(local(parameter.grad)), alpha=current)
         parameter.grad = None
+
+    def backward(loss: Tensor, weight: float) -> None:
+        nonlocal current
+        current = weight
+        loss.backward()  # type: ignore[no-untyped-call]
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [
@@ -175,7 +186,7 @@ def _folding(
         for parameter in trainable
     ]
     try:
-        yield Tensor.backward
+        yield backward
     finally:
         for handle in handles:
             handle.remove()
@@ -183,16 +194,16 @@ def _folding(
 
 @contextmanager
 def _folding_apart(
-    model: nn.Module, tensors: list[ShrinkableTensor], parts: list[Tensor], alpha: float
+    model: nn.Module, tensors: list[ShrinkableTensor], parts: list[Tensor]
 ) -> Iterator[Backward]:
     """Give a backward pass that folds the same and neither touches ``.grad`` nor fires hooks."""
 
-    def backward(loss: Tensor) -> None:
+    def backward(loss: Tensor, weight: float) -> None:
         parameters = [tensor.parameter for tensor in tensors]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for tensor, part, gradient in zip(tensors, parts, gradients, strict=True):
             if gradient is not None:
-                part.sub_(tensor.view(gradient), alpha=alpha)
+                part.sub_(tensor.view(gradient), alpha=weight)
 
     yield backward
 
@@ -206,40 +217,53 @@ def _run(
     alpha: float,
     micro_batch_size: int | None,
     progress: "tqdm[Any]",
-) -> list[int]:
-    """Run forward and backward over all minibatches; return how many images each had."""
+) -> tuple[list[int], float]:
+    """Run forward and backward over all minibatches.
+
+    Returns:
+        How many images each had, and how many times too large G is in ``flat``.
+    """
     sizes: list[int] = []
     # Read after the pass: asking the device for a number here would make it wait every time.
-    watched: list[Tensor] = []
+    losses: list[Tensor] = []
+    weight = alpha
     for batch in batches:
+        if losses and alpha < 1 and weight < LARGEST_WEIGHT:
+            weight /= 1 - alpha
+        elif losses:
+            flat.mul_((1 - alpha) * alpha / weight)
+            weight = alpha
         sizes.append(count_images(batch))
-        flat.mul_(1 - alpha)
         total = torch.zeros((), dtype=flat.dtype, device=flat.device)
         for share, piece in micro_batches(batch, micro_batch_size):
             with torch.enable_grad():
                 loss = loss_fn(model, to_device(piece, flat.device))
                 _check_loss(loss)
-                backward(loss * (share * LOSS_SCALE))
+                backward(loss * (share * LOSS_SCALE), weight)
             total += share * loss.detach()
-        watched.append(torch.stack([total, *torch.aminmax(flat)]))
+        losses.append(total)
         progress.update()
         if progress.format_dict["elapsed"]:
             rate = sum(sizes) / progress.format_dict["elapsed"]
             progress.set_postfix_str(f"{rate:.0f} images/s", refresh=False)
-    if not watched:
+    if not losses:
         raise ValueError("batches must hold at least one minibatch, got none")
-    _check_finite(torch.stack(watched).tolist())
-    return sizes
+    _check_finite(torch.stack(losses).tolist(), flat)
+    return sizes, LOSS_SCALE * weight / alpha
 
 
-def _check_finite(watched: list[list[float]]) -> None:
-    for index, (loss, lowest, highest) in enumerate(watched):
-        if not all(map(math.isfinite, (loss, lowest, highest))):
-            what = "gradient" if math.isfinite(loss) else "loss"
+def _check_finite(losses: list[float], flat: Tensor) -> None:
+    for index, loss in enumerate(losses):
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the {what} of minibatch {index} (of {len(watched)}, counted from the oldest read)"
-                f" is not finite: loss {loss}; no weight was changed"
+                f"the loss of minibatch {index} (of {len(losses)}, counted from the oldest read) is"
+                f" not finite: {loss}; no weight was changed"
             )
+    if not math.isfinite(float(torch.stack(torch.aminmax(flat)).sum())):
+        raise FloatingPointError(
+            f"the gradient of one of the {len(losses)} minibatches is not finite, though its loss"
+            " is; no weight was changed"
+        )
 
 
 def _check_loss(loss: object) -> None:

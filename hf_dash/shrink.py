@@ -133,13 +133,13 @@ def shrink_factors(gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam:
         has cosine 0, hence factor λ.
     """
     g, w = _as_rows(gradient, dims), _as_rows(weight.to(gradient.dtype), dims)
-    squares = torch.linalg.vecdot(g, g), torch.linalg.vecdot(w, w)
-    cosine = torch.linalg.vecdot(g, w) / (squares[0].sqrt() * squares[1].sqrt())
+    squares = _dots(g, g), _dots(w, w)
+    cosine = _dots(g, w) / (squares[0].sqrt() * squares[1].sqrt())
     # Squares of very small or large numbers leave float32: these few are computed with more care.
     low, high = SAFE_SQUARES
     odd = ~((squares[0] > low) & (squares[0] < high) & (squares[1] > low) & (squares[1] < high))
     if odd.any():
-        cosine[odd] = torch.linalg.vecdot(_unit(g[odd]), _unit(w[odd]))
+        cosine[odd] = _dots(_unit(g[odd]), _unit(w[odd]))
     shape = _reduced(gradient, dims)
     factors: Tensor = cosine.clamp_(min=lam, max=1.0).view(shape)
     return factors
@@ -155,6 +155,12 @@ def _as_rows(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     others = [dim for dim in range(tensor.ndim) if dim not in dims]
     vectors = math.prod(tensor.shape[dim] for dim in others)
     return tensor.permute(*others, *dims).reshape(vectors, -1)
+
+
+def _dots(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner product of each pair of rows, in full precision even under autocast."""
+    # Not vecdot or a matmul: autocast and TF32 would round their inputs.
+    return (left * right).sum(1)
 
 
 def _unit(rows: Tensor) -> Tensor:

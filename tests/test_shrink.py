@@ -126,3 +126,11 @@ def test_the_report_reads_well(report):
         " minibatches, 2560 images, 1.25 s; 1 parameters untouched)"
     )
     assert lines[2].split() == ["a.weight", "30", "0.500", "0.300", "0.900", "40.0%"]
+
+
+def test_the_caller_s_autocast_does_not_round_the_factors():
+    generator = torch.Generator().manual_seed(0)
+    gradient, weight = torch.randn(2, 6, 4, 3, 3, generator=generator)
+    expected = shrink_factors(gradient, weight, (2, 3), 0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(shrink_factors(gradient, weight, (2, 3), 0.0), expected)
