@@ -4,7 +4,7 @@ from hf_dash._version import __version__
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, library_versions, write_card
-from hf_dash.config import DashConfig
+from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
@@ -14,7 +14,7 @@ from hf_dash.models import check_label_names, create_model, image_transform, loa
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
-from hf_dash.starts import STARTS, Start, StartContext, find_start
+from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
 from hf_dash.tables import markdown_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
@@ -33,6 +33,8 @@ __all__ = [
     "ShrinkReport",
     "Start",
     "StartContext",
+    "Started",
+    "StartsConfig",
     "TrainingConfig",
     "TrainingResult",
     "__version__",

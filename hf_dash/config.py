@@ -1,4 +1,4 @@
-"""Settings of one DASH pass, checked when they are made.
+"""Settings of the DASH pass and of the other starts, checked when they are made.
 
 Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495).
 Symbols: α (``alpha``) weighs the newest minibatch in the moving average of the gradients,
@@ -106,3 +106,34 @@ class DashConfig:
         if self.alpha == 1:
             return 1
         return max(1, math.ceil(math.log(self.tolerance) / math.log(1 - self.alpha)))
+
+
+@dataclass(frozen=True)
+class StartsConfig:
+    """Settings of the starts other than DASH; each start names its source.
+
+    Args:
+        perturb_lam: what shrink-and-perturb multiplies weights by, in [0, 1].
+        perturb_sigma: standard deviation of the noise it adds, at least 0.
+        l2_init_lam: weight of the penalty ‖θ − θ₀‖² of L2-init, at least 0.
+        fire_steps: Newton-Schulz steps of FIRE, at least 1.
+        reset_optimizer: let training begin with fresh optimizer state where a start changed the
+            weights (shrink-and-perturb, FIRE, DASH); otherwise momentum lives on, as it does in
+            the authors' code. A warm start always keeps it, a cold one never.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of its range.
+    """
+
+    perturb_lam: float = 0.3
+    perturb_sigma: float = 0.01
+    l2_init_lam: float = 1e-2
+    fire_steps: int = 10
+    reset_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        _check_number("perturb_lam", self.perturb_lam, "[0, 1]", 0.0, 1.0)
+        _check_number("perturb_sigma", self.perturb_sigma, "[0, inf)", 0.0, math.inf)
+        _check_number("l2_init_lam", self.l2_init_lam, "[0, inf)", 0.0, math.inf)
+        _check_count("fire_steps", self.fire_steps)

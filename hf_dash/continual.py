@@ -62,7 +62,10 @@ def run_rounds(
         report, start_seconds = None, 0.0
         if round_.index > 1:
             started = time.perf_counter()
-            report = start(model, StartContext(round_, round_seed, dash, accelerator))
+            started_ = start(
+                model, StartContext(round_, round_seed, seed, dash, accelerator=accelerator)
+            )
+            report = None if started_ is None else started_.report
             start_seconds = time.perf_counter() - started
         batches = train_batches(round_, training.train_batch_size, seed=round_seed)
         result = train_round(

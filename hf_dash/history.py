@@ -34,6 +34,15 @@ class RoundRecord:
         start_seconds: duration of the start itself, the gradient pass included.
         train_seconds: duration of the training.
         shrink: ``ShrinkReport.to_dict()``, or None where nothing was shrunk.
+        parent: where the start's weights came from: a round's folder below the output directory,
+            or a name or path outside it; None for a first round.
+        weights_sha256: of the final weights' file.
+        data_fingerprint: of the labelled images trained on, old and new.
+        files: names of the files that arrived in this round, where arrivals are files.
+        images_read: by the start's pass and the training together.
+        memorisation: what was measured right ``"before"`` and ``"after"`` the start.
+        versions: of the libraries, by name.
+        hardware: processes, device and precision.
     """
 
     start: str
@@ -50,6 +59,14 @@ class RoundRecord:
     start_seconds: float
     train_seconds: float
     shrink: dict[str, Any] | None = None
+    parent: str | None = None
+    weights_sha256: str | None = None
+    data_fingerprint: str | None = None
+    files: list[str] | None = None
+    images_read: int | None = None
+    memorisation: dict[str, dict[str, float]] | None = None
+    versions: dict[str, str] | None = None
+    hardware: str | None = None
 
     @property
     def seconds(self) -> float:

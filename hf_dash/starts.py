@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_dash.batches import Batch
-from hf_dash.config import DashConfig
+from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.dash import dash_shrink_
 from hf_dash.models import fresh_state
 from hf_dash.rounds import Round, gradient_batches
@@ -27,13 +28,17 @@ class StartContext:
     Args:
         round_: the round about to be trained: old and new examples.
         seed: for anything random; differs between rounds, is the same on every process.
+        init_seed: with which the run's first weights were initialised.
         dash: settings of the gradient pass and the shrink.
+        starts: settings of the other starts.
         accelerator: tells processes and precision; None outside Accelerate.
     """
 
     round_: Round
     seed: int
+    init_seed: int = 0
     dash: DashConfig = field(default_factory=DashConfig)
+    starts: StartsConfig = field(default_factory=StartsConfig)
     accelerator: Accelerator | None = None
 
     def gradient_batches(self) -> Iterable[Batch]:
@@ -48,7 +53,23 @@ class StartContext:
         )
 
 
-Start = Callable[[PreTrainedModel, StartContext], ShrinkReport | None]
+@dataclass(frozen=True)
+class Started:
+    """What a start has to tell the training that follows.
+
+    Args:
+        report: of the shrink, where there was one.
+        keep_optimizer: go on with the optimizer state of the round before, momentum included.
+        penalty: called as ``penalty(model)`` in every step; joins the loss.
+    """
+
+    report: ShrinkReport | None = None
+    keep_optimizer: bool = False
+    penalty: Callable[[nn.Module], Tensor] | None = None
+
+
+# A start returns None where training is to go on with a fresh optimizer and nothing else.
+Start = Callable[[PreTrainedModel, StartContext], Started | None]
 
 
 def cold_(model: PreTrainedModel, context: StartContext) -> None:
@@ -60,18 +81,19 @@ def warm_(model: PreTrainedModel, context: StartContext) -> None:
     """Keep the last round's weights as they are (warm start; Ash & Adams, NeurIPS 2020)."""
 
 
-def dash_(model: PreTrainedModel, context: StartContext) -> ShrinkReport:
+def dash_(model: PreTrainedModel, context: StartContext) -> Started:
     """Shrink the last round's weights by their agreement with the descent direction.
 
     Source: Shin et al., NeurIPS 2024 (arXiv:2410.23495), Algorithm 1.
     """
-    return dash_shrink_(
+    report = dash_shrink_(
         model,
         context.gradient_batches(),
         accelerator=context.accelerator,
         disable_tqdm=True,
         **context.dash.arguments,
     )
+    return Started(report, keep_optimizer=not context.starts.reset_optimizer)
 
 
 STARTS: dict[str, Start] = {"cold": cold_, "warm": warm_, "dash": dash_}

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_dash import DashConfig
+from hf_dash import DashConfig, StartsConfig
 
 
 def test_defaults_are_the_papers():
@@ -51,3 +51,22 @@ def test_bad_settings_are_refused(arguments, error, message):
 def test_arguments_read_everything_under_the_papers_preset():
     assert DashConfig(preset="paper").arguments["tolerance"] == 0
     assert DashConfig(tolerance=0.01).arguments["tolerance"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("perturb_lam", 1.5, ValueError, r"perturb_lam must be in \[0, 1\], got 1.5"),
+        ("perturb_sigma", -0.1, ValueError, r"perturb_sigma must be in \[0, inf\), got -0.1"),
+        (
+            "l2_init_lam",
+            "much",
+            TypeError,
+            r"l2_init_lam must be a number in \[0, inf\), got 'much'",
+        ),
+        ("fire_steps", 0, ValueError, "fire_steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_of_starts_are_refused(field, value, error, message):
+    with pytest.raises(error, match=message):
+        StartsConfig(**{field: value})

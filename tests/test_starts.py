@@ -41,7 +41,7 @@ def test_warm_keeps_everything(small_model, context):
 
 def test_dash_shrinks_by_the_minibatches_of_the_round(small_model, context, two_rounds):
     before = copy.deepcopy(small_model)
-    report = hf_dash.find_start("dash")(small_model, context)
+    report = hf_dash.find_start("dash")(small_model, context).report
     assert (report.num_batches, report.num_images) == (4, 120)
     examples = [two_rounds[1].examples[i] for i in range(120)]
     batches = [
@@ -59,8 +59,8 @@ def test_dash_shrinks_by_the_minibatches_of_the_round(small_model, context, two_
 
 
 def test_the_papers_preset_reads_one_arrival_per_minibatch(small_model, two_rounds):
-    context = hf_dash.StartContext(two_rounds[1], 0, hf_dash.DashConfig(preset="paper"))
-    report = hf_dash.find_start("dash")(small_model, context)
+    context = hf_dash.StartContext(two_rounds[1], 0, dash=hf_dash.DashConfig(preset="paper"))
+    report = hf_dash.find_start("dash")(small_model, context).report
     assert (report.num_batches, report.num_images) == (2, 120)
 
 
