@@ -8,7 +8,7 @@ from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
-from hf_dash.history import History, RoundRecord, read_history, write_history
+from hf_dash.history import History, RoundRecord, open_history, read_history, write_history
 from hf_dash.hub import push_folder
 from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
 from hf_dash.plots import plot_rounds
@@ -52,6 +52,7 @@ __all__ = [
     "load_images",
     "load_model",
     "markdown_table",
+    "open_history",
     "plot_rounds",
     "push_folder",
     "read_history",

@@ -1,18 +1,20 @@
 """The ledger of rounds: a JSON file that only grows.
 
 Flow: one ``RoundRecord`` per round and start → appended to ``history.json`` in one step → read back
-for tables, plots and cards without training again.
+for tables, plots and cards, or to go on, without training again. A digest over the whole content
+shows whether anything but this module has changed the file.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_dash._files import write_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class RoundRecord:
     hardware: str | None = None
 
     @property
+    def folder(self) -> str:
+        """The round's folder below the output directory."""
+        return f"rounds/{self.round_index:03d}/{self.start}_seed{self.seed}"
+
+    @property
     def seconds(self) -> float:
         """The whole cost: start and training."""
         return self.start_seconds + self.train_seconds
@@ -102,6 +109,11 @@ class History:
             write_history(self.path, self.settings, records)
         self.records = records
 
+    def find(self, start: str, seed: int, round_index: int) -> RoundRecord | None:
+        """Return the record of one round, or None."""
+        records = self.select(start, seed)
+        return next((r for r in records if r.round_index == round_index), None)
+
     def select(self, start: str | None = None, seed: int | None = None) -> list[RoundRecord]:
         """Return the records of one start, one seed, or both, oldest first."""
         return [
@@ -116,24 +128,63 @@ def write_history(
 ) -> None:
     """Write a whole ledger in one step, in place of the file at ``path``."""
     content = {"format": FORMAT, "settings": settings, "records": [asdict(r) for r in records]}
+    content["digest"] = _digest(content)
     write_text(Path(path), json.dumps(content, indent=1) + "\n")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_history(path: str | Path) -> History:
     """Read a ledger back.
 
     Raises:
-        ValueError: the file is not a whole ledger of this format.
+        ValueError: the file is not a whole ledger of this format, or was changed by hand.
     """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+        if content.pop("digest") != _digest(content):
+            raise ValueError("it was changed by something else; restore it from a copy")
         records = [RoundRecord(**record) for record in content["records"]]
         return History(path, content["settings"], records)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole hf_dash history: {error}") from error
+
+
+def open_history(
+    path: str | Path | None, settings: dict[str, Any], *, may_differ: Collection[str] = ()
+) -> History:
+    """Go on with the ledger at ``path``, or begin one.
+
+    Args:
+        path: of the JSON file; None keeps the ledger in memory only.
+        settings: of the run, as plain JSON types.
+        may_differ: names of settings that say nothing about what has been recorded, such as the
+            number of rounds; the values given now take the place of the recorded ones.
+
+    Raises:
+        ValueError: the ledger is damaged, or of a run with other settings; the message names them.
+    """
+    if path is None or not Path(path).exists():
+        return History(None if path is None else Path(path), settings)
+    history = read_history(path)
+    given = json.loads(json.dumps(settings))
+    names = sorted((given.keys() | history.settings.keys()) - set(may_differ))
+    other = [name for name in names if given.get(name) != history.settings.get(name)]
+    if other:
+        changes = ", ".join(
+            f"{name} was {history.settings.get(name)!r}, is {given.get(name)!r}" for name in other
+        )
+        raise ValueError(
+            f"{path} belongs to a run with other settings ({changes}): give its settings again to"
+            " go on with it, or another output_dir"
+        )
+    history.settings = settings
+    return history
 
 
 def starts_of(records: Iterable[RoundRecord]) -> list[str]:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from hf_dash import History, RoundRecord, read_history, write_history
+from hf_dash import History, RoundRecord, open_history, read_history, write_history
 
 
 def record(start="warm", seed=0, round_index=1, **changes):
@@ -76,7 +76,7 @@ def test_records_are_selected_by_start_and_seed():
     assert [(r.start, r.seed) for r in history.select(seed=1)] == [("cold", 1), ("dash", 1)]
 
 
-@pytest.mark.parametrize("damage", ["cut", "format", "field"])
+@pytest.mark.parametrize("damage", ["cut", "format", "field", "edited"])
 def test_a_damaged_ledger_is_refused(tmp_path, damage):
     path = tmp_path / "history.json"
     write_history(path, {}, [record()])
@@ -85,6 +85,8 @@ def test_a_damaged_ledger_is_refused(tmp_path, damage):
         content["format"] = 99
     if damage == "field":
         del content["records"][0]["accuracy"]
+    if damage == "edited":
+        content["records"][0]["accuracy"] = 0.99
     text = json.dumps(content)
     path.write_text(text[:-20] if damage == "cut" else text)
     with pytest.raises(ValueError, match=r"history.json is not a whole hf_dash history"):
@@ -94,3 +96,22 @@ def test_a_damaged_ledger_is_refused(tmp_path, damage):
 def test_records_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         record().accuracy = 1.0
+
+
+def test_the_folder_of_a_round():
+    assert record("dash", 2, 13).folder == "rounds/013/dash_seed2"
+
+
+def test_a_run_goes_on_with_its_own_ledger_only(tmp_path):
+    path = tmp_path / "history.json"
+    settings = {"alpha": 0.3, "starts": ("dash",), "num_rounds": 2}
+    open_history(path, settings).append(record())
+    again = open_history(path, {**settings, "num_rounds": 3}, may_differ={"num_rounds"})
+    assert again.records == [record()]
+    assert again.find("warm", 0, 1) == record()
+    assert again.find("warm", 0, 2) is None
+    again.append(record(round_index=2))
+    assert read_history(path).settings["num_rounds"] == 3
+    with pytest.raises(ValueError, match=r"other settings \(alpha was 0.3, is 0.1\): give its"):
+        open_history(path, {**settings, "alpha": 0.1, "num_rounds": 3})
+    assert open_history(None, settings).records == []
