@@ -1,16 +1,24 @@
 """hf_dash: direction-aware shrinking for vision models that are retrained on arriving data."""
 
-from hf_dash._version import __version__
+from hf_dash._version import __version__, library_versions
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
 from hf_dash.callback import DashCallback
-from hf_dash.card import CardInfo, library_versions, write_card
+from hf_dash.card import CardInfo, write_card
+from hf_dash.checkpoints import only_one
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
 from hf_dash.history import History, RoundRecord, open_history, read_history, write_history
 from hf_dash.hub import push_folder
-from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
+from hf_dash.models import (
+    check_label_names,
+    create_model,
+    grow_head,
+    image_transform,
+    load_model,
+    save_model,
+)
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
@@ -45,6 +53,7 @@ __all__ = [
     "evaluate_model",
     "find_start",
     "gradient_batches",
+    "grow_head",
     "image_transform",
     "in_arrival_order",
     "label_names",
@@ -52,6 +61,7 @@ __all__ = [
     "load_images",
     "load_model",
     "markdown_table",
+    "only_one",
     "open_history",
     "plot_rounds",
     "push_folder",

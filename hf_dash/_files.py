@@ -6,7 +6,7 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file ``path`` by ``text`` in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -21,3 +21,15 @@ def replace_files(source: Path, target: Path) -> None:
     """Move every file of the folder ``source`` into ``target``, each in one step."""
     for file in sorted(source.iterdir()):
         os.replace(file, target / file.name)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder's entries and the files in it are on the disk, power failure or not."""
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    for path in (*(entry for entry in folder.iterdir() if entry.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

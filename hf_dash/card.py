@@ -5,7 +5,6 @@ Every value is given or recorded, none is inferred; a variable the template asks
 gives is an error.
 """
 
-import importlib.metadata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_dash._files import write_text
-from hf_dash._version import __version__
+from hf_dash._version import library_versions
 from hf_dash.arrivals import is_local
 from hf_dash.history import RoundRecord
 from hf_dash.models import IMAGE_MODES
@@ -135,12 +134,6 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
 def write_card(folder: str | Path, model: PreTrainedModel, info: CardInfo) -> None:
     """Write the card of a model as ``README.md`` into ``folder``, in one step."""
     write_text(Path(folder) / "README.md", str(render_card(model, info)))
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of hf_dash and of the libraries it works with."""
-    names = ("torch", "transformers", "datasets", "accelerate", "timm")
-    return {"hf_dash": __version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _template() -> jinja2.Template:

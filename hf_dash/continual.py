@@ -1,26 +1,59 @@
-"""One strategy through all rounds: start, train, evaluate, record.
+"""One strategy through all rounds: start, train, evaluate, save, record; each round exactly once.
 
-Flow: a fresh model → for every round: start (from the second on) → training to convergence →
-held-out accuracy → one record in the history.
+Flow: a fresh model → for every round: the parent round's saved final weights → start (from the
+second round on) → training to convergence → held-out accuracy → the round's folder → the ledger.
 Source: the protocol of Shin et al. (arXiv:2410.23495, section 2) and Ash & Adams (2020).
+Exactly once: a start works on weights read from the parent's folder, which are final by then, and
+a round ends when its own folder is renamed into place. A run that was killed anywhere goes on with
+the first round that has no folder, and everything random in a round derives from its seed.
 """
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel
 
-from hf_dash.config import DashConfig
+from hf_dash._version import library_versions
+from hf_dash.checkpoints import (
+    find_round,
+    load_optimizer_state,
+    load_weights_,
+    prune_rounds,
+    save_round,
+)
+from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.evaluation import evaluate_model
 from hf_dash.history import History, RoundRecord
+from hf_dash.models import grow_head
 from hf_dash.rounds import Round, train_batches
-from hf_dash.starts import Start, StartContext
+from hf_dash.starts import Start, StartContext, Started
 from hf_dash.training import TrainingConfig, train_round
+
+
+@dataclass
+class _Run:
+    """What stays the same through all rounds of one run."""
+
+    held_out: "TorchDataset[dict[str, Any]]"
+    start: Start
+    name: str
+    seed: int
+    history: History
+    accelerator: Accelerator
+    dash: DashConfig
+    starts: StartsConfig
+    training: TrainingConfig
+    output_dir: Path | None
+    save_total_limit: int | None
 
 
 def run_rounds(
@@ -34,67 +67,200 @@ def run_rounds(
     history: History,
     accelerator: Accelerator,
     dash: DashConfig | None = None,
+    starts: StartsConfig | None = None,
     training: TrainingConfig | None = None,
+    output_dir: str | Path | None = None,
+    save_total_limit: int | None = None,
 ) -> PreTrainedModel:
-    """Take a model through all rounds in place.
+    """Take a model through all rounds; go on where an earlier call on the same folder ended.
 
     Args:
-        model: freshly initialised; the first round trains it as it is.
-        rounds: in order.
-        held_out: examples never trained on.
-        start: called before every round but the first.
+        model: freshly initialised with ``seed``; the first round trains it as it is.
+        rounds: in order, from the first.
+        held_out: examples never trained on; a label the model does not know yet counts as wrong.
+        start: called before every round but the first; before the first too if its attribute
+            ``every_round`` is true.
         name: of the start, for the history.
         seed: of the run; the data order and the start of every round derive from it.
         history: gets one record per round; written by the main process only.
         accelerator: gives devices, processes and precision.
         dash: settings of the gradient pass.
+        starts: settings of the other starts.
         training: settings of the training.
+        output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
+        save_total_limit: keep the folders of the newest rounds only, at least 1; None keeps all.
 
     Returns:
-        The same model, trained on the last round.
+        The model, trained on the last round: the given one, unless new labels made it grow.
+
+    Raises:
+        ValueError: what is recorded was made with other data or settings, or its weights are gone.
+        OSError: a round could not be saved; the rounds before it are whole.
     """
-    dash = dash or DashConfig()
-    training = training or TrainingConfig()
+    if save_total_limit is not None and save_total_limit < 1:
+        raise ValueError(f"save_total_limit must be at least 1, got {save_total_limit!r}")
+    run = _Run(
+        held_out,
+        start,
+        name,
+        seed,
+        history,
+        accelerator,
+        dash or DashConfig(),
+        starts or StartsConfig(),
+        training or TrainingConfig(),
+        None if output_dir is None else Path(output_dir),
+        save_total_limit,
+    )
     model.to(accelerator.device)
+    parent: RoundRecord | None = None
+    kept: dict[str, Tensor] = {}
+    trained = False
     for round_ in rounds:
-        round_seed = seed_of_round(seed, round_.index)
-        set_seed(round_seed)
-        report, start_seconds = None, 0.0
-        if round_.index > 1:
-            started = time.perf_counter()
-            started_ = start(
-                model, StartContext(round_, round_seed, seed, dash, accelerator=accelerator)
-            )
-            report = None if started_ is None else started_.report
-            start_seconds = time.perf_counter() - started
-        batches = train_batches(round_, training.train_batch_size, seed=round_seed)
-        result = train_round(
-            model, batches, training, accelerator, description=f"{name} round {round_.index}"
-        )
-        metrics = evaluate_model(model, held_out, accelerator)
-        per_class = {
-            str(model.config.id2label[label]): accuracy
-            for label, accuracy in metrics["per_class_accuracy"].items()
-        }
-        history.append(
-            RoundRecord(
-                start=name,
-                seed=seed,
-                round_index=round_.index,
-                num_new=len(round_.new),
-                num_total=len(round_.examples),
-                accuracy=metrics["accuracy"],
-                per_class_accuracy=per_class,
-                train_accuracy=result.train_accuracy,
-                converged=result.converged,
-                epochs=result.epochs,
-                steps=result.steps,
-                start_seconds=start_seconds,
-                train_seconds=result.seconds,
-                shrink=None if report is None else report.to_dict(),
-            )
-        )
+        done = _finished(run, round_, parent)
+        if done is not None:
+            model, _ = _with_classes_of(round_, model, seed)
+            parent, trained = done, False
+            continue
+        if run.output_dir is not None and parent is not None:
+            load_weights_(model, run.output_dir, parent)
+            kept = load_optimizer_state(run.output_dir, parent)
+        model, parent, kept = _train_one(run, model, round_, parent, kept)
+        trained = True
+    if parent is not None and not trained and run.output_dir is not None:
+        load_weights_(model, run.output_dir, parent)
     return model
+
+
+def _finished(run: _Run, round_: Round, parent: RoundRecord | None) -> RoundRecord | None:
+    """Return the record of a round that was finished before, or None.
+
+    A round whose folder is there but whose record is not was cut off between the two: its record
+    is taken over.
+    """
+    if run.output_dir is None:
+        return None
+    done = run.history.find(run.name, run.seed, round_.index)
+    if done is None:
+        folder = RoundRecord.folder_of(run.name, run.seed, round_.index)
+        found = find_round(run.output_dir, folder)
+        if found is None:
+            return None
+        run.history.check_same_run(found)
+        (done,) = found.records
+        run.accelerator.wait_for_everyone()
+        run.history.append(done)
+    if done.data_fingerprint != round_.fingerprint:
+        raise ValueError(
+            f"round {round_.index} of {run.name!r} was trained on other data than are given now"
+            f" (fingerprint {done.data_fingerprint}, now {round_.fingerprint}): an arrival has"
+            " changed or disappeared"
+        )
+    if parent is not None and done.parent != parent.folder:
+        raise ValueError(
+            f"round {round_.index} of {run.name!r} was started from {done.parent!r}, not from"
+            f" {parent.folder!r}"
+        )
+    return done
+
+
+def _with_classes_of(
+    round_: Round, model: PreTrainedModel, seed: int
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Grow the head by the labels that are new in a round; return the new rows too."""
+    new = round_.label_names[model.config.num_labels :]
+    return grow_head(model, new, seed=seed) if new else (model, {})
+
+
+def _train_one(
+    run: _Run,
+    model: PreTrainedModel,
+    round_: Round,
+    parent: RoundRecord | None,
+    kept: dict[str, Tensor],
+) -> tuple[PreTrainedModel, RoundRecord, dict[str, Tensor]]:
+    """Start, train, evaluate, save and record one round."""
+    round_seed = seed_of_round(run.seed, round_.index)
+    set_seed(round_seed)
+    started = time.perf_counter()
+    model, rows = _with_classes_of(round_, model, round_seed)
+    begun = _start(run, model, round_, round_seed, rows)
+    start_seconds = time.perf_counter() - started if round_.index > 1 else 0.0
+    result = train_round(
+        model,
+        train_batches(round_, run.training.train_batch_size, seed=round_seed),
+        run.training,
+        run.accelerator,
+        description=f"{run.name} round {round_.index}",
+    )
+    metrics = evaluate_model(model, run.held_out, run.accelerator)
+    names, report = model.config.id2label, begun.report
+    record = RoundRecord(
+        start=run.name,
+        seed=run.seed,
+        round_index=round_.index,
+        num_new=len(round_.new),
+        num_total=len(round_.examples),
+        accuracy=metrics["accuracy"],
+        per_class_accuracy={
+            str(names[label]): accuracy
+            for label, accuracy in metrics["per_class_accuracy"].items()
+            if label in names
+        },
+        train_accuracy=result.train_accuracy,
+        converged=result.converged,
+        epochs=result.epochs,
+        steps=result.steps,
+        start_seconds=start_seconds,
+        train_seconds=result.seconds,
+        shrink=None if report is None else report.to_dict(),
+        parent=None if parent is None else parent.folder,
+        data_fingerprint=round_.fingerprint,
+        images_read=result.epochs * len(round_.examples) + (report.num_images if report else 0),
+        versions=library_versions(),
+        hardware=_hardware(run.accelerator),
+    )
+    return model, _save(run, model, {}, record), {}
+
+
+def _start(
+    run: _Run, model: PreTrainedModel, round_: Round, seed: int, rows: dict[str, Tensor]
+) -> Started:
+    """Call the start where the round has one; rows of new classes stay as fresh as they are."""
+    if round_.index == 1 and not getattr(run.start, "every_round", False):
+        return Started()
+    context = StartContext(
+        round_,
+        seed,
+        init_seed=run.seed,
+        dash=run.dash,
+        starts=run.starts,
+        accelerator=run.accelerator,
+    )
+    begun = run.start(model, context) or Started()
+    state = model.timm_model.state_dict()
+    with torch.no_grad():
+        for name, fresh in rows.items():
+            state[name][-len(fresh) :] = fresh
+    return begun
+
+
+def _save(
+    run: _Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
+) -> RoundRecord:
+    if run.output_dir is not None and run.accelerator.is_main_process:
+        record = save_round(run.output_dir, model, optimizer_state, record, run.history.settings)
+    run.accelerator.wait_for_everyone()
+    run.history.append(record)
+    if run.save_total_limit is not None and run.output_dir is not None:
+        own = run.history.select(run.name, run.seed)
+        prune_rounds(run.output_dir, own, run.save_total_limit)
+    return record
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{accelerator.num_processes} × {accelerator.device.type}, {precision}"
 
 
 def seed_of_round(seed: int, round_index: int) -> int:

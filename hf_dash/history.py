@@ -73,7 +73,12 @@ class RoundRecord:
     @property
     def folder(self) -> str:
         """The round's folder below the output directory."""
-        return f"rounds/{self.round_index:03d}/{self.start}_seed{self.seed}"
+        return self.folder_of(self.start, self.seed, self.round_index)
+
+    @staticmethod
+    def folder_of(start: str, seed: int, round_index: int) -> str:
+        """Return the folder of a round that need not be there."""
+        return f"rounds/{round_index:03d}/{start}_seed{seed}"
 
     @property
     def seconds(self) -> float:
@@ -87,13 +92,34 @@ class History:
 
     Args:
         path: of the JSON file, or None to keep the ledger in memory only.
-        settings: everything that was set for the run; written once, never changed.
+        settings: everything that was set for the run.
         records: so far, oldest first; use :meth:`append`.
+        may_differ: names of settings that say nothing about what has been recorded.
     """
 
     path: Path | None
     settings: dict[str, Any]
     records: list[RoundRecord] = field(default_factory=list)
+    may_differ: Collection[str] = ()
+
+    def check_same_run(self, other: "History") -> None:
+        """Check that another ledger has the same settings, but for those that may differ.
+
+        Raises:
+            ValueError: it has not; the message names them.
+        """
+        mine, theirs = (json.loads(json.dumps(h.settings)) for h in (self, other))
+        names = sorted((mine.keys() | theirs.keys()) - set(self.may_differ))
+        changes = [
+            f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
+            for name in names
+            if mine.get(name) != theirs.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                f"{other.path} belongs to a run with other settings ({', '.join(changes)}): give"
+                " its settings again to go on with it, or another output_dir"
+            )
 
     def append(self, record: RoundRecord) -> None:
         """Add a record; the file is replaced in one step.
@@ -156,7 +182,11 @@ def read_history(path: str | Path) -> History:
 
 
 def open_history(
-    path: str | Path | None, settings: dict[str, Any], *, may_differ: Collection[str] = ()
+    path: str | Path | None,
+    settings: dict[str, Any],
+    *,
+    may_differ: Collection[str] = (),
+    read_only: bool = False,
 ) -> History:
     """Go on with the ledger at ``path``, or begin one.
 
@@ -165,25 +195,18 @@ def open_history(
         settings: of the run, as plain JSON types.
         may_differ: names of settings that say nothing about what has been recorded, such as the
             number of rounds; the values given now take the place of the recorded ones.
+        read_only: never write the file: for all processes but the main one.
 
     Raises:
         ValueError: the ledger is damaged, or of a run with other settings; the message names them.
     """
-    if path is None or not Path(path).exists():
-        return History(None if path is None else Path(path), settings)
-    history = read_history(path)
-    given = json.loads(json.dumps(settings))
-    names = sorted((given.keys() | history.settings.keys()) - set(may_differ))
-    other = [name for name in names if given.get(name) != history.settings.get(name)]
-    if other:
-        changes = ", ".join(
-            f"{name} was {history.settings.get(name)!r}, is {given.get(name)!r}" for name in other
-        )
-        raise ValueError(
-            f"{path} belongs to a run with other settings ({changes}): give its settings again to"
-            " go on with it, or another output_dir"
-        )
-    history.settings = settings
+    history = History(None if path is None else Path(path), settings, may_differ=may_differ)
+    if path is not None and Path(path).exists():
+        recorded = read_history(path)
+        history.check_same_run(recorded)
+        history.records = recorded.records
+    if read_only:
+        history.path = None
     return history
 
 

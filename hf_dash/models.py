@@ -6,10 +6,11 @@ Differs from ``TimmWrapperForImageClassification(config)``: transformers fills e
 linear layer with N(0, 0.02); here timm's own initialisation is put back.
 """
 
+import copy
 import difflib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,52 @@ def check_label_names(model: PreTrainedModel, label_names: list[str]) -> None:
     known = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if known != label_names:
         raise ValueError(f"label_names must be the model's, {known}, got {label_names}")
+
+
+def grow_head(
+    model: PreTrainedModel, new_names: Sequence[str], *, seed: int
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Return a model that knows more classes: everything old is kept, new rows are fresh.
+
+    Args:
+        model: a timm wrapper; left as it is.
+        new_names: of the classes to add after the old ones, all different and none of them known.
+        seed: of the new rows, which are those of a fresh model of the new size and that seed.
+
+    Returns:
+        The grown model, on the device of the old one, and the new rows by the name of the tensor of
+        ``model.timm_model`` whose last rows they are.
+
+    Raises:
+        ValueError: no new name, or one that is repeated or known.
+        NotImplementedError: the architecture does not keep one row per class in its classifier.
+    """
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if not new_names or len({*names, *new_names}) != len(names) + len(new_names):
+        raise ValueError(
+            f"new_names must be at least one, different and none of {names}, got {list(new_names)}"
+        )
+    config = copy.deepcopy(model.config)
+    config.num_labels = len(names) + len(new_names)
+    config.id2label = dict(enumerate([*names, *new_names]))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    with torch.random.fork_rng(devices=[]):
+        grown = TimmWrapperForImageClassification(config)
+    state, rows = fresh_state(grown, seed), {}
+    for name, old in model.timm_model.state_dict().items():
+        fresh = state[name]
+        if fresh.shape == old.shape:
+            state[name] = old
+        elif (len(old), *fresh.shape[1:]) == tuple(old.shape) and len(old) == len(names):
+            rows[name] = fresh[len(names) :]
+            state[name] = torch.cat([old, rows[name].to(old)])
+        else:
+            raise NotImplementedError(
+                f"the classifier of {config.architecture!r} cannot grow: {name!r} would turn from"
+                f" {tuple(old.shape)} to {tuple(fresh.shape)}"
+            )
+    grown.timm_model.load_state_dict(state)
+    return grown.to(model.device).train(model.training), rows
 
 
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:

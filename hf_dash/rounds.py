@@ -6,8 +6,10 @@ Source: the protocol of Shin et al. (arXiv:2410.23495, section 2): in every roun
 same distribution arrives, and training goes on over all data so far.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.batches import check_labels
 from hf_dash.config import DashConfig
+from hf_dash.incoming import fingerprint
 
 Transform = Callable[[Any], Tensor]
 
@@ -48,6 +51,11 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._labels)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the labelled images; reads them all, without decoding."""
+        return fingerprint(self.dataset)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not self.in_memory:
             pixels = self.transform(self.dataset[index]["image"])
@@ -65,10 +73,13 @@ class Round:
     Args:
         index: 1 for the first round.
         arrivals: all that has arrived, oldest first; the last one is new in this round.
+        label_names: of the classes known by now, in the order of the model's; empty where a model
+            knows all of them from the first round.
     """
 
     index: int
     arrivals: tuple[ImageExamples, ...]
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.arrivals or len(self.arrivals[-1]) == 0:
@@ -83,6 +94,12 @@ class Round:
     def seen(self) -> "ConcatDataset[dict[str, Any]] | None":
         """What arrived in earlier rounds, oldest first; None in the first round."""
         return ConcatDataset(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of all labelled images, old and new; the same on every machine."""
+        parts = [arrival.fingerprint for arrival in self.arrivals]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
     def examples(self) -> "ConcatDataset[dict[str, Any]]":

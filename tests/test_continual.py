@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 import torch
 from conftest import same_state, state_of
 
 import hf_dash
-from hf_dash.continual import seed_of_round
+from hf_dash.continual import _start, seed_of_round
 
 TRAINING = hf_dash.TrainingConfig(max_epochs=2, train_batch_size=30, disable_tqdm=True)
 
@@ -95,3 +99,123 @@ def test_cold_equals_training_from_scratch(two_rounds, accelerator):
     batches = hf_dash.train_batches(two_rounds[1], 30, seed=seed)
     hf_dash.train_round(scratch, batches, TRAINING, accelerator)
     assert same_state(state_of(model), state_of(scratch))
+
+
+def names_of(count):
+    return tuple(str(digit) for digit in range(count))
+
+
+def saved_run(folder, rounds, accelerator, settings=None, start="dash", **options):
+    """A run that keeps its rounds on disk, as the recipes make it."""
+    history = hf_dash.open_history(folder / "history.json", settings or {})
+    names = rounds[0].label_names or names_of(10)
+    model = hf_dash.run_rounds(
+        hf_dash.create_model("test_resnet", label_names=list(names), image_size=32, seed=0),
+        rounds,
+        rounds[0].new,
+        hf_dash.find_start(start),
+        name=start,
+        seed=0,
+        history=history,
+        accelerator=accelerator,
+        training=TRAINING,
+        dash=hf_dash.DashConfig(gradient_batch_size=30),
+        output_dir=folder,
+        **options,
+    )
+    return model, history
+
+
+def test_a_record_tells_where_a_round_came_from(two_rounds, accelerator, tmp_path):
+    _, history = saved_run(tmp_path, two_rounds, accelerator)
+    first, second = history.records
+    assert (first.parent, second.parent) == (None, "rounds/001/dash_seed0")
+    assert second.data_fingerprint == two_rounds[1].fingerprint != first.data_fingerprint
+    assert second.images_read == second.epochs * 120 + second.shrink["num_images"]
+    assert second.hardware == "1 × cpu, fp32"
+    assert second.versions == hf_dash.library_versions()
+
+
+def test_rounds_go_on_where_an_earlier_call_ended(two_rounds, accelerator, tmp_path):
+    whole, expected = saved_run(tmp_path / "whole", two_rounds, accelerator)
+    saved_run(tmp_path / "parts", two_rounds[:1], accelerator)
+    parts, found = saved_run(tmp_path / "parts", two_rounds, accelerator)
+    again, _ = saved_run(tmp_path / "parts", two_rounds, accelerator)
+    assert same_state(state_of(whole), state_of(parts))
+    assert same_state(state_of(whole), state_of(again))
+    assert [r.weights_sha256 for r in found.records] == [r.weights_sha256 for r in expected.records]
+
+
+def test_a_round_that_was_saved_but_not_recorded_is_taken_over(two_rounds, accelerator, tmp_path):
+    _, expected = saved_run(tmp_path, two_rounds, accelerator)
+    (tmp_path / "history.json").unlink()
+    _, found = saved_run(tmp_path, two_rounds, accelerator)
+    assert found.records == expected.records
+    (tmp_path / "history.json").unlink()
+    with pytest.raises(ValueError, match=r"other settings \(lam was None, is 0.1\)"):
+        saved_run(tmp_path, two_rounds, accelerator, {"lam": 0.1})
+
+
+def test_other_data_are_refused(two_rounds, accelerator, tmp_path, digits):
+    saved_run(tmp_path, two_rounds, accelerator)
+    before = (tmp_path / "history.json").read_bytes()
+    other = hf_dash.in_arrival_order(digits, seed=1, num_examples=120)
+    rounds = list(hf_dash.cut_rounds(other, 2, two_rounds[0].new.transform, in_memory=True))
+    with pytest.raises(ValueError, match="round 1 of 'dash' was trained on other data"):
+        saved_run(tmp_path, rounds, accelerator)
+    assert (tmp_path / "history.json").read_bytes() == before
+
+
+def test_only_the_newest_rounds_are_kept(two_rounds, accelerator, tmp_path):
+    whole, _ = saved_run(tmp_path / "whole", two_rounds, accelerator)
+    saved_run(tmp_path / "newest", two_rounds, accelerator, save_total_limit=1)
+    folders = [p.parent.name for p in (tmp_path / "newest").glob("rounds/*/dash_seed0")]
+    assert folders == ["002"]
+    again, _ = saved_run(tmp_path / "newest", two_rounds, accelerator, save_total_limit=1)
+    assert same_state(state_of(again), state_of(whole))
+    with pytest.raises(ValueError, match="save_total_limit must be at least 1, got 0"):
+        saved_run(tmp_path / "none", two_rounds, accelerator, save_total_limit=0)
+
+
+def growing_rounds(digits, transform):
+    """Two rounds of digits: 0 to 6 first, then all ten."""
+    labels = np.array(digits["label"][:])
+    first = np.flatnonzero(labels < 7)[:60]
+    second = np.setdiff1d(np.arange(200), first)[:60]
+    arrivals = tuple(
+        hf_dash.ImageExamples(digits.select(rows), transform, in_memory=True)
+        for rows in (first, second)
+    )
+    return [
+        hf_dash.Round(1, arrivals[:1], label_names=names_of(7)),
+        hf_dash.Round(2, arrivals, label_names=names_of(10)),
+    ]
+
+
+@pytest.mark.parametrize("start", ["dash", "cold"])
+def test_new_labels_grow_the_head(digits, small_model, accelerator, tmp_path, start):
+    rounds = growing_rounds(digits, hf_dash.image_transform(small_model))
+    model, history = saved_run(tmp_path / "a", rounds, accelerator, start=start)
+    assert list(model.config.id2label.values()) == list(names_of(10))
+    assert set(history.records[0].per_class_accuracy) <= set(names_of(7))
+    # Going on in a second call grows the same head.
+    saved_run(tmp_path / "b", rounds[:1], accelerator, start=start)
+    again, _ = saved_run(tmp_path / "b", rounds, accelerator, start=start)
+    assert same_state(state_of(model), state_of(again))
+
+
+def test_old_rows_start_as_usual_and_new_ones_fresh(digits, small_model, accelerator, tmp_path):
+    rounds = growing_rounds(digits, hf_dash.image_transform(small_model))
+
+    def halve(model, context):
+        with torch.no_grad():
+            model.timm_model.fc.weight.mul_(0.5)
+
+    model, _ = saved_run(tmp_path, rounds[:1], accelerator)
+    old = state_of(model)["timm_model.fc.weight"]
+    run = SimpleNamespace(start=halve, seed=0, dash=None, starts=None, accelerator=accelerator)
+    grown, rows = hf_dash.grow_head(model, names_of(10)[7:], seed=3)
+    _start(run, grown, rounds[1], 3, rows)
+    weight = grown.timm_model.fc.weight.detach()
+    assert torch.equal(weight[:7], 0.5 * old)
+    assert torch.equal(weight[7:], rows["fc.weight"])

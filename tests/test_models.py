@@ -140,3 +140,38 @@ def test_label_names_of_data_and_model_must_agree():
     hf_dash.check_label_names(make(), NAMES)
     with pytest.raises(ValueError, match="label_names must be the model's"):
         hf_dash.check_label_names(make(), NAMES[::-1])
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "test_vit"])
+def test_a_head_grows_by_name(architecture):
+    model = make(architecture, seed=1)
+    with torch.no_grad():
+        for tensor in model.timm_model.state_dict().values():
+            tensor.add_(1)
+    before = {name: t.clone() for name, t in model.timm_model.state_dict().items()}
+    grown, rows = hf_dash.grow_head(model, ["dog", "eel"], seed=7)
+    after = grown.timm_model.state_dict()
+    fresh = fresh_state(grown, 7)
+    assert list(grown.config.id2label.values()) == [*NAMES, "dog", "eel"]
+    assert grown.config.label2id["eel"] == 4
+    assert model.config.num_labels == 3
+    for name, old in before.items():
+        assert torch.equal(after[name][: len(old)] if name in rows else after[name], old), name
+    assert len(rows) == 2  # the classifier's weight and bias
+    for name, new in rows.items():
+        assert torch.equal(after[name][3:], new)
+        assert torch.equal(new, fresh[name][3:])
+    assert grown.eval()(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape == (1, 5)
+
+
+def test_a_grown_model_is_saved_and_loaded(tmp_path):
+    grown, _ = hf_dash.grow_head(make(), ["dog"], seed=0)
+    hf_dash.save_model(grown, tmp_path)
+    loaded = hf_dash.load_model(str(tmp_path))
+    assert list(loaded.config.id2label.values()) == [*NAMES, "dog"]
+
+
+@pytest.mark.parametrize("names", [[], ["ant"], ["dog", "dog"]])
+def test_a_head_grows_by_new_names_only(names):
+    with pytest.raises(ValueError, match="new_names must be at least one, different and none of"):
+        hf_dash.grow_head(make(), names, seed=0)

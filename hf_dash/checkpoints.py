@@ -1,0 +1,155 @@
+"""Finished rounds on disk: final weights, optimizer state and record, whole or not there.
+
+Flow: a trained round → a folder written aside → renamed into its place in one step → later rounds
+start from what lies there.
+A round is finished when its folder is there: whatever kills the process before leaves nothing but
+a folder with a name of its own, which the next run sweeps away.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dash._files import flush_folder
+from hf_dash.history import History, RoundRecord, read_history, write_history
+from hf_dash.models import save_model
+
+WEIGHTS, OPTIMIZER, LEDGER = "model.safetensors", "optimizer.safetensors", "history.json"
+
+
+@contextmanager
+def only_one(output_dir: str | Path) -> Iterator[None]:
+    """Keep other processes from working in the same folder; ends with the process, however.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(output_dir) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} is in use by another process: wait for it, or give"
+            " another output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_round(
+    output_dir: str | Path,
+    model: PreTrainedModel,
+    optimizer_state: dict[str, Tensor],
+    record: RoundRecord,
+    settings: dict[str, Any],
+) -> RoundRecord:
+    """Write a finished round into its folder, in one step.
+
+    Args:
+        output_dir: of the run; the folder below it is named by ``record.folder``.
+        model: a timm wrapper with its final weights.
+        optimizer_state: tensors by name; may be empty.
+        record: of the round.
+        settings: of the run; go into the folder with the record.
+
+    Returns:
+        The record with the checksum of the weights.
+
+    Raises:
+        OSError: the folder could not be written; nothing of it is left.
+        ValueError: the round is there already.
+    """
+    target = Path(output_dir) / record.folder
+    if target.exists():
+        raise ValueError(f"{target} is there already: a round is saved once")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(target)
+    try:
+        save_model(model, aside)
+        if optimizer_state:
+            save_file(optimizer_state, aside / OPTIMIZER)
+        record = replace(record, weights_sha256=_sha256(aside / WEIGHTS))
+        write_history(aside / LEDGER, settings, [record])
+        flush_folder(aside)
+        os.rename(aside, target)
+        flush_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"{target} could not be saved: {error}; earlier rounds are whole, and the same command"
+            " goes on after them"
+        ) from error
+    return record
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def find_round(output_dir: str | Path, folder: str) -> History | None:
+    """Return the ledger of a finished round alone, or None where its folder is not there.
+
+    Args:
+        output_dir: of the run.
+        folder: below it, as :attr:`RoundRecord.folder` names it; leftovers of an attempt at it
+            that was killed are removed.
+    """
+    target = Path(output_dir) / folder
+    shutil.rmtree(_aside(target), ignore_errors=True)
+    if not target.exists():
+        return None
+    return read_history(target / LEDGER)
+
+
+def load_weights_(model: PreTrainedModel, output_dir: str | Path, record: RoundRecord) -> None:
+    """Give a model the final weights of a round, in place.
+
+    Args:
+        model: a timm wrapper of the same make.
+        output_dir: of the run.
+        record: of the round.
+
+    Raises:
+        ValueError: the weights are not there, or not those the record tells of.
+    """
+    path = Path(output_dir) / record.folder / WEIGHTS
+    if not path.exists():
+        raise ValueError(f"{path} is gone: the next round cannot start without these weights")
+    if _sha256(path) != record.weights_sha256:
+        raise ValueError(f"{path} is not what was saved there: its checksum differs")
+    model.timm_model.load_state_dict(load_file(path))
+
+
+def load_optimizer_state(output_dir: str | Path, record: RoundRecord) -> dict[str, Tensor]:
+    """Return the optimizer's state at the end of a round; empty where there was none."""
+    path = Path(output_dir) / record.folder / OPTIMIZER
+    state: dict[str, Any] = load_file(path) if path.exists() else {}
+    return state
+
+
+def prune_rounds(output_dir: str | Path, records: list[RoundRecord], keep: int) -> None:
+    """Remove the folders of all but the last ``keep`` of these rounds; their records stay."""
+    for record in records[: max(0, len(records) - keep)]:
+        shutil.rmtree(Path(output_dir) / record.folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""A run of three rounds that can be killed at a given point; started by test_exactly_once.py."""
+
+import os
+import signal
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import hf_dash
+
+NUM_ROUNDS, ROUND_SIZE = 3, 30
+
+# Where to die: the function called there, before or after it, and at which of its calls.
+POINTS = {
+    "before the shrink": ("hf_dash.starts", "dash_shrink_", "before", 1),
+    "in the shrink": ("hf_dash.dash", "shrink_", "before", 2),
+    "after the shrink": ("hf_dash.starts", "dash_shrink_", "after", 1),
+    "in training": ("hf_dash.training", "_train_epoch", "after", 3),
+    "after training": ("hf_dash.continual", "evaluate_model", "before", 2),
+    "saving the weights": ("hf_dash.models", "save_file", "after", 2),
+    "saving the optimizer": ("hf_dash.checkpoints", "save_file", "before", 2),
+    "before the folder is there": ("hf_dash.checkpoints", "os.rename", "before", 1),
+    "after the folder is there": ("hf_dash.checkpoints", "os.rename", "after", 2),
+    "before the ledger is there": ("hf_dash.history", "write_text", "before", 4),
+    "in the ledger": ("hf_dash._files", "os.replace", "before", 1),
+    "after the ledger is there": ("hf_dash.history", "write_text", "after", 2),
+}
+
+
+def die_at(point: str) -> None:
+    module_name, attribute, when, count = POINTS[point]
+    holder = import_module(module_name)
+    if attribute.startswith("os."):
+        holder, attribute = os, attribute.removeprefix("os.")
+    function, calls = getattr(holder, attribute), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        last = len(calls) == count
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, attribute, dying)
+
+
+def run(output_dir: str, point: str | None = None) -> None:
+    """Take a DASH run with living momentum through its rounds; go on where it ended."""
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if point is not None:
+        die_at(point)
+    digits = hf_dash.load_images("digits")
+    arriving = hf_dash.in_arrival_order(digits, seed=0, num_examples=NUM_ROUNDS * ROUND_SIZE)
+    model = hf_dash.create_model(
+        "test_resnet", label_names=hf_dash.label_names(digits), image_size=32, seed=0
+    )
+    transform = hf_dash.image_transform(model)
+    rounds = list(hf_dash.cut_rounds(arriving, NUM_ROUNDS, transform, in_memory=True))
+    with hf_dash.only_one(output_dir):
+        history = hf_dash.open_history(Path(output_dir) / "history.json", {"lam": 0.3})
+        hf_dash.run_rounds(
+            model,
+            rounds,
+            rounds[0].new,
+            hf_dash.find_start("dash"),
+            name="dash",
+            seed=0,
+            history=history,
+            accelerator=Accelerator(cpu=True),
+            dash=hf_dash.DashConfig(gradient_batch_size=15),
+            starts=hf_dash.StartsConfig(reset_optimizer=False),
+            training=hf_dash.TrainingConfig(max_epochs=1, train_batch_size=15, disable_tqdm=True),
+            output_dir=output_dir,
+        )
