@@ -10,6 +10,7 @@ from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
 from hf_dash.history import History, RoundRecord, read_history, write_history
 from hf_dash.hub import push_folder
+from hf_dash.memorisation import flip_labels, measure_memorisation
 from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
@@ -44,6 +45,7 @@ __all__ = [
     "dash_shrink_",
     "evaluate_model",
     "find_start",
+    "flip_labels",
     "gradient_batches",
     "image_transform",
     "in_arrival_order",
@@ -52,6 +54,7 @@ __all__ = [
     "load_images",
     "load_model",
     "markdown_table",
+    "measure_memorisation",
     "plot_rounds",
     "push_folder",
     "read_history",

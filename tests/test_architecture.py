@@ -24,6 +24,7 @@ ROOMS = [
     "callback",
     "training",
     "evaluation",
+    "memorisation",
     "history",
     "continual",
     "tables",
