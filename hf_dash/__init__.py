@@ -16,7 +16,7 @@ from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
-from hf_dash.tables import markdown_table, rounds_table, starts_table
+from hf_dash.tables import markdown_table, memorisation_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "load_model",
     "markdown_table",
     "measure_memorisation",
+    "memorisation_table",
     "plot_rounds",
     "push_folder",
     "read_history",
