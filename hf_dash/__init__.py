@@ -12,7 +12,7 @@ from hf_dash.history import History, RoundRecord, read_history, write_history
 from hf_dash.hub import push_folder
 from hf_dash.memorisation import flip_labels, measure_memorisation
 from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
-from hf_dash.plots import plot_rounds
+from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
@@ -56,6 +56,7 @@ __all__ = [
     "markdown_table",
     "measure_memorisation",
     "memorisation_table",
+    "plot_factors",
     "plot_rounds",
     "push_folder",
     "read_history",
