@@ -3,7 +3,7 @@
 from hf_dash._version import __version__, library_versions
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
 from hf_dash.callback import DashCallback
-from hf_dash.card import CardInfo, write_card
+from hf_dash.card import CardInfo, library_versions, write_card
 from hf_dash.checkpoints import only_one
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
@@ -11,6 +11,7 @@ from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
 from hf_dash.history import History, RoundRecord, open_history, read_history, write_history
 from hf_dash.hub import push_folder
+from hf_dash.memorisation import flip_labels, measure_memorisation
 from hf_dash.models import (
     check_label_names,
     create_model,
@@ -19,11 +20,11 @@ from hf_dash.models import (
     load_model,
     save_model,
 )
-from hf_dash.plots import plot_rounds
+from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
-from hf_dash.tables import markdown_table, rounds_table, starts_table
+from hf_dash.tables import markdown_table, memorisation_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "dash_shrink_",
     "evaluate_model",
     "find_start",
+    "flip_labels",
     "gradient_batches",
     "grow_head",
     "image_transform",
@@ -61,8 +63,11 @@ __all__ = [
     "load_images",
     "load_model",
     "markdown_table",
+    "measure_memorisation",
+    "memorisation_table",
     "only_one",
     "open_history",
+    "plot_factors",
     "plot_rounds",
     "push_folder",
     "read_history",

@@ -9,6 +9,20 @@ import numpy as np
 
 from hf_dash.history import RoundRecord, starts_of
 
+MISSING = "–"
+
+# Of each number of measure_memorisation: the column's name, whether it is a share, how to write it.
+MEASURES = {
+    "accuracy_old": ("accuracy, old", True, "{:.2f}"),
+    "accuracy_new": ("accuracy, new", True, "{:.2f}"),
+    "accuracy_held_out": ("accuracy, held out", True, "{:.2f}"),
+    "flipped_reproduced": ("wrong labels reproduced", True, "{:.2f}"),
+    "gradient_norm_old": ("gradient norm, old", False, "{:.3g}"),
+    "gradient_norm_new": ("gradient norm, new", False, "{:.3g}"),
+    "dormant_share": ("dormant units", True, "{:.1f}"),
+    "effective_rank": ("effective rank", False, "{:.1f}"),
+}
+
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay rows out as a Markdown table, first column left, the others right."""
@@ -51,7 +65,9 @@ def starts_table(records: Sequence[RoundRecord]) -> str:
     """Return one row per start: mean ± sample standard deviation over seeds.
 
     The accuracy and the steps are those of the last round and, per seed, the mean over the rounds
-    that have a start (all but the first); seconds are those of all rounds together.
+    that have a start (all but the first); seconds, which include the starts, are those of all
+    rounds together, and so are the images read by starts and training. The column of the images is
+    there where any record has them; a start with a round that has none shows "–".
     """
     header = [
         "start",
@@ -63,22 +79,70 @@ def starts_table(records: Sequence[RoundRecord]) -> str:
         "seconds, all rounds",
         "of these starts",
     ]
+    with_images = any(record.images_read is not None for record in records)
     rows = []
     for start in starts_of(records):
         runs = _runs([record for record in records if record.start == start])
-        rows.append(
-            [
-                start,
-                str(len(runs)),
-                _spread(runs, lambda run: 100 * run[-1].accuracy, "{:.2f}", " %"),
-                _spread(runs, lambda run: 100 * _mean(run, lambda r: r.accuracy), "{:.2f}", " %"),
-                _spread(runs, lambda run: run[-1].steps, "{:.0f}"),
-                _spread(runs, lambda run: _mean(run, lambda r: r.steps), "{:.0f}"),
-                _spread(runs, lambda run: sum(r.seconds for r in run), "{:.1f}"),
-                _spread(runs, lambda run: sum(r.start_seconds for r in run), "{:.2f}"),
-            ]
+        row = [
+            start,
+            str(len(runs)),
+            _spread(runs, lambda run: 100 * run[-1].accuracy, "{:.2f}", " %"),
+            _spread(runs, lambda run: 100 * _mean(run, lambda r: r.accuracy), "{:.2f}", " %"),
+            _spread(runs, lambda run: run[-1].steps, "{:.0f}"),
+            _spread(runs, lambda run: _mean(run, lambda r: r.steps), "{:.0f}"),
+            _spread(runs, lambda run: sum(r.seconds for r in run), "{:.1f}"),
+            _spread(runs, lambda run: sum(r.start_seconds for r in run), "{:.2f}"),
+        ]
+        rows.append([*row, _images_read(runs)] if with_images else row)
+    return markdown_table([*header, "images read, all rounds"] if with_images else header, rows)
+
+
+def _images_read(runs: "list[Run]") -> str:
+    if any(record.images_read is None for run in runs for record in run):
+        return MISSING
+    return _spread(runs, lambda run: sum(r.images_read or 0 for r in run), "{:,.0f}")
+
+
+def memorisation_table(records: Sequence[RoundRecord]) -> str:
+    """Return one row per start: what it remembered right before → right after the start.
+
+    Every number is the mean over the records of rounds from the second on, of all seeds, that have
+    it; see ``measure_memorisation`` for what the columns mean. "–" where there is none. Before the
+    start the model has the weights of the last round, whatever the start.
+
+    Raises:
+        ValueError: no record of a round from the second on has measurements.
+    """
+    measured = [r for r in records if r.round_index > 1 and r.memorisation]
+    names = dict.fromkeys(
+        name for r in measured for side in (r.memorisation or {}).values() for name in side
+    )
+    if not names:
+        raise ValueError(
+            "records must hold measurements of memorisation in a round from the second on, got"
+            f" {len(records)} records without any"
         )
-    return markdown_table(header, rows)
+    rows = []
+    for start in starts_of(measured):
+        sides = [r.memorisation or {} for r in measured if r.start == start]
+        rows.append([start, *(_before_and_after(sides, name) for name in names)])
+    return markdown_table(["start", *(_measure(name)[0] for name in names)], rows)
+
+
+def _measure(name: str) -> tuple[str, bool, str]:
+    return MEASURES.get(name, (name, False, "{:.3g}"))
+
+
+def _before_and_after(sides: list[dict[str, dict[str, float]]], name: str) -> str:
+    _, is_share, form = _measure(name)
+    cells = []
+    for side in ("before", "after"):
+        values = [s[side][name] for s in sides if name in s.get(side, {})]
+        mean = np.mean(values) * (100 if is_share else 1) if values else None
+        cells.append(MISSING if mean is None else form.format(mean))
+    if cells == [MISSING, MISSING]:
+        return MISSING
+    return " → ".join(cells) + (" %" if is_share else "")
 
 
 Run = list[RoundRecord]

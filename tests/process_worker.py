@@ -6,6 +6,7 @@ Called as ``process_worker.py FOLDER CASE…``. Every case writes ``FOLDER/CASE.
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -111,6 +112,48 @@ def train(case, folder, rank, world):
     write(result, case, rank, folder)
 
 
+class AsClassifier(torch.nn.Module):
+    """EveryLayer as ``measure_memorisation`` calls models, with features of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = EveryLayer()
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.inner(pixel_values))
+
+    def forward_features(self, images):
+        return self.inner.conv(images)
+
+    def forward_head(self, features, pre_logits):
+        return features.mean((2, 3)).relu()
+
+
+def examples(count, seed):
+    """Return ``count`` random images with labels."""
+    images, labels = random_pairs(1, count, seed)[0]
+    return [
+        {"pixel_values": image, "labels": int(label)}
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+def memorisation(accelerator):
+    """Measure sets that cannot be shared out equally; one of them leaves a process without any."""
+    return hf_dash.measure_memorisation(
+        AsClassifier(),
+        old=examples(23, 1),
+        new=examples(7, 2),
+        held_out=examples(5, 3),
+        flipped=examples(1, 4),
+        accelerator=accelerator,
+        batch_size=3,
+        max_examples=11,
+        with_features=True,
+    )
+
+
 def write(result, case, rank, folder):
     path = f"{folder}/{case}.{rank}.json"
     with open(path + ".tmp", "w") as file:
@@ -123,7 +166,9 @@ def main():
     dist.all_reduce = counted_all_reduce
     accelerator = Accelerator(cpu=True)
     for case in cases:
-        if case == "trainer":
+        if case == "memorisation":
+            write(memorisation(accelerator), case, accelerator.process_index, folder)
+        elif case == "trainer":
             train(case, folder, accelerator.process_index, accelerator.num_processes)
         else:
             shrink(case, accelerator, folder)

@@ -25,6 +25,7 @@ ROOMS = [
     "callback",
     "training",
     "evaluation",
+    "memorisation",
     "history",
     "checkpoints",
     "continual",

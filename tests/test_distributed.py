@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EveryLayer, random_pairs
+from process_worker import memorisation
 from torch import nn
 
 import hf_dash
@@ -44,9 +45,10 @@ def run(world, cases, folder):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # A gloo process sometimes aborts at exit with all its work done: the files tell, not the code.
     worker = [str(TESTS / "process_worker.py"), str(folder), *cases]
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
         [*launcher, f"--nproc_per_node={world}", *worker],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
@@ -64,7 +66,7 @@ def run(world, cases, folder):
 def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
-        2: run(2, runnable(TWO), tmp_path_factory.mktemp("two")),
+        2: run(2, [*runnable(TWO), "memorisation"], tmp_path_factory.mktemp("two")),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
@@ -139,6 +141,13 @@ def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
             # FSDP averages the gradients, so every rank sees that they are not finite.
             error = ("RuntimeError", "FloatingPointError")
         assert rank["error"].startswith(error)
+
+
+def test_several_processes_measure_memorisation_as_one_does(results, accelerator):
+    expected = memorisation(accelerator)
+    assert len(expected) == 8
+    for rank in results[2]["memorisation"]:
+        assert rank == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_process_needs_no_group():

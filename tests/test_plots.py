@@ -1,23 +1,141 @@
+from itertools import pairwise
+
 import matplotlib.image
+import pytest
 from test_history import record
 
-from hf_dash import plot_rounds
+from hf_dash import DashConfig, ShrinkReport, plot_factors, plot_rounds, plots
+from hf_dash.shrink import TensorReport
+
+EIGHT = ["a", "b", "c", "d", "e", "f", "g", "h"]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures themselves, in place of the files they would be saved to."""
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    return kept
+
+
+def some_records(starts, rounds, seeds=(0, 1)):
+    return [
+        record(start, seed, index, accuracy=0.1 * index + 0.2 * seed, steps=10 * index)
+        for start in starts
+        for seed in seeds
+        for index in rounds
+    ]
+
+
+def some_report(count=3):
+    tensors = [
+        TensorReport(f"timm_model.layer{n}.weight", 10, 0.5 + 0.001 * n, 0.3, 0.9, 0.4)
+        for n in range(count)
+    ]
+    return ShrinkReport(tuple(tensors), ("norm.weight",), DashConfig(lam=0.25), 20, 2560, 1.0)
+
+
+def legend_of(figure):
+    return figure.legends[0] if figure.legends else figure.axes[0].get_legend()
 
 
 def test_a_figure_of_several_starts_and_seeds_is_drawn(tmp_path):
-    records = [
-        record(start, seed, index, accuracy=0.1 * index)
-        for start in ("cold", "dash")
-        for seed in (0, 1)
-        for index in (1, 2, 3)
-    ]
-    plot_rounds(records, tmp_path / "rounds.png")
+    plot_rounds(some_records(["cold", "dash"], (1, 2, 3)), tmp_path / "rounds.png")
     pixels = matplotlib.image.imread(tmp_path / "rounds.png")
-    assert pixels.shape == (540, 1350, 4)
+    assert pixels.shape == (540, 1650, 4)
     colours = {tuple(c) for c in pixels[:, :, :3].reshape(-1, 3).round(2).tolist()}
     assert len(colours) > 10
+    assert [file.name for file in tmp_path.iterdir()] == ["rounds.png"]
 
 
 def test_one_record_is_enough(tmp_path):
     plot_rounds([record()], tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+def test_lines_are_the_means_and_the_cost_adds_up(figures):
+    records = some_records(["dash"], (1, 2, 3))
+    # A start of its own from round 2 on, in an order of its own: 2.5 seconds a round, then 7.
+    records += [record("warm", 0, 3, train_seconds=6.5, steps=7), record("warm", 0, 2, steps=5)]
+    plot_rounds(records, "unused.png")
+    accuracy, steps, seconds = (
+        [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+        for axes in figures[0].axes
+    )
+    assert accuracy[0] == ([1, 2, 3], pytest.approx([20, 30, 40]))
+    assert steps == [([1, 2, 3], [10, 20, 30]), ([2, 3], [5, 7])]
+    assert seconds == [([1, 2, 3], [2.5, 5, 7.5]), ([2, 3], [2.5, 9.5])]
+
+
+def test_eight_starts_are_told_apart_and_named_outside_the_panels(figures):
+    plot_rounds(some_records(EIGHT, range(1, 51)), "unused.png")
+    figure = figures[0]
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert len({line.get_color() for line in axes.lines}) == 8
+        assert len({line.get_marker() for line in axes.lines}) == 8
+        assert len(axes.collections) == 8, "the bands"
+        assert len(axes.get_xticks()) < 15
+    figure.draw_without_rendering()
+    legend = legend_of(figure)
+    assert [text.get_text() for text in legend.get_texts()] == EIGHT
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+
+
+def test_few_starts_are_named_inside(figures):
+    plot_rounds(some_records(EIGHT[:4], (1, 2)), "unused.png")
+    assert not figures[0].legends
+    assert [text.get_text() for text in legend_of(figures[0]).get_texts()] == EIGHT[:4]
+
+
+def test_rounds_are_whole_numbers(figures):
+    plot_rounds(some_records(["cold"], (1, 2)), "unused.png")
+    low, high = figures[0].axes[0].get_xlim()
+    assert [tick for tick in figures[0].axes[0].get_xticks() if low <= tick <= high] == [1, 2]
+
+
+def test_factors_are_drawn_in_the_order_of_the_model(figures):
+    plot_factors(some_report(), "unused.png")
+    (axes,) = figures[0].axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"layer{n}.weight" for n in range(3)]
+    assert axes.yaxis_inverted(), "the first layer is on top"
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["mean"].get_xdata().tolist() == pytest.approx([0.5, 0.501, 0.502])
+    assert lines["mean"].get_ydata().tolist() == [0, 1, 2]
+    assert set(lines["λ = 0.25"].get_xdata()) == {0.25}
+    (bars,) = axes.collections
+    assert [bar.tolist() for bar in bars.get_segments()] == [
+        [[0.3, row], [0.9, row]] for row in range(3)
+    ]
+    assert axes.get_title() == "Factors of the shrink: mean 0.501, 40% of the vectors at λ"
+
+
+def test_sixty_names_do_not_overlap(figures):
+    plot_factors(some_report(60), "unused.png")
+    figures[0].draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figures[0].axes[0].get_yticklabels()]
+    assert len(boxes) == 60
+    assert not any(above.overlaps(below) for above, below in pairwise(boxes))
+
+
+def test_a_record_a_report_and_its_dict_give_the_same_file(tmp_path):
+    report = some_report()
+    forms = [report, report.to_dict(), record(round_index=2, shrink=report.to_dict())]
+    for number, form in enumerate(forms):
+        plot_factors(form, tmp_path / f"{number}.png")
+    first, *others = [(tmp_path / f"{number}.png").read_bytes() for number in range(3)]
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("shrink", "message"),
+    [
+        (record("warm", 0, 2), "began with a shrink, got start 'warm', round 2"),
+        ({"tensors": []}, r"but has no \['config', 'mean_factor', 'share_at_lam'\]"),
+    ],
+)
+def test_what_holds_no_factors_is_refused(shrink, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_factors(shrink, tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,14 @@
+import pytest
 from test_history import record
 
-from hf_dash import rounds_table, starts_table
+from hf_dash import memorisation_table, rounds_table, starts_table
 from hf_dash.tables import markdown_table
+
+
+def cells_of(table):
+    """Return the cells of every line but the rule."""
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
+    return [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
 
 
 def test_a_table_is_laid_out():
@@ -45,3 +52,45 @@ def test_starts_are_averaged_over_seeds():
 
 def test_one_seed_has_no_spread():
     assert "±" not in starts_table([record(), record(round_index=2)])
+
+
+def test_images_read_are_summed_over_rounds_where_every_round_has_them():
+    records = [
+        record("dash", seed, n, images_read=1000 * n + seed) for seed in (0, 2) for n in (1, 2)
+    ]
+    records += [record("warm", 0, 1, images_read=500), record("warm", 0, 2)]
+    old = [record(one.start, one.seed, one.round_index) for one in records]
+    header, dash, warm = cells_of(starts_table(records))
+    # 1,000 + 2,000 and 1,002 + 2,002: 3,002 ± 4 / √2.
+    assert [header[-1], dash[-1], warm[-1]] == ["images read, all rounds", "3,002 ± 3", "–"]
+    assert cells_of(starts_table(old)) == [header[:-1], dash[:-1], warm[:-1]]
+
+
+def test_memorisation_is_averaged_over_seeds_and_rounds_that_have_a_start():
+    def measured(start, seed, index, before, after):
+        sides = {
+            "before": {"accuracy_old": before, "gradient_norm_new": 100 * before},
+            "after": {"accuracy_old": after, "gradient_norm_new": 1e-4 * after, "mine": 1234.5},
+        }
+        return record(start, seed, index, memorisation=sides)
+
+    records = [
+        measured("dash", 0, 1, 0.0, 0.0),
+        measured("dash", 0, 2, 1.0, 0.5),
+        measured("dash", 1, 2, 0.9, 0.3),
+        measured("dash", 1, 3, 0.8, 0.1),
+        record("cold"),
+        record("cold", round_index=2, memorisation={"after": {"accuracy_old": 0.25}}),
+        record("warm", round_index=2),
+    ]
+    assert cells_of(memorisation_table(records)) == [
+        ["start", "accuracy, old", "gradient norm, new", "mine"],
+        ["dash", "90.00 → 30.00 %", "90 → 3e-05", "– → 1.23e+03"],
+        ["cold", "– → 25.00 %", "–", "–"],
+    ]
+
+
+@pytest.mark.parametrize("records", [[], [record(memorisation={"after": {"accuracy_new": 1.0}})]])
+def test_no_measurements_make_no_table(records):
+    with pytest.raises(ValueError, match="records must hold measurements of memorisation"):
+        memorisation_table(records)
