@@ -7,8 +7,8 @@ from hf_dash.card import CardInfo, library_versions, write_card
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
-from hf_dash.evaluation import ClassAccuracy, evaluate_model
-from hf_dash.history import History, RoundRecord, read_history, write_history
+from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
+from hf_dash.history import History, Promotion, RoundRecord, read_history, write_history
 from hf_dash.hub import push_folder
 from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
 from hf_dash.plots import plot_rounds
@@ -28,6 +28,7 @@ __all__ = [
     "History",
     "ImageExamples",
     "NoEffectWarning",
+    "Promotion",
     "Round",
     "RoundRecord",
     "ShrinkReport",
@@ -53,6 +54,7 @@ __all__ = [
     "load_model",
     "markdown_table",
     "plot_rounds",
+    "predict",
     "push_folder",
     "read_history",
     "rounds_table",

@@ -64,7 +64,7 @@ def run(world, cases, folder):
 def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
-        2: run(2, runnable(TWO), tmp_path_factory.mktemp("two")),
+        2: run(2, runnable([*TWO, "predict"]), tmp_path_factory.mktemp("two")),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
@@ -139,6 +139,10 @@ def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
             # FSDP averages the gradients, so every rank sees that they are not finite.
             error = ("RuntimeError", "FloatingPointError")
         assert rank["error"].startswith(error)
+
+
+def test_all_processes_get_all_predictions_in_order(results):
+    assert results[2]["predict"] == [[list(range(11)), list(range(-1, 10))]] * 2
 
 
 def test_one_process_needs_no_group():
