@@ -4,6 +4,7 @@ from hf_dash._version import __version__
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, library_versions, write_card
+from hf_dash.comparison import Comparison, PairedAccuracy, Verdict, compare_models, decide
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
@@ -12,6 +13,7 @@ from hf_dash.history import History, Promotion, RoundRecord, read_history, write
 from hf_dash.hub import push_folder
 from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
 from hf_dash.plots import plot_rounds
+from hf_dash.promotion import promote, rollback
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
@@ -22,12 +24,14 @@ __all__ = [
     "STARTS",
     "CardInfo",
     "ClassAccuracy",
+    "Comparison",
     "DashCallback",
     "DashConfig",
     "DataConfig",
     "History",
     "ImageExamples",
     "NoEffectWarning",
+    "PairedAccuracy",
     "Promotion",
     "Round",
     "RoundRecord",
@@ -38,11 +42,14 @@ __all__ = [
     "StartsConfig",
     "TrainingConfig",
     "TrainingResult",
+    "Verdict",
     "__version__",
     "check_label_names",
+    "compare_models",
     "create_model",
     "cut_rounds",
     "dash_shrink_",
+    "decide",
     "evaluate_model",
     "find_start",
     "gradient_batches",
@@ -55,8 +62,10 @@ __all__ = [
     "markdown_table",
     "plot_rounds",
     "predict",
+    "promote",
     "push_folder",
     "read_history",
+    "rollback",
     "rounds_table",
     "run_rounds",
     "save_model",

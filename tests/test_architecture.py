@@ -25,6 +25,8 @@ ROOMS = [
     "training",
     "evaluation",
     "history",
+    "comparison",
+    "promotion",
     "continual",
     "tables",
     "plots",
