@@ -3,13 +3,21 @@
 from hf_dash._version import __version__, library_versions
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
 from hf_dash.callback import DashCallback
-from hf_dash.card import CardInfo, library_versions, write_card
+from hf_dash.card import CardInfo, write_card
 from hf_dash.checkpoints import only_one
+from hf_dash.comparison import Comparison, PairedAccuracy, Verdict, compare_models, decide
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
-from hf_dash.evaluation import ClassAccuracy, evaluate_model
-from hf_dash.history import History, RoundRecord, open_history, read_history, write_history
+from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
+from hf_dash.history import (
+    History,
+    Promotion,
+    RoundRecord,
+    open_history,
+    read_history,
+    write_history,
+)
 from hf_dash.hub import push_folder
 from hf_dash.memorisation import flip_labels, measure_memorisation
 from hf_dash.models import (
@@ -21,6 +29,7 @@ from hf_dash.models import (
     save_model,
 )
 from hf_dash.plots import plot_factors, plot_rounds
+from hf_dash.promotion import promote, rollback
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
@@ -31,12 +40,15 @@ __all__ = [
     "STARTS",
     "CardInfo",
     "ClassAccuracy",
+    "Comparison",
     "DashCallback",
     "DashConfig",
     "DataConfig",
     "History",
     "ImageExamples",
     "NoEffectWarning",
+    "PairedAccuracy",
+    "Promotion",
     "Round",
     "RoundRecord",
     "ShrinkReport",
@@ -46,11 +58,14 @@ __all__ = [
     "StartsConfig",
     "TrainingConfig",
     "TrainingResult",
+    "Verdict",
     "__version__",
     "check_label_names",
+    "compare_models",
     "create_model",
     "cut_rounds",
     "dash_shrink_",
+    "decide",
     "evaluate_model",
     "find_start",
     "flip_labels",
@@ -69,8 +84,11 @@ __all__ = [
     "open_history",
     "plot_factors",
     "plot_rounds",
+    "predict",
+    "promote",
     "push_folder",
     "read_history",
+    "rollback",
     "rounds_table",
     "run_rounds",
     "save_model",

@@ -1,7 +1,7 @@
 """How good a model is on held-out examples.
 
-Flow: held-out examples → predictions of all processes → ``evaluate.Metric`` → accuracy overall and
-per class.
+Flow: held-out examples → predictions of all processes, in the examples' order →
+``evaluate.Metric`` → accuracy overall and per class.
 Differs from ``evaluate.load("accuracy")``: the metric is part of the package; nothing is fetched.
 """
 
@@ -21,7 +21,8 @@ class ClassAccuracy(evaluate.Metric):  # type: ignore[misc]
     """Accuracy overall and per class.
 
     ``compute`` returns ``accuracy`` in [0, 1] and ``per_class_accuracy``, a mapping from label to
-    accuracy over the classes that occur among the references.
+    accuracy over the classes that occur among the references. A negative reference stands for a
+    class the model does not know: no prediction of it is right, and it has no entry of its own.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -36,12 +37,53 @@ class ClassAccuracy(evaluate.Metric):  # type: ignore[misc]
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
         predicted, true = np.asarray(predictions), np.asarray(references)
-        right = predicted == true
-        classes = np.unique(true)
+        right = (predicted == true) & (true >= 0)
+        classes = np.unique(true[true >= 0])
         return {
             "accuracy": float(right.mean()),
             "per_class_accuracy": {int(c): float(right[true == c].mean()) for c in classes},
         }
+
+
+def predict(
+    model: nn.Module,
+    examples: "TorchDataset[dict[str, Any]]",
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 256,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Predict the labels of held-out examples, in evaluation mode; the model's own is restored.
+
+    Args:
+        model: a transformers image classifier; not prepared.
+        examples: mappings of ``pixel_values`` and ``labels``, one an example; a label of −1 stands
+            for a class the model does not know.
+        accelerator: gives devices and processes.
+        batch_size: images per batch and process, at least 1.
+
+    Returns:
+        The predicted labels and the references: int64 of shape [num_examples] each, in the order
+        of the examples, the same on every process.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    if len(examples) == 0:  # type: ignore[arg-type]
+        raise ValueError("examples must hold at least one held-out example, got none")
+    batches = accelerator.prepare_data_loader(DataLoader(examples, batch_size=batch_size))
+    model.to(accelerator.device)
+    was_training = model.training
+    model.eval()
+    pairs: list[np.ndarray[Any, Any]] = []
+    with torch.no_grad():
+        for batch in batches:
+            with accelerator.autocast():
+                predicted = model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
+            gathered = accelerator.gather_for_metrics((predicted, batch["labels"]))
+            pairs.append(torch.stack(gathered).cpu().numpy())
+    model.train(was_training)
+    predictions, references = np.concatenate(pairs, axis=1).astype(np.int64)
+    return predictions, references
 
 
 def evaluate_model(
@@ -55,33 +97,20 @@ def evaluate_model(
 
     Args:
         model: a transformers image classifier; not prepared.
-        examples: mappings of ``pixel_values`` and ``labels``, one an example.
+        examples: mappings of ``pixel_values`` and ``labels``, one an example. A label of −1 stands
+            for a class the model does not know: it counts as wrong in ``accuracy`` and has no entry
+            in ``per_class_accuracy``.
         accelerator: gives devices and processes.
-        batch_size: images per batch and process.
+        batch_size: images per batch and process, at least 1.
 
     Returns:
-        ``accuracy`` and ``per_class_accuracy`` in [0, 1], and ``num_examples``.
+        ``accuracy`` and ``per_class_accuracy`` in [0, 1], and ``num_examples``, all of them
+        counted.
 
     Raises:
         ValueError: there is no example.
     """
-    num_examples = len(examples)  # type: ignore[arg-type]
-    if num_examples == 0:
-        raise ValueError("examples must hold at least one held-out example, got none")
-    batches = accelerator.prepare_data_loader(DataLoader(examples, batch_size=batch_size))
-    model.to(accelerator.device)
-    was_training = model.training
-    model.eval()
-    predictions: list[int] = []
-    references: list[int] = []
-    with torch.no_grad():
-        for batch in batches:
-            with accelerator.autocast():
-                predicted = model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
-            pair = accelerator.gather_for_metrics((predicted, batch["labels"]))
-            predictions += pair[0].tolist()
-            references += pair[1].tolist()
-    model.train(was_training)
+    predictions, references = predict(model, examples, accelerator, batch_size=batch_size)
     metric = ClassAccuracy(keep_in_memory=True)
     result: dict[str, Any] = metric.compute(predictions=predictions, references=references)
-    return {**result, "num_examples": num_examples}
+    return {**result, "num_examples": len(references)}

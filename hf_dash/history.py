@@ -10,11 +10,12 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hf_dash._files import write_text
 
 FORMAT = 2
+PromotionKind = Literal["promote", "reject", "force", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,42 @@ class RoundRecord:
         return self.start_seconds + self.train_seconds
 
 
+@dataclass(frozen=True)
+class Promotion:
+    """One decision about which model is in use, the champion.
+
+    Args:
+        kind: ``"promote"`` or ``"reject"`` as the comparison said, ``"force"`` where the challenger
+            was promoted in spite of it, ``"rollback"`` to an earlier model.
+        challenger: folder, below the output directory, of the model put up; in a rollback of the
+            model gone back to.
+        champion: folder of the model it was held against; None where there was none.
+        reason: of the decision, in plain words.
+        time: of the decision in UTC, ISO 8601.
+        accuracy: of the challenger on the held-out examples, in [0, 1]; None in a rollback.
+        comparison: ``Comparison.to_dict()``; None where nothing was compared.
+        num_held_out: number of held-out examples; None in a rollback.
+        held_out_fingerprint: of the held-out examples; None in a rollback.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+
+    kind: PromotionKind
+    challenger: str
+    champion: str | None
+    reason: str
+    time: str
+    accuracy: float | None = None
+    comparison: dict[str, Any] | None = None
+    num_held_out: int | None = None
+    held_out_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PromotionKind):
+            raise ValueError(f"kind must be one of {get_args(PromotionKind)}, got {self.kind!r}")
+
+
 @dataclass
 class History:
     """An append-only ledger.
@@ -94,13 +131,21 @@ class History:
         path: of the JSON file, or None to keep the ledger in memory only.
         settings: everything that was set for the run.
         records: so far, oldest first; use :meth:`append`.
+        promotions: decisions so far, oldest first; use :meth:`append_promotion`.
         may_differ: names of settings that say nothing about what has been recorded.
     """
 
     path: Path | None
     settings: dict[str, Any]
     records: list[RoundRecord] = field(default_factory=list)
+    promotions: list[Promotion] = field(default_factory=list)
     may_differ: Collection[str] = ()
+
+    @property
+    def champion(self) -> str | None:
+        """Folder of the model in use, as the last entry but rejections has it; None before any."""
+        taken = [entry.challenger for entry in self.promotions if entry.kind != "reject"]
+        return taken[-1] if taken else None
 
     def check_same_run(self, other: "History") -> None:
         """Check that another ledger has the same settings, but for those that may differ.
@@ -132,13 +177,20 @@ class History:
             raise ValueError(f"history already has a record of (start, seed, round) = {key}")
         records = [*self.records, record]
         if self.path is not None:
-            write_history(self.path, self.settings, records)
+            write_history(self.path, self.settings, records, self.promotions)
         self.records = records
 
     def find(self, start: str, seed: int, round_index: int) -> RoundRecord | None:
         """Return the record of one round, or None."""
         records = self.select(start, seed)
         return next((r for r in records if r.round_index == round_index), None)
+
+    def append_promotion(self, promotion: Promotion) -> None:
+        """Add a decision; the file is replaced in one step."""
+        promotions = [*self.promotions, promotion]
+        if self.path is not None:
+            write_history(self.path, self.settings, self.records, promotions)
+        self.promotions = promotions
 
     def select(self, start: str | None = None, seed: int | None = None) -> list[RoundRecord]:
         """Return the records of one start, one seed, or both, oldest first."""
@@ -150,10 +202,14 @@ class History:
 
 
 def write_history(
-    path: str | Path, settings: dict[str, Any], records: Iterable[RoundRecord]
+    path: str | Path,
+    settings: dict[str, Any],
+    records: Iterable[RoundRecord],
+    promotions: Iterable[Promotion] = (),
 ) -> None:
     """Write a whole ledger in one step, in place of the file at ``path``."""
     content = {"format": FORMAT, "settings": settings, "records": [asdict(r) for r in records]}
+    content["promotions"] = [asdict(promotion) for promotion in promotions]
     content["digest"] = _digest(content)
     write_text(Path(path), json.dumps(content, indent=1) + "\n")
 
@@ -176,7 +232,9 @@ def read_history(path: str | Path) -> History:
         if content.pop("digest") != _digest(content):
             raise ValueError("it was changed by something else; restore it from a copy")
         records = [RoundRecord(**record) for record in content["records"]]
-        return History(path, content["settings"], records)
+        # Ledgers written before there were promotions have none.
+        promotions = [Promotion(**entry) for entry in content.get("promotions", [])]
+        return History(path, content["settings"], records, promotions)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole hf_dash history: {error}") from error
 
@@ -204,7 +262,7 @@ def open_history(
     if path is not None and Path(path).exists():
         recorded = read_history(path)
         history.check_same_run(recorded)
-        history.records = recorded.records
+        history.records, history.promotions = recorded.records, recorded.promotions
     if read_only:
         history.path = None
     return history

@@ -28,6 +28,8 @@ ROOMS = [
     "memorisation",
     "history",
     "checkpoints",
+    "comparison",
+    "promotion",
     "continual",
     "tables",
     "plots",

@@ -67,6 +67,7 @@ def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
         2: run(2, [*runnable(TWO), "memorisation"], tmp_path_factory.mktemp("two")),
+        2: run(2, runnable([*TWO, "predict"]), tmp_path_factory.mktemp("two")),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
@@ -148,6 +149,10 @@ def test_several_processes_measure_memorisation_as_one_does(results, accelerator
     assert len(expected) == 8
     for rank in results[2]["memorisation"]:
         assert rank == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_processes_get_all_predictions_in_order(results):
+    assert results[2]["predict"] == [[list(range(11)), list(range(-1, 10))]] * 2
 
 
 def test_one_process_needs_no_group():

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from hf_dash import ClassAccuracy, evaluate_model
+from hf_dash import ClassAccuracy, evaluate_model, predict
 
 
 def test_accuracy_overall_and_per_class_by_hand():
@@ -41,3 +42,33 @@ def test_a_model_is_evaluated_in_evaluation_mode_and_left_in_its_own(
 def test_no_examples_are_refused(small_model, accelerator):
     with pytest.raises(ValueError, match="examples must hold at least one held-out example"):
         evaluate_model(small_model, [], accelerator)
+
+
+def test_an_unknown_class_counts_as_wrong_and_has_no_entry():
+    metric = ClassAccuracy(keep_in_memory=True)
+    result = metric.compute(predictions=[0, 1, 1, 0], references=[0, 1, -1, -1])
+    assert result["accuracy"] == pytest.approx(2 / 4)
+    assert result["per_class_accuracy"] == {0: 1.0, 1: 1.0}
+    # Not even a prediction of −1 is right about it.
+    assert metric.compute(predictions=[-1], references=[-1]) == {
+        "accuracy": 0.0,
+        "per_class_accuracy": {},
+    }
+
+
+def test_predictions_come_in_the_order_of_the_examples(two_rounds, small_model, accelerator):
+    examples = [two_rounds[0].new[i] for i in range(20)]
+    examples[3] = {**examples[3], "labels": -1}
+    small_model.eval()
+    alone = [small_model(e["pixel_values"][None]).logits.argmax().item() for e in examples]
+    small_model.train()
+    predictions, references = predict(small_model, examples, accelerator, batch_size=6)
+    assert small_model.training
+    assert predictions.dtype == references.dtype == np.int64
+    assert predictions.tolist() == alone
+    assert references.tolist() == [example["labels"] for example in examples]
+    result = evaluate_model(small_model, examples, accelerator)
+    right = sum(p == e["labels"] for p, e in zip(alone, examples, strict=True))
+    assert result["accuracy"] == pytest.approx(right / 20)
+    assert result["num_examples"] == 20
+    assert -1 not in result["per_class_accuracy"]

@@ -2,8 +2,9 @@ import dataclasses
 import json
 
 import pytest
+from conftest import REPOSITORY
 
-from hf_dash import History, RoundRecord, open_history, read_history, write_history
+from hf_dash import History, Promotion, RoundRecord, open_history, read_history, write_history
 
 
 def record(start="warm", seed=0, round_index=1, **changes):
@@ -115,3 +116,52 @@ def test_a_run_goes_on_with_its_own_ledger_only(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(alpha was 0.3, is 0.1\): give its"):
         open_history(path, {**settings, "alpha": 0.1, "num_rounds": 3})
     assert open_history(None, settings).records == []
+
+
+def test_promotions_come_back_as_they_were_and_survive_new_records(tmp_path):
+    history = History(tmp_path / "history.json", {})
+    history.append(record())
+    first = Promotion("promote", "rounds/001/a_seed0", None, "first champion", "2025-01-01T00:00Z")
+    second = Promotion(
+        "reject", "b", "a", "worse", "later", 0.5, {"overall": {"low": -0.1}}, 4, "f"
+    )
+    for entry in (first, second):
+        history.append_promotion(entry)
+    history.append(record(round_index=2))
+    back = read_history(tmp_path / "history.json")
+    assert back.promotions == history.promotions == [first, second]
+    assert len(back.records) == 2
+
+
+def test_the_champion_is_the_last_model_taken():
+    history = History(None, {})
+    assert history.champion is None
+    expected = [("reject", "a", None), ("promote", "b", "b"), ("reject", "c", "b")]
+    expected += [("force", "c", "c"), ("rollback", "b", "b")]
+    for kind, challenger, champion in expected:
+        history.append_promotion(Promotion(kind, challenger, None, "", ""))
+        assert history.champion == champion
+
+
+def test_an_unknown_kind_of_promotion_is_refused():
+    with pytest.raises(ValueError, match=r"kind must be one of .*, got 'demote'"):
+        Promotion("demote", "a", None, "", "")
+
+
+def test_a_failed_write_leaves_the_promotions_as_they_were(tmp_path, monkeypatch):
+    history = History(tmp_path / "history.json", {})
+    history.append(record())
+
+    def full_disk(file_number):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_dash._files.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        history.append_promotion(Promotion("promote", "a", None, "", ""))
+    assert history.promotions == read_history(tmp_path / "history.json").promotions == []
+
+
+def test_the_committed_ledgers_read():
+    folders = (REPOSITORY / "recipes" / "results").glob("*/history.json")
+    for path in sorted(folders):
+        assert read_history(path).promotions == []
