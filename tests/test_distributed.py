@@ -66,8 +66,7 @@ def run(world, cases, folder):
 def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
-        2: run(2, [*runnable(TWO), "memorisation"], tmp_path_factory.mktemp("two")),
-        2: run(2, runnable([*TWO, "predict"]), tmp_path_factory.mktemp("two")),
+        2: run(2, [*runnable(TWO), "memorisation", "predict"], tmp_path_factory.mktemp("two")),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
