@@ -14,7 +14,7 @@ from hf_dash.models import check_label_names, create_model, image_transform, loa
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
-from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
+from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
 from hf_dash.tables import markdown_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
@@ -43,6 +43,7 @@ __all__ = [
     "cut_rounds",
     "dash_shrink_",
     "evaluate_model",
+    "every_round",
     "find_start",
     "gradient_batches",
     "image_transform",

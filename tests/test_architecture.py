@@ -20,6 +20,7 @@ ROOMS = [
     "gradients",
     "shrink",
     "dash",
+    "orthogonal",
     "starts",
     "callback",
     "training",
