@@ -2,6 +2,7 @@
 
 from hf_dash._version import __version__
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
+from hf_dash.augmentation import RandomCropFlip
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, library_versions, write_card
 from hf_dash.config import DashConfig, StartsConfig
@@ -10,13 +11,21 @@ from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
 from hf_dash.history import History, RoundRecord, read_history, write_history
 from hf_dash.hub import push_folder
-from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
+from hf_dash.models import (
+    black_pixel,
+    check_label_names,
+    create_model,
+    image_transform,
+    load_model,
+    save_model,
+)
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
 from hf_dash.tables import markdown_table, rounds_table, starts_table
-from hf_dash.training import TrainingConfig, TrainingResult, train_round
+from hf_dash.training import TrainingResult, train_round
+from hf_dash.training_config import TrainingConfig
 
 __all__ = [
     "STARTS",
@@ -28,6 +37,7 @@ __all__ = [
     "History",
     "ImageExamples",
     "NoEffectWarning",
+    "RandomCropFlip",
     "Round",
     "RoundRecord",
     "ShrinkReport",
@@ -38,6 +48,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "__version__",
+    "black_pixel",
     "check_label_names",
     "create_model",
     "cut_rounds",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EveryLayer, random_pairs
+from process_worker import train_by_sam
 from torch import nn
 
 import hf_dash
@@ -44,9 +45,11 @@ def run(world, cases, folder):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # A gloo process sometimes aborts at exit with all its work done: the files tell, not the code.
     worker = [str(TESTS / "process_worker.py"), str(folder), *cases]
+    # What this process was told to import, its children are too.
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*launcher, f"--nproc_per_node={world}", *worker],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
@@ -64,7 +67,7 @@ def run(world, cases, folder):
 def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
-        2: run(2, runnable(TWO), tmp_path_factory.mktemp("two")),
+        2: run(2, [*runnable(TWO), "sam"], tmp_path_factory.mktemp("two")),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
@@ -101,6 +104,16 @@ def test_several_processes_shrink_as_one_does(results, world, case):
             assert found["name"].removeprefix("inner.") == tensor.name
             for number in ("mean_factor", "min_factor", "max_factor", "share_at_lam"):
                 assert found[number] == pytest.approx(getattr(tensor, number), abs=1e-5)
+
+
+def test_two_processes_train_by_sam_as_one_does(results, accelerator):
+    model = train_by_sam(accelerator)
+    for rank in results[2]["sam"]:
+        assert rank["world"] == 2
+        for found, expected in zip(rank["weights"], model.parameters(), strict=True):
+            torch.testing.assert_close(
+                torch.tensor(found), expected.detach().flatten(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_one_all_reduce_in_all(results):
