@@ -2,6 +2,7 @@
 
 from hf_dash._version import __version__, library_versions
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
+from hf_dash.augmentation import RandomCropFlip
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, write_card
 from hf_dash.checkpoints import only_one
@@ -21,6 +22,7 @@ from hf_dash.history import (
 from hf_dash.hub import push_folder
 from hf_dash.memorisation import flip_labels, measure_memorisation
 from hf_dash.models import (
+    black_pixel,
     check_label_names,
     create_model,
     grow_head,
@@ -32,7 +34,7 @@ from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.promotion import promote, rollback
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
-from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
+from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
 from hf_dash.tables import markdown_table, memorisation_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
@@ -49,6 +51,7 @@ __all__ = [
     "NoEffectWarning",
     "PairedAccuracy",
     "Promotion",
+    "RandomCropFlip",
     "Round",
     "RoundRecord",
     "ShrinkReport",
@@ -60,6 +63,7 @@ __all__ = [
     "TrainingResult",
     "Verdict",
     "__version__",
+    "black_pixel",
     "check_label_names",
     "compare_models",
     "create_model",
@@ -67,6 +71,7 @@ __all__ = [
     "dash_shrink_",
     "decide",
     "evaluate_model",
+    "every_round",
     "find_start",
     "flip_labels",
     "gradient_batches",

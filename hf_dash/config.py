@@ -118,8 +118,8 @@ class StartsConfig:
         l2_init_lam: weight of the penalty ‖θ − θ₀‖² of L2-init, at least 0.
         fire_steps: Newton-Schulz steps of FIRE, at least 1.
         reset_optimizer: let training begin with fresh optimizer state where a start changed the
-            weights (shrink-and-perturb, FIRE, DASH); otherwise momentum lives on, as it does in
-            the authors' code. A warm start always keeps it, a cold one never.
+            weights (shrink-and-perturb, head reset, FIRE, DASH); otherwise momentum lives on, as it
+            does in the authors' code. The warm start and L2-init always keep it, a cold one never.
 
     Raises:
         TypeError: an argument is of the wrong kind.

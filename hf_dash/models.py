@@ -239,3 +239,21 @@ def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
         return tensor
 
     return checked
+
+
+def black_pixel(model: PreTrainedModel) -> tuple[float, ...]:
+    """Return black as the model sees it: the value of 0 per channel after its normalisation.
+
+    Args:
+        model: a timm wrapper whose config has a ``pretrained_cfg``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
+    if pretrained_cfg is None:
+        raise ValueError(
+            "the model's config has no pretrained_cfg, so its normalisation is unknown"
+        )
+    data_config = timm.data.resolve_data_config(pretrained_cfg)
+    return tuple(-m / s for m, s in zip(data_config["mean"], data_config["std"], strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from hf_dash.augmentation import Augment, AugmentedExamples
 from hf_dash.batches import check_labels
 from hf_dash.config import DashConfig
 from hf_dash.incoming import fingerprint
@@ -134,22 +135,36 @@ def cut_rounds(
 
 
 def train_batches(
-    round_: Round, batch_size: int, *, seed: int, num_workers: int = 0
+    round_: Round,
+    batch_size: int,
+    *,
+    seed: int,
+    num_workers: int = 0,
+    augment: Augment | None = None,
 ) -> "DataLoader[dict[str, Any]]":
     """Return shuffled training batches over old and new examples.
 
     Args:
         round_: the round to train on.
         batch_size: images per batch and process.
-        seed: of the order, which changes from epoch to epoch.
-        num_workers: as in ``DataLoader``.
+        seed: of the order, which changes from epoch to epoch, and of the augmentation.
+        num_workers: as in ``DataLoader``; they live as long as the loader. With augmentation the
+            same seed gives the same images for the same number of workers only.
+        augment: makes another view of an image each time, such as
+            :class:`~hf_dash.augmentation.RandomCropFlip`; None trains on the images as they are.
     """
+    generator = torch.Generator().manual_seed(seed)
+    examples: TorchDataset[dict[str, Any]] = round_.examples
+    if augment is not None:
+        examples = AugmentedExamples(examples, augment, generator)
     return DataLoader(
-        round_.examples,
+        examples,
         batch_size=batch_size,
         shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
         num_workers=num_workers,
+        # Workers that ended with the epoch would take the images they decoded with them.
+        persistent_workers=num_workers > 0,
     )
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_dash
 from hf_dash.distributed import whole
@@ -168,6 +169,39 @@ def predict(case, accelerator, folder):
     write([array.tolist() for array in found], case, accelerator.process_index, folder)
 
 
+class WithLogits(torch.nn.Module):
+    """EveryLayer without batch norms and dropout, whose results depend on the processes' shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = EveryLayer(norm=False)
+        self.inner.dropout = torch.nn.Identity()
+
+    def forward(self, images, labels):
+        logits = self.inner(images)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def train_by_sam(accelerator):
+    """Train on this process's shares of the same minibatches, with a penalty."""
+    torch.manual_seed(0)
+    model = WithLogits()
+    shares = share(accelerator.process_index, accelerator.num_processes)
+    batches = [{"images": images, "labels": labels} for images, labels in shares]
+    config = hf_dash.TrainingConfig(
+        sam_rho=0.5, max_epochs=2, accuracy_threshold=None, disable_tqdm=True
+    )
+    hf_dash.train_round(
+        model,
+        batches,
+        config,
+        accelerator,
+        penalty=lambda m: 0.1 * sum(p.square().sum() for p in m.parameters() if p.requires_grad),
+    )
+    return model
+
+
 def write(result, case, rank, folder):
     path = f"{folder}/{case}.{rank}.json"
     with open(path + ".tmp", "w") as file:
@@ -186,6 +220,12 @@ def main():
             train(case, folder, accelerator.process_index, accelerator.num_processes)
         elif case == "predict":
             predict(case, accelerator, folder)
+        elif case == "sam":
+            weights = [
+                p.detach().flatten().tolist() for p in train_by_sam(accelerator).parameters()
+            ]
+            result = {"world": accelerator.num_processes, "weights": weights}
+            write(result, case, accelerator.process_index, folder)
         else:
             shrink(case, accelerator, folder)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EveryLayer, random_pairs
-from process_worker import memorisation
+from process_worker import memorisation, train_by_sam
 from torch import nn
 
 import hf_dash
@@ -66,7 +66,9 @@ def run(world, cases, folder):
 def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
-        2: run(2, [*runnable(TWO), "memorisation", "predict"], tmp_path_factory.mktemp("two")),
+        2: run(
+            2, [*runnable(TWO), "memorisation", "predict", "sam"], tmp_path_factory.mktemp("two")
+        ),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
 
@@ -103,6 +105,16 @@ def test_several_processes_shrink_as_one_does(results, world, case):
             assert found["name"].removeprefix("inner.") == tensor.name
             for number in ("mean_factor", "min_factor", "max_factor", "share_at_lam"):
                 assert found[number] == pytest.approx(getattr(tensor, number), abs=1e-5)
+
+
+def test_two_processes_train_by_sam_as_one_does(results, accelerator):
+    model = train_by_sam(accelerator)
+    for rank in results[2]["sam"]:
+        assert rank["world"] == 2
+        for found, expected in zip(rank["weights"], model.parameters(), strict=True):
+            torch.testing.assert_close(
+                torch.tensor(found), expected.detach().flatten(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_one_all_reduce_in_all(results):

@@ -175,3 +175,20 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path):
 def test_a_head_grows_by_new_names_only(names):
     with pytest.raises(ValueError, match="new_names must be at least one, different and none of"):
         hf_dash.grow_head(make(), names, seed=0)
+
+
+def test_black_is_what_the_transform_makes_of_black():
+    for channels in (1, 3):
+        model = hf_dash.create_model(
+            "test_resnet",
+            label_names=["a", "b"],
+            image_size=32,
+            model_args={"in_chans": channels},
+        )
+        black = Image.new("L" if channels == 1 else "RGB", (32, 32))
+        pixels = hf_dash.image_transform(model)(black)
+        expected = torch.tensor(hf_dash.black_pixel(model)).reshape(channels, 1, 1)
+        torch.testing.assert_close(pixels, expected.expand(channels, 32, 32))
+    model.config.pretrained_cfg = None
+    with pytest.raises(ValueError, match="no pretrained_cfg, so its normalisation is unknown"):
+        hf_dash.black_pixel(model)

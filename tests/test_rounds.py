@@ -1,9 +1,18 @@
+from itertools import chain
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from torch.utils.data import DataLoader
 
-from hf_dash import DashConfig, Round, cut_rounds, gradient_batches, train_batches
+from hf_dash import (
+    DashConfig,
+    RandomCropFlip,
+    Round,
+    cut_rounds,
+    gradient_batches,
+    train_batches,
+)
 from hf_dash.rounds import ImageExamples
 
 
@@ -82,6 +91,27 @@ def test_training_batches_hold_every_example_in_a_seeded_new_order_each_epoch():
     assert first != second
     assert numbers(train_batches(round_, 4, seed=5)) == first
     assert numbers(train_batches(round_, 4, seed=6)) != first
+
+
+def three_channels(number):
+    return torch.arange(48.0).reshape(3, 4, 4) + 100 * number
+
+
+# From Python 3.12 on, forking a process that has threads warns; torch's workers are made so.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_augmented_batches_repeat_by_seed(num_workers):
+    augment = RandomCropFlip(fill=(-1.0, -1.0, -1.0), padding=1)
+    round_ = next(cut_rounds(numbered(6), 1, three_channels, in_memory=True))
+    runs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(runs))
+        loader = train_batches(round_, 4, seed=seed, num_workers=num_workers, augment=augment)
+        runs.append([numbers(loader) for _ in range(3)])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    assert len({str(sorted(chain(*epoch))) for epoch in runs[0]}) == 3  # every epoch anew
+    assert torch.equal(round_.examples[2]["pixel_values"], three_channels(2))
 
 
 def test_gradient_batches_are_ordered_and_the_short_one_is_the_oldest():

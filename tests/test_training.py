@@ -7,7 +7,7 @@ from conftest import same_state, state_of
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_dash import TrainingConfig, train_batches, train_round
+from hf_dash import RandomCropFlip, TrainingConfig, black_pixel, train_batches, train_round
 
 QUIET = {"disable_tqdm": True, "train_batch_size": 30}
 
@@ -120,17 +120,201 @@ def test_a_loss_that_is_not_finite_is_an_error(two_rounds, small_model, accelera
         )
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "allowed"),
-    [
-        ("learning_rate", 0.0, "greater than 0"),
-        ("momentum", 1.0, r"in \[0, 1\)"),
-        ("weight_decay", -1.0, "at least 0"),
-        ("train_batch_size", 0, "at least 1"),
-        ("max_epochs", 0, "at least 1"),
-        ("accuracy_threshold", 1.5, r"in \(0, 1\]"),
-    ],
-)
-def test_bad_settings_are_refused(field, value, allowed):
-    with pytest.raises(ValueError, match=f"{field} must be {allowed}, got {value}"):
-        TrainingConfig(**{field: value})
+POINTS = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.5, -2.0], [2.0, 1.0], [-1.5, -1.0], [0.2, 0.3]])
+CLASSES = torch.tensor([0, 1, 0, 1, 1, 0])
+BATCHES = [
+    {"pixel_values": POINTS[begin : begin + 2], "labels": CLASSES[begin : begin + 2]}
+    for begin in range(0, 6, 2)
+]
+FIXED = {"max_epochs": 3, "accuracy_threshold": None, **QUIET}
+
+
+def two_tables():
+    torch.manual_seed(0)
+    model = Table()
+    return model, copy.deepcopy(model)
+
+
+def assert_same(model, plain, **tolerances):
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, **tolerances)
+
+
+def test_steps_equal_plain_adamw(accelerator):
+    model, plain = two_tables()
+    config = TrainingConfig(
+        optim="adamw",
+        learning_rate=0.1,
+        weight_decay=0.2,
+        adam_beta1=0.8,
+        adam_beta2=0.9,
+        adam_epsilon=1e-3,
+        **FIXED,
+    )
+    result = train_round(model, BATCHES, config, accelerator)
+    assert (result.epochs, result.steps, result.converged) == (3, 9, None)
+    m, v = {}, {}
+    for t, batch in enumerate(BATCHES * 3, start=1):
+        plain.zero_grad()
+        plain(**batch).loss.backward()
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                m[name] = 0.8 * m.get(name, 0) + 0.2 * p.grad
+                v[name] = 0.9 * v.get(name, 0) + 0.1 * p.grad**2
+                p *= 1 - 0.1 * 0.2
+                right = m[name] / (1 - 0.8**t)
+                p -= 0.1 * right / ((v[name] / (1 - 0.9**t)).sqrt() + 1e-3)
+    assert_same(model, plain)
+
+
+def pull(model):
+    return 0.3 * sum(p.square().sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize("penalty", [None, pull])
+def test_sam_equals_the_paper(accelerator, penalty):
+    model, plain = two_tables()
+    config = TrainingConfig(learning_rate=0.1, momentum=0.0, sam_rho=0.5, **FIXED)
+    train_round(model, BATCHES, config, accelerator, penalty=penalty)
+    eta, rho = 0.1, 0.5
+
+    def gradient_of_loss(w, batch):
+        copied = copy.deepcopy(plain)
+        for parameter, value in zip(copied.parameters(), w, strict=True):
+            parameter.data = value.clone()
+        loss = copied(**batch).loss
+        if penalty is not None:
+            loss = loss + penalty(copied)
+        return torch.autograd.grad(loss, list(copied.parameters()))
+
+    w = [p.detach() for p in plain.parameters()]
+    for batch in BATCHES * 3:
+        nabla = gradient_of_loss(w, batch)
+        norm = sum(float((part**2).sum()) for part in nabla) ** 0.5
+        epsilon = [rho * part / norm for part in nabla]
+        g = gradient_of_loss([a + b for a, b in zip(w, epsilon, strict=True)], batch)
+        w = [a - eta * b for a, b in zip(w, g, strict=True)]
+    for parameter, expected in zip(model.parameters(), w, strict=True):
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_sam_counts_every_batch_once_in_batch_norms(two_rounds, small_model, accelerator):
+    config = TrainingConfig(sam_rho=0.1, max_epochs=1, **QUIET)
+    result = train_round(small_model, train_batches(two_rounds[0], 30, seed=0), config, accelerator)
+    norms = [m for m in small_model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert {int(norm.num_batches_tracked) for norm in norms} == {result.steps}
+
+
+def test_a_penalty_joins_the_loss(accelerator):
+    model, plain = two_tables()
+    config = TrainingConfig(learning_rate=0.1, momentum=0.0, **FIXED)
+    train_round(model, BATCHES, config, accelerator, penalty=pull)
+    for batch in BATCHES * 3:
+        plain.zero_grad()
+        plain(**batch).loss.backward()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= 0.1 * (p.grad + 0.6 * p)
+    assert_same(model, plain)
+
+
+def test_the_schedule_begins_anew_in_every_round(accelerator):
+    model, plain = two_tables()
+    config = TrainingConfig(
+        learning_rate=0.4,
+        momentum=0.0,
+        warmup_epochs=1,
+        lr_milestones=[2],
+        lr_gamma=0.5,
+        **FIXED,
+    )
+    for _ in range(2):
+        train_round(model, BATCHES, config, accelerator)
+    rates = [0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4, 0.4, 0.2, 0.2, 0.2] * 2
+    for batch, rate in zip(BATCHES * 6, rates, strict=True):
+        plain.zero_grad()
+        plain(**batch).loss.backward()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= rate * p.grad
+    assert_same(model, plain)
+
+
+def digit_batches(round_):
+    """The same minibatches in the same order for every epoch."""
+    rows = [round_.examples[i] for i in range(len(round_.examples))]
+    return [
+        {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows[i : i + 20]]),
+            "labels": torch.tensor([row["labels"] for row in rows[i : i + 20]]),
+        }
+        for i in range(0, len(rows), 20)
+    ]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_two_rounds_with_kept_state_are_one(two_rounds, small_model, accelerator, optim):
+    batches = digit_batches(two_rounds[0])
+    other, third = copy.deepcopy(small_model), copy.deepcopy(small_model)
+    once = {"optim": optim, "learning_rate": 0.01, "accuracy_threshold": None, **QUIET}
+    whole = train_round(small_model, batches, TrainingConfig(max_epochs=2, **once), accelerator)
+    one = TrainingConfig(max_epochs=1, **once)
+    first = train_round(other, batches, one, accelerator)
+    kept = {key: tensor.clone() for key, tensor in first.optimizer_state.items()}
+    second = train_round(other, batches, one, accelerator, optimizer_state=first.optimizer_state)
+    assert same_state(state_of(small_model), state_of(other))
+    assert same_state(whole.optimizer_state, second.optimizer_state)
+    assert same_state(kept, first.optimizer_state)
+    assert "optimizer_state" not in repr(first)
+    entry = "momentum_buffer" if optim == "sgd" else "exp_avg"
+    assert f"timm_model.fc.weight::{entry}" in kept
+
+    for _ in range(2):
+        train_round(third, batches, one, accelerator)
+    assert not same_state(state_of(small_model), state_of(third))
+
+
+class Stream:
+    """Batches that are no DataLoader, in an order of each epoch's own."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        return iter(BATCHES[self.epochs[-1] :])
+
+
+def test_other_batches_than_loaders_are_told_the_epoch(accelerator):
+    stream = Stream()
+    result = train_round(Table(), stream, TrainingConfig(**FIXED), accelerator)
+    assert stream.epochs == [0, 1, 2]
+    assert result.steps == 3 + 2 + 1
+
+
+def test_an_epoch_without_images_is_an_error(accelerator):
+    with pytest.raises(ValueError, match="batches gave no image in an epoch"):
+        train_round(Table(), iter(BATCHES), TrainingConfig(**FIXED), accelerator)
+
+
+def test_a_schedule_needs_to_know_the_length_of_an_epoch(accelerator):
+    model, plain = two_tables()
+    config = TrainingConfig(warmup_epochs=1, **FIXED)
+    with pytest.raises(ValueError, match="batches must have a length"):
+        train_round(model, Stream(), config, accelerator)
+    assert_same(model, plain, rtol=0, atol=0)
+
+
+def test_augmented_training_repeats_by_seed(two_rounds, small_model, accelerator):
+    augment = RandomCropFlip(fill=black_pixel(small_model))
+    states = []
+    for seed in (7, 7, 8):
+        model = copy.deepcopy(small_model)
+        batches = train_batches(two_rounds[0], 30, seed=seed, augment=augment)
+        train_round(model, batches, TrainingConfig(max_epochs=1, **QUIET), accelerator)
+        states.append(state_of(model))
+    assert same_state(states[0], states[1])
+    assert not same_state(states[0], states[2])

@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from hf_dash.orthogonal import orthogonal_weight, polar_factors
+
+
+def conditioned(rows, columns, low=0.5, seed=0):
+    """A matrix whose singular values lie between ``low`` and 1, and its polar factor."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(rows, columns)
+    u = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(columns, rank, generator=generator)).Q
+    return u @ torch.linspace(low, 1, rank).diag() @ v.mT, u @ v.mT
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 6), (3, 8), (8, 3), (5, 1), (1, 5), (1, 1)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_polar_factors_equal_those_of_the_svd_at_any_scale(rows, columns, scale):
+    matrix, polar = conditioned(rows, columns)
+    torch.testing.assert_close(polar_factors(matrix * scale, 10), polar, rtol=0, atol=1e-5)
+
+
+def test_one_step_worked_by_hand():
+    # ‖diag(3, 4)‖_F = 5; 1.5·0.6 − 0.5·0.6³ = 0.792 and 1.5·0.8 − 0.5·0.8³ = 0.944.
+    step = polar_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
+    torch.testing.assert_close(step, torch.tensor([[0.792, 0.0], [0.0, 0.944]]))
+
+
+def test_small_singular_values_grow_by_at_most_half_a_step_and_zeros_stay():
+    matrix = torch.diag(torch.tensor([1.0, 1e-4, 0.0]))
+    values = polar_factors(matrix, 10).diagonal()
+    assert values[0].item() == pytest.approx(1.0, abs=1e-5)
+    assert values[1].item() == pytest.approx(1e-4 * 1.5**10, rel=1e-4)
+    assert values[2].item() == 0
+    assert torch.equal(polar_factors(torch.zeros(2, 3, 3), 10), torch.zeros(2, 3, 3))
+
+
+def test_half_precision_is_computed_in_full():
+    matrix, polar = conditioned(4, 6)
+    weight = orthogonal_weight(matrix.bfloat16(), 10)
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.float(), polar * math.sqrt(4 / 6), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", [(), (1,), (3, 3), (1, 3), (2, 2, 2)])
+@pytest.mark.parametrize(("d_out", "d_in"), [(4, 6), (6, 4)])
+def test_every_kernel_position_is_a_scaled_isometry(kernel, d_out, d_in):
+    positions = math.prod(kernel)
+    weight = torch.empty(d_out, d_in, positions)
+    for position in range(positions):
+        weight[:, :, position] = conditioned(d_out, d_in, seed=position)[0] * (position + 1)
+    result = orthogonal_weight(weight.reshape(d_out, d_in, *kernel), 10)
+    scale = math.sqrt(d_out / d_in) / positions
+    for position in range(positions):
+        matrix = result.reshape(d_out, d_in, positions)[:, :, position]
+        values = torch.linalg.svdvals(matrix)
+        torch.testing.assert_close(values, torch.full((4,), scale), rtol=1e-4, atol=0)
+        polar = conditioned(d_out, d_in, seed=position)[1]
+        torch.testing.assert_close(matrix, scale * polar, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_are_taken_one_by_one(transposed):
+    layer = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    torch.manual_seed(0)
+    grouped = layer(6, 4, 3, groups=2, bias=False)
+    result = orthogonal_weight(grouped.weight.detach(), 60, groups=2, transposed=transposed)
+    for group in range(2):
+        # The layer that this group is on its own: 3 channels in, 2 out.
+        if transposed:
+            own = result[3 * group : 3 * group + 3].permute(2, 3, 1, 0)
+        else:
+            own = result[2 * group : 2 * group + 2].permute(2, 3, 0, 1)
+        assert own.shape == (3, 3, 2, 3)
+        expected = torch.full((3, 3, 2), math.sqrt(2 / 3) / 9)
+        torch.testing.assert_close(torch.linalg.svdvals(own), expected, rtol=1e-4, atol=0)
+
+
+def test_depthwise_kernels_and_zero_weights_stay_as_they_are():
+    depthwise = torch.randn(4, 1, 3, 3)
+    assert torch.equal(orthogonal_weight(depthwise, 10, groups=4), depthwise)
+    # One channel in and out without groups is a plain convolution: ±1 over 9 positions.
+    plain = orthogonal_weight(depthwise[:1], 10)
+    torch.testing.assert_close(plain, depthwise[:1].sign() / 9)
+    assert torch.equal(orthogonal_weight(torch.zeros(4, 2, 3, 3), 10), torch.zeros(4, 2, 3, 3))
