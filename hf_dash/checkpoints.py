@@ -115,6 +115,51 @@ def find_round(output_dir: str | Path, folder: str) -> History | None:
     return read_history(target / LEDGER)
 
 
+def finished_round(
+    output_dir: str | Path,
+    history: History,
+    key: tuple[str, int, int],
+    fingerprint: str,
+    parent: RoundRecord | None,
+) -> RoundRecord | None:
+    """Return the record of a round that was finished before, or None.
+
+    A round whose folder is there but whose record is not was cut off between the two: its record
+    is taken over into the ledger.
+
+    Args:
+        output_dir: of the run.
+        history: its ledger.
+        key: start, seed and index of the round.
+        fingerprint: of the data it would be trained on now.
+        parent: record of the round before.
+
+    Raises:
+        ValueError: the round was trained on other data, from another parent, or by a run with
+            other settings.
+    """
+    start, seed, index = key
+    done = history.find(start, seed, index)
+    if done is None:
+        found = find_round(output_dir, RoundRecord.folder_of(start, seed, index))
+        if found is None:
+            return None
+        history.check_same_run(found)
+        (done,) = found.records
+        history.append(done)
+    if done.data_fingerprint != fingerprint:
+        raise ValueError(
+            f"round {index} of {start!r} was trained on other data than are given now (fingerprint"
+            f" {done.data_fingerprint}, now {fingerprint}): an arrival has changed or disappeared"
+        )
+    if parent is not None and done.parent != parent.folder:
+        raise ValueError(
+            f"round {index} of {start!r} was started from {done.parent!r}, not from"
+            f" {parent.folder!r}"
+        )
+    return done
+
+
 def load_weights_(model: PreTrainedModel, output_dir: str | Path, record: RoundRecord) -> None:
     """Give a model the final weights of a round, in place.
 

@@ -20,21 +20,25 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from hf_dash._version import library_versions
+from hf_dash.augmentation import RandomCropFlip
 from hf_dash.checkpoints import (
-    find_round,
+    finished_round,
     load_optimizer_state,
     load_weights_,
     prune_rounds,
     save_round,
 )
 from hf_dash.config import DashConfig, StartsConfig
+from hf_dash.distributed import synchronise
 from hf_dash.evaluation import evaluate_model
 from hf_dash.history import History, RoundRecord
-from hf_dash.models import grow_head
-from hf_dash.rounds import Round, train_batches
+from hf_dash.memorisation import measure_memorisation
+from hf_dash.models import black_pixel, grow_head
+from hf_dash.rounds import ImageExamples, Round, train_batches
 from hf_dash.starts import Start, StartContext, Started
 from hf_dash.training import TrainingConfig, train_round
 
@@ -43,7 +47,7 @@ from hf_dash.training import TrainingConfig, train_round
 class _Run:
     """What stays the same through all rounds of one run."""
 
-    held_out: "TorchDataset[dict[str, Any]]"
+    held_out: ImageExamples
     start: Start
     name: str
     seed: int
@@ -54,12 +58,20 @@ class _Run:
     training: TrainingConfig
     output_dir: Path | None
     save_total_limit: int | None
+    memorisation: bool
+
+    def finished(self, round_: Round, parent: RoundRecord | None) -> RoundRecord | None:
+        """Return the record of a round that an earlier call has finished, or None."""
+        if self.output_dir is None:
+            return None
+        key = (self.name, self.seed, round_.index)
+        return finished_round(self.output_dir, self.history, key, round_.fingerprint, parent)
 
 
 def run_rounds(
     model: PreTrainedModel,
     rounds: Iterable[Round],
-    held_out: "TorchDataset[dict[str, Any]]",
+    held_out: ImageExamples,
     start: Start,
     *,
     name: str,
@@ -71,6 +83,7 @@ def run_rounds(
     training: TrainingConfig | None = None,
     output_dir: str | Path | None = None,
     save_total_limit: int | None = None,
+    measure_memorisation: bool = False,
 ) -> PreTrainedModel:
     """Take a model through all rounds; go on where an earlier call on the same folder ended.
 
@@ -89,6 +102,8 @@ def run_rounds(
         training: settings of the training.
         output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
         save_total_limit: keep the folders of the newest rounds only, at least 1; None keeps all.
+        measure_memorisation: measure right before and after every start what the model remembers
+            (:func:`~hf_dash.memorisation.measure_memorisation`); not counted in the seconds.
 
     Returns:
         The model, trained on the last round: the given one, unless new labels made it grow.
@@ -111,13 +126,14 @@ def run_rounds(
         training or TrainingConfig(),
         None if output_dir is None else Path(output_dir),
         save_total_limit,
+        measure_memorisation,
     )
     model.to(accelerator.device)
     parent: RoundRecord | None = None
     kept: dict[str, Tensor] = {}
     trained = False
     for round_ in rounds:
-        done = _finished(run, round_, parent)
+        done = run.finished(round_, parent)
         if done is not None:
             model, _ = _with_classes_of(round_, model, seed)
             parent, trained = done, False
@@ -130,38 +146,6 @@ def run_rounds(
     if parent is not None and not trained and run.output_dir is not None:
         load_weights_(model, run.output_dir, parent)
     return model
-
-
-def _finished(run: _Run, round_: Round, parent: RoundRecord | None) -> RoundRecord | None:
-    """Return the record of a round that was finished before, or None.
-
-    A round whose folder is there but whose record is not was cut off between the two: its record
-    is taken over.
-    """
-    if run.output_dir is None:
-        return None
-    done = run.history.find(run.name, run.seed, round_.index)
-    if done is None:
-        folder = RoundRecord.folder_of(run.name, run.seed, round_.index)
-        found = find_round(run.output_dir, folder)
-        if found is None:
-            return None
-        run.history.check_same_run(found)
-        (done,) = found.records
-        run.accelerator.wait_for_everyone()
-        run.history.append(done)
-    if done.data_fingerprint != round_.fingerprint:
-        raise ValueError(
-            f"round {round_.index} of {run.name!r} was trained on other data than are given now"
-            f" (fingerprint {done.data_fingerprint}, now {round_.fingerprint}): an arrival has"
-            " changed or disappeared"
-        )
-    if parent is not None and done.parent != parent.folder:
-        raise ValueError(
-            f"round {round_.index} of {run.name!r} was started from {done.parent!r}, not from"
-            f" {parent.folder!r}"
-        )
-    return done
 
 
 def _with_classes_of(
@@ -182,15 +166,24 @@ def _train_one(
     """Start, train, evaluate, save and record one round."""
     round_seed = seed_of_round(run.seed, round_.index)
     set_seed(round_seed)
-    started = time.perf_counter()
     model, rows = _with_classes_of(round_, model, round_seed)
-    begun = _start(run, model, round_, round_seed, rows)
-    start_seconds = time.perf_counter() - started if round_.index > 1 else 0.0
+    measured = {} if parent is None else {"before": _measured(run, model, round_)}
+    begun, start_seconds = _start(run, model, round_, round_seed, rows)
+    if parent is not None:
+        measured["after"] = _measured(run, model, round_)
     result = train_round(
         model,
-        train_batches(round_, run.training.train_batch_size, seed=round_seed),
+        train_batches(
+            round_,
+            run.training.train_batch_size,
+            seed=round_seed,
+            num_workers=run.training.num_workers,
+            augment=RandomCropFlip(black_pixel(model)) if run.training.augment else None,
+        ),
         run.training,
         run.accelerator,
+        penalty=begun.penalty,
+        optimizer_state=kept if begun.keep_optimizer else None,
         description=f"{run.name} round {round_.index}",
     )
     metrics = evaluate_model(model, run.held_out, run.accelerator)
@@ -216,19 +209,25 @@ def _train_one(
         shrink=None if report is None else report.to_dict(),
         parent=None if parent is None else parent.folder,
         data_fingerprint=round_.fingerprint,
+        memorisation=measured if run.memorisation and measured else None,
         images_read=result.epochs * len(round_.examples) + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=_hardware(run.accelerator),
     )
-    return model, _save(run, model, {}, record), {}
+    return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
 
 
 def _start(
     run: _Run, model: PreTrainedModel, round_: Round, seed: int, rows: dict[str, Tensor]
-) -> Started:
-    """Call the start where the round has one; rows of new classes stay as fresh as they are."""
+) -> tuple[Started, float]:
+    """Call the start where the round has one; rows of new classes stay as fresh as they are.
+
+    Returns what the start has to tell, and its seconds.
+    """
     if round_.index == 1 and not getattr(run.start, "every_round", False):
-        return Started()
+        return Started(), 0.0
+    synchronise(run.accelerator.device)
+    started = time.perf_counter()
     context = StartContext(
         round_,
         seed,
@@ -242,7 +241,29 @@ def _start(
     with torch.no_grad():
         for name, fresh in rows.items():
             state[name][-len(fresh) :] = fresh
-    return begun
+    synchronise(run.accelerator.device)
+    return begun, time.perf_counter() - started
+
+
+def _measured(run: _Run, model: PreTrainedModel, round_: Round) -> dict[str, float]:
+    if not run.memorisation:
+        return {}
+    return measure_memorisation(
+        model,
+        old=round_.seen,
+        new=round_.new,
+        held_out=_of_known_classes(run.held_out, model.config.num_labels),
+        flipped=round_.flipped_seen,
+        accelerator=run.accelerator,
+        with_features=True,
+        # Shrunk weights under the old statistics answer at random, whatever they remember.
+        renew_batch_norms=True,
+    )
+
+
+def _of_known_classes(examples: ImageExamples, num_classes: int) -> "TorchDataset[dict[str, Any]]":
+    known = [index for index, label in enumerate(examples.labels) if 0 <= label < num_classes]
+    return Subset(examples, known)
 
 
 def _save(
