@@ -24,6 +24,7 @@ ROOMS = [
     "callback",
     "training",
     "evaluation",
+    "features",
     "memorisation",
     "history",
     "continual",
