@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 
 @contextmanager
@@ -88,3 +90,17 @@ def caches_set_aside(model: nn.Module) -> Iterator[Callable[[], None]]:
         empty()
         for cache, contents in caches:
             cache.update(contents)
+
+
+@contextmanager
+def batch_norms_renewed(model: nn.Module, images: Iterable[Tensor]) -> Iterator[None]:
+    """Give batch norms the statistics of ``images`` under the present weights, and theirs back."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        with evaluation_mode(model):
+            update_bn(images, model)
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)

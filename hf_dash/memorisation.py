@@ -3,12 +3,11 @@
 Flow: examples → a fixed subset, shared out among the processes → predictions, gradients and
 features in evaluation mode → a few numbers; the model is left as it was.
 Source: Shin et al., NeurIPS 2024 (arXiv:2410.23495): a warm start keeps memorised noise, and what
-is memorised gives no gradient to learn from. Dormant units: Sokar et al., ICML 2023
-(arXiv:2302.12902), definition 3.1. Effective rank: Roy & Vetterli, EUSIPCO 2007.
-Differs: dormant units are counted in the last features only, not in every layer.
+is memorised gives no gradient to learn from.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 
-from hf_dash._preserve import caches_set_aside, evaluation_mode, rng_preserved
+from hf_dash._preserve import (
+    batch_norms_renewed,
+    caches_set_aside,
+    evaluation_mode,
+    rng_preserved,
+)
 from hf_dash.batches import check_labels
 from hf_dash.distributed import gather
-
-# τ of Sokar et al.: a unit whose mean activation is at most this share of the layer's is dormant.
-DORMANT_SHARE = 0.025
+from hf_dash.features import dormant_share, effective_rank
 
 Examples = TorchDataset[dict[str, Any]]
 # Images and labels, on the model's device.
@@ -43,12 +45,16 @@ def measure_memorisation(
     batch_size: int = 256,
     max_examples: int | None = 2_000,
     with_features: bool = False,
+    renew_batch_norms: bool = False,
 ) -> dict[str, float]:
     """Measure how well a model knows old, new and held-out examples, and what is left to learn.
 
     Everything runs in evaluation mode, in the model's own precision (without autocast, in which
     small gradients vanish). Afterwards the model, its gradients and all random states are as they
     were. On several processes each example is computed once; all get the same numbers.
+
+    Batch norms use their running statistics, as evaluation does. Right after a start these still
+    are those of the weights before: a shrunk model may answer at random for this reason alone.
 
     Args:
         model: a transformers image classifier; not prepared.
@@ -62,6 +68,8 @@ def measure_memorisation(
         max_examples: of each set, over all processes, at least 1: a fixed subset, evenly spaced
             from the first example on, so that the cost does not grow with the data. None takes
             all. At 2,000 the standard error of an accuracy is at most 1.1 points.
+        renew_batch_norms: measure with the statistics of old and new examples under the present
+            weights, which every process computes, instead of the running ones.
         with_features: describe the features before the classifier too; timm models only.
 
     Returns:
@@ -87,14 +95,21 @@ def measure_memorisation(
     sets = {"old": old, "new": new, "held_out": held_out, "flipped": flipped}
     given = {name: examples for name, examples in sets.items() if examples is not None}
     _check(model, given, batch_size, max_examples, with_features)
+    subsets = {
+        name: Subset(examples, spaced_indices(len(examples), max_examples))  # type: ignore[arg-type]
+        for name, examples in given.items()
+    }
+    images = _images(
+        model, [subsets[name] for name in ("old", "new") if name in subsets], batch_size
+    )
     result: dict[str, float] = {}
     with (
         rng_preserved(),
         evaluation_mode(model),
         caches_set_aside(model) as empty_caches,
+        batch_norms_renewed(model, images) if renew_batch_norms else nullcontext(),
     ):
-        for name, examples in given.items():
-            subset = Subset(examples, spaced_indices(_length(name, examples), max_examples))
+        for name, subset in subsets.items():
             pairs = partial(_pairs, model, subset, accelerator, batch_size, empty_caches)
             if name in ("old", "new"):
                 right, norm = _accuracy_and_gradient_norm(
@@ -143,6 +158,16 @@ def spaced_indices(count: int, limit: int | None) -> list[int]:
     """Return at most ``limit`` of the numbers 0 … count − 1, evenly spaced, beginning with 0."""
     kept = count if limit is None else min(count, limit)
     return [index * count // kept for index in range(kept)]
+
+
+def _images(
+    model: nn.Module, subsets: "list[Subset[dict[str, Any]]]", batch_size: int
+) -> Iterator[Tensor]:
+    examples: ConcatDataset[dict[str, Any]] = ConcatDataset(subsets)
+    # A last batch of one image has no variance.
+    batches = DataLoader(examples, batch_size=batch_size, drop_last=len(examples) > batch_size)
+    device = next(model.parameters()).device
+    yield from (batch["pixel_values"].to(device) for batch in batches)
 
 
 def _pairs(
@@ -213,39 +238,6 @@ def _features(model: nn.Module, pairs: Pairs) -> Tensor:
         features = timm_model.forward_features(images.to(dtype))
         own.append(timm_model.forward_head(features, pre_logits=True).flatten(1).double().cpu())
     return torch.cat([part for rank in gather(own) for part in rank])
-
-
-def dormant_share(features: Tensor, threshold: float = DORMANT_SHARE) -> float:
-    """Return the share of dormant units.
-
-    Args:
-        features: activations [examples, units].
-        threshold: τ, at least 0: a unit is dormant whose mean absolute activation over the examples
-            is at most τ of the mean over all units. 0 counts those that are never active.
-
-    Source: Sokar et al., ICML 2023 (arXiv:2302.12902), definition 3.1. Where no unit is ever
-    active, all are dormant.
-    """
-    activity = features.abs().mean(dim=0)
-    return float((activity <= threshold * activity.mean()).double().mean())
-
-
-def effective_rank(features: Tensor) -> float:
-    """Return the effective rank of a matrix: exp of the entropy of its normalised singular values.
-
-    Args:
-        features: a matrix [examples, units]; not centred.
-
-    Returns:
-        A number from 1 to the smaller dimension; 0 for a matrix of zeros.
-
-    Source: Roy & Vetterli, EUSIPCO 2007.
-    """
-    values = torch.linalg.svdvals(features)
-    if values.sum() == 0:
-        return 0.0
-    # entr is −p ln p, and 0 at 0.
-    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def flip_labels(

@@ -29,6 +29,7 @@ ROOMS = [
     "optimizers",
     "training",
     "evaluation",
+    "features",
     "memorisation",
     "history",
     "checkpoints",

@@ -8,7 +8,7 @@ from conftest import same_state, state_of
 from torch import nn
 
 from hf_dash import create_model, flip_labels, measure_memorisation
-from hf_dash.memorisation import dormant_share, effective_rank, spaced_indices
+from hf_dash.memorisation import spaced_indices
 
 
 class Linear(nn.Module):
@@ -140,25 +140,6 @@ def test_other_families_have_features_too(architecture, size, accelerator):
     assert found["dormant_share"] == 0
 
 
-def test_effective_rank_of_known_spectra():
-    assert effective_rank(torch.eye(5)) == pytest.approx(5)
-    assert effective_rank(torch.ones(4, 7)) == pytest.approx(1, abs=1e-4)
-    assert effective_rank(torch.zeros(3, 2)) == 0
-    # Singular values 3 and 1: shares 3/4 and 1/4, so exp(entropy) = 4 / 3^(3/4), however rotated.
-    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
-    matrix = turn @ torch.diag(torch.tensor([3.0, 1.0])) @ turn
-    assert effective_rank(matrix) == pytest.approx(4 / 3**0.75, rel=1e-5)
-
-
-def test_dormant_units_by_hand():
-    # Mean absolute activations 0, 0.02, 1 and 2.98: their mean is 1, so τ = 0.025 takes two.
-    features = torch.tensor([[0.0, 0.04, -1.0, 2.98], [0.0, 0.0, 1.0, -2.98]])
-    assert dormant_share(features) == 0.5
-    assert dormant_share(features, 0.0) == 0.25
-    assert dormant_share(features, 0.01) == 0.25
-    assert dormant_share(torch.zeros(2, 3)) == 1
-
-
 def test_the_subset_is_evenly_spaced():
     assert spaced_indices(10, 4) == [0, 2, 5, 7]
     assert spaced_indices(3, 5) == [0, 1, 2] == spaced_indices(3, None)
@@ -167,6 +148,30 @@ def test_the_subset_is_evenly_spaced():
         assert len(set(kept)) == limit
         gaps = np.diff([*kept, 100])
         assert gaps.max() - gaps.min() <= 1
+
+
+def test_batch_norms_may_be_renewed(small_model, two_rounds, accelerator):
+    # Filters of another length change what the batch norm behind them is given; only renewed
+    # statistics undo it, and give the features of the model as it was.
+    def measure(renew):
+        return measure_memorisation(
+            small_model,
+            old=two_rounds[0].new,
+            new=two_rounds[1].new,
+            held_out=two_rounds[1].new,
+            accelerator=accelerator,
+            batch_size=30,
+            with_features=True,
+            renew_batch_norms=renew,
+        )
+
+    before, stale_before = measure(True), measure(False)
+    with torch.no_grad():
+        filters = small_model.timm_model.conv1[0].weight
+        filters.mul_(torch.linspace(1, 4, len(filters))[:, None, None, None])
+    after, stale_after = measure(True), measure(False)
+    assert after["effective_rank"] == pytest.approx(before["effective_rank"], rel=1e-3)
+    assert stale_after["effective_rank"] != pytest.approx(stale_before["effective_rank"], rel=1e-2)
 
 
 def test_no_trace_is_left(small_model, two_rounds, accelerator):
@@ -190,6 +195,7 @@ def test_no_trace_is_left(small_model, two_rounds, accelerator):
         held_out=two_rounds[1].new,
         accelerator=accelerator,
         with_features=True,
+        renew_batch_norms=True,
     )
     handle.remove()
     assert same_state(before, state_of(small_model))
