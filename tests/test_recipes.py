@@ -105,6 +105,37 @@ def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, dig
     assert (tmp_path / "child" / "model.safetensors").read_bytes() == whole
 
 
+def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test):
+    source = hf_dash.read_history(REPOSITORY / "recipes" / "results" / "digits" / "history.json")
+    history = hf_dash.History(tmp_path / "run" / "history.json", source.settings)
+    history.path.parent.mkdir()
+    # The champion knows no digit, so it is right on none; any answer of the challenger is better.
+    for index, names in ((1, ["cat", "dog"]), (2, hf_dash.label_names(digits_test))):
+        history.append(next(r for r in source.records if r.round_index == index))
+        model = hf_dash.create_model("test_resnet", label_names=names, image_size=32)
+        hf_dash.save_model(model, tmp_path / "run" / history.records[-1].folder)
+    first, second = (record.folder for record in history.records)
+    entry = hf_dash.Promotion("promote", first, None, "first champion", "")
+    history.append_promotion(entry)
+    flags = ["--output_dir", "run", "--challenger"]
+
+    done = launch("promote.py", tmp_path, *flags, second)
+    assert "promote: not worse overall, and no class drops" in done.stdout
+    # A header, its rule, all examples, ten classes.
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 13
+    refused = launch("promote.py", tmp_path, *flags, first, check=False)
+    assert refused.returncode == 1
+    assert "reject: significantly worse overall" in refused.stdout
+    launch("promote.py", tmp_path, "--output_dir", "run", "--rollback_to", first)
+    back = hf_dash.read_history(history.path)
+    assert [p.kind for p in back.promotions] == ["promote", "promote", "reject", "rollback"]
+    assert back.promotions[1].num_held_out == 360
+    assert f" {back.promotions[1].accuracy:.2%} |" in table[2]
+    assert back.champion == first
+    assert back.records == history.records
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,0 +1,100 @@
+"""Let a round's model take the place of the one in use, or go back to an earlier one.
+
+Launch:  accelerate launch recipes/promote.py --output_dir runs/x \
+             --challenger rounds/003/dash_seed0 --dataset_name path/or/hub_id
+         accelerate launch recipes/promote.py --output_dir runs/x \
+             --rollback_to rounds/002/dash_seed0
+
+Challenger and champion predict the held-out images of the dataset; what is decided, and why, goes
+into the run's history.json. Ends with status 1 where the challenger is rejected. Flags: those
+below, and the fields of hf_dash's DataConfig.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+import hf_dash
+
+
+@dataclass
+class PromoteArguments:
+    output_dir: str = field(metadata={"help": "Of a run, with its history.json and rounds."})
+    challenger: str | None = field(
+        default=None, metadata={"help": "Folder below it, such as rounds/003/dash_seed0."}
+    )
+    champion: str | None = field(
+        default=None, metadata={"help": "To compare with; by default the champion in use."}
+    )
+    force: bool = field(default=False, metadata={"help": "Promote in spite of the verdict."})
+    rollback_to: str | None = field(
+        default=None, metadata={"help": "Folder to go back to, in place of a comparison."}
+    )
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals, in (0, 1)."})
+    min_gain: float = field(default=0.0, metadata={"help": "Least measured gain in accuracy."})
+    max_loss: float = field(default=0.02, metadata={"help": "Loss that must be excluded."})
+    max_class_drop: float = field(
+        default=0.05, metadata={"help": "Largest significant drop of a class."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.challenger is None) == (self.rollback_to is None):
+            raise ValueError(
+                "either challenger or rollback_to must be given, got"
+                f" {self.challenger!r} and {self.rollback_to!r}"
+            )
+
+
+def main() -> None:
+    args, data = HfArgumentParser(
+        (PromoteArguments, hf_dash.DataConfig)
+    ).parse_args_into_dataclasses()
+    accelerator = Accelerator()
+    if args.rollback_to is not None:
+        if accelerator.is_main_process:
+            entry = hf_dash.rollback(args.output_dir, args.rollback_to)
+            print(f"rollback: {entry.challenger} is the champion in place of {entry.champion}")
+        return
+
+    with accelerator.main_process_first():
+        images = hf_dash.in_arrival_order(data.load_held_out(), seed=0)
+    verdict = hf_dash.promote(
+        args.output_dir,
+        args.challenger,
+        lambda transform: hf_dash.ImageExamples(images, transform, in_memory=data.cache_images),
+        champion=args.champion,
+        force=args.force,
+        confidence=args.confidence,
+        min_gain=args.min_gain,
+        max_loss=args.max_loss,
+        max_class_drop=args.max_class_drop,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        if verdict.comparison is not None:
+            print(table(verdict.comparison), end="\n\n")
+        print(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
+    sys.exit(0 if verdict.promote else 1)
+
+
+def table(comparison: hf_dash.Comparison) -> str:
+    header = ["class", "images", "champion", "challenger", "difference", "interval", "McNemar p"]
+    rows = [
+        [
+            name,
+            str(paired.num_examples),
+            f"{paired.champion:.2%}",
+            f"{paired.challenger:.2%}",
+            f"{paired.difference:+.2%}",
+            f"{paired.low:+.2%} to {paired.high:+.2%}",
+            f"{paired.p_value:.2g}",
+        ]
+        for name, paired in [("all", comparison.overall), *comparison.per_class.items()]
+    ]
+    return hf_dash.markdown_table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
