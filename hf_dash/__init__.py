@@ -1,9 +1,10 @@
 """hf_dash: direction-aware shrinking for vision models that are retrained on arriving data."""
 
 from hf_dash._version import __version__
-from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
+from hf_dash.arrivals import DataConfig, in_arrival_order, load_images
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, library_versions, write_card
+from hf_dash.columns import fingerprint, label_names
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
@@ -44,6 +45,7 @@ __all__ = [
     "dash_shrink_",
     "evaluate_model",
     "find_start",
+    "fingerprint",
     "gradient_batches",
     "image_transform",
     "in_arrival_order",

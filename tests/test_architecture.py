@@ -13,6 +13,7 @@ ROOMS = [
     "config",
     "distributed",
     "batches",
+    "columns",
     "arrivals",
     "rounds",
     "models",
