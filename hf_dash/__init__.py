@@ -11,6 +11,13 @@ from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model
 from hf_dash.history import History, RoundRecord, read_history, write_history
 from hf_dash.hub import push_folder
+from hf_dash.incoming import (
+    Arrival,
+    arrivals_root,
+    list_arrivals,
+    load_arrival,
+    new_arrivals,
+)
 from hf_dash.models import check_label_names, create_model, image_transform, load_model, save_model
 from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
@@ -21,6 +28,7 @@ from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
     "STARTS",
+    "Arrival",
     "CardInfo",
     "ClassAccuracy",
     "DashCallback",
@@ -39,6 +47,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "__version__",
+    "arrivals_root",
     "check_label_names",
     "create_model",
     "cut_rounds",
@@ -51,9 +60,12 @@ __all__ = [
     "in_arrival_order",
     "label_names",
     "library_versions",
+    "list_arrivals",
+    "load_arrival",
     "load_images",
     "load_model",
     "markdown_table",
+    "new_arrivals",
     "plot_rounds",
     "push_folder",
     "read_history",

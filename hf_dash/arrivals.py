@@ -31,7 +31,7 @@ class DataConfig:
 
     Args:
         dataset_name: ``"digits"``, a local path, a glob of parquet or tar files, or a Hub dataset;
-            where files arrive, the directory or glob of them.
+            where files arrive, the directory or glob of them (see ``hf_dash.list_arrivals``).
         dataset_revision: branch, tag or commit of a Hub dataset.
         test_dataset_name: where the held-out images are, if elsewhere; a glob needs one.
         train_split: name of the split that arrives in rounds.

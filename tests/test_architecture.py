@@ -15,6 +15,8 @@ ROOMS = [
     "batches",
     "columns",
     "arrivals",
+    "_shards",
+    "incoming",
     "rounds",
     "models",
     "tensors",
