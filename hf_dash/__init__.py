@@ -6,6 +6,7 @@ from hf_dash.augmentation import RandomCropFlip
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, write_card
 from hf_dash.checkpoints import only_one
+from hf_dash.columns import fingerprint
 from hf_dash.comparison import Comparison, PairedAccuracy, Verdict, compare_models, decide
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
@@ -20,6 +21,7 @@ from hf_dash.history import (
     write_history,
 )
 from hf_dash.hub import push_folder
+from hf_dash.incoming import Arrival, arrivals_root, list_arrivals, load_arrival, new_arrivals
 from hf_dash.memorisation import flip_labels, measure_memorisation
 from hf_dash.models import (
     black_pixel,
@@ -40,6 +42,7 @@ from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
     "STARTS",
+    "Arrival",
     "CardInfo",
     "ClassAccuracy",
     "Comparison",
@@ -63,6 +66,7 @@ __all__ = [
     "TrainingResult",
     "Verdict",
     "__version__",
+    "arrivals_root",
     "black_pixel",
     "check_label_names",
     "compare_models",
@@ -73,6 +77,7 @@ __all__ = [
     "evaluate_model",
     "every_round",
     "find_start",
+    "fingerprint",
     "flip_labels",
     "gradient_batches",
     "grow_head",
@@ -80,11 +85,14 @@ __all__ = [
     "in_arrival_order",
     "label_names",
     "library_versions",
+    "list_arrivals",
+    "load_arrival",
     "load_images",
     "load_model",
     "markdown_table",
     "measure_memorisation",
     "memorisation_table",
+    "new_arrivals",
     "only_one",
     "open_history",
     "plot_factors",

@@ -6,17 +6,23 @@ Differs from plain ``load_dataset``: columns are checked and renamed here, once,
 later asks what they are called; the label column always knows its names.
 """
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
+from hf_dash.columns import AnyDataset as AnyDataset
+from hf_dash.columns import label_names as label_names
+from hf_dash.columns import standard_columns
+
 DIGITS = "digits"
 DIGITS_TEST_SHARE = 0.2
+# The library's loader for every kind of file that can be named outright or by a glob.
+LOADERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class DataConfig:
     """Where images come from; the fields are those of :func:`load_images`.
 
     Args:
-        dataset_name: ``"digits"``, a local path, a glob of parquet files or a Hub dataset.
+        dataset_name: ``"digits"``, a local path, a glob of parquet or tar files, or a Hub dataset;
+            where files arrive, the directory or glob of them (see ``hf_dash.list_arrivals``).
         dataset_revision: branch, tag or commit of a Hub dataset.
         test_dataset_name: where the held-out images are, if elsewhere; a glob needs one.
         train_split: name of the split that arrives in rounds.
@@ -34,6 +41,16 @@ class DataConfig:
         label_column_name: column of labels in the source.
         image_mode: PIL mode to convert every image to.
         cache_images: decode every image once and keep it in memory.
+        arrive_by: ``"examples"`` cuts one dataset into rounds; ``"files"`` takes new files as they
+            appear.
+        files_per_round: how many new files make a round, at least 1; None takes all that are new.
+            Only where files arrive.
+        on_bad_example: what a corrupt image in a file does: ``"error"``, or ``"skip"`` to leave it
+            out and list it. Only where files arrive.
+
+    Raises:
+        TypeError: ``files_per_round`` is not an integer.
+        ValueError: one of the last three is not allowed.
     """
 
     dataset_name: str = DIGITS
@@ -46,6 +63,25 @@ class DataConfig:
     label_column_name: str = "label"
     image_mode: str | None = None
     cache_images: bool = True
+    arrive_by: str = "examples"
+    files_per_round: int | None = None
+    on_bad_example: str = "error"
+
+    def __post_init__(self) -> None:
+        choices = {"arrive_by": ("examples", "files"), "on_bad_example": ("error", "skip")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        count = self.files_per_round
+        if count is None:
+            return
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"files_per_round must be an integer of at least 1, got {count!r}")
+        if count < 1 or self.arrive_by != "files":
+            raise ValueError(
+                "files_per_round must be at least 1, and None unless arrive_by is 'files', got"
+                f" {count!r} with arrive_by {self.arrive_by!r}"
+            )
 
     def load_train(self, dataset_name: str | None = None) -> AnyDataset:
         """Load the images to train on, of ``dataset_name`` where it is given."""
@@ -55,10 +91,11 @@ class DataConfig:
         """Load the images held out.
 
         Raises:
-            ValueError: the dataset is a glob of files, which has no splits, and no
+            ValueError: the dataset is a number of files, which have no splits, and no
                 ``test_dataset_name`` says where the held-out images are.
         """
-        if self.test_dataset_name is None and self.dataset_name.endswith(".parquet"):
+        files = self.arrive_by == "files" or Path(self.dataset_name).suffix in LOADERS
+        if self.test_dataset_name is None and files:
             raise ValueError(
                 f"test_dataset_name must be given: the files of {self.dataset_name!r} have no"
                 " split that could be held out"
@@ -92,13 +129,14 @@ def load_images(
 
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 handwritten digits, real and without a download),
-            a local folder of parquet files or an imagefolder, a glob of parquet files, or the name
-            of a dataset on the Hub.
+            a local folder of parquet files or an imagefolder, a glob of parquet or webdataset tar
+            files, or the name of a dataset on the Hub.
         split: which split; digits have ``"train"`` (80 %) and ``"test"``, cut once and for all.
         revision: branch, tag or commit of a Hub dataset.
         streaming: read through an ``IterableDataset`` instead of preparing it on disk.
         image_column: name of the column of images in the source.
-        label_column: name of the column of labels in the source.
+        label_column: name of the column of labels in the source; a stream of integers or strings
+            is read once to name them. ``"json.label"`` is a field in a column of records.
         image_mode: PIL mode to convert every image to, such as ``"RGB"``; None keeps them.
         token: access token for a private Hub dataset.
 
@@ -106,20 +144,20 @@ def load_images(
         A dataset with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
 
     Raises:
-        ValueError: a column is missing, or the labels are neither class labels nor integers.
+        ValueError: a column is missing, or the labels are neither class labels nor integers nor
+            strings.
     """
     if name == DIGITS:
         dataset = load_digits(split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
-    elif name.endswith(".parquet"):
-        dataset = load_dataset(
-            "parquet", data_files={split: name}, split=split, streaming=streaming
-        )
+    elif Path(name).suffix in LOADERS:
+        loader = LOADERS[Path(name).suffix]
+        dataset = load_dataset(loader, data_files={split: name}, split=split, streaming=streaming)
     else:
         dataset = load_dataset(
             name, split=split, revision=revision, streaming=streaming, token=token
         )
-    return _standard_columns(dataset, image_column, label_column, image_mode)
+    return standard_columns(dataset, image_column, label_column, image_mode)
 
 
 def load_digits(split: str = "train") -> Dataset:
@@ -152,52 +190,6 @@ def load_digits(split: str = "train") -> Dataset:
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     labels = [int(label) for label in digits.target[rows]]
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
-
-
-def _standard_columns(
-    dataset: AnyDataset, image_column: str, label_column: str, image_mode: str | None
-) -> AnyDataset:
-    features = dataset.features
-    if features is None:
-        # A stream of files without a stored schema: its first rows tell.
-        dataset = dataset._resolve_features()
-        features = dataset.features
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in features:
-            raise ValueError(
-                f"{argument} {column!r} is not a column of the dataset, which has {list(features)}"
-            )
-    dataset = dataset.select_columns([image_column, label_column])
-    dataset = dataset.rename_columns(
-        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    )
-    if image_mode is not None or not isinstance(features[image_column], Image):
-        dataset = dataset.cast_column("image", Image(mode=image_mode))
-    return _named_labels(dataset, features[label_column])
-
-
-def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
-    if isinstance(feature, ClassLabel):
-        return dataset
-    if isinstance(dataset, Dataset) and isinstance(feature, Value):
-        if feature.dtype == "string":
-            return dataset.class_encode_column("label")
-        if feature.dtype.startswith(("int", "uint")):
-            labels = np.asarray(dataset.with_format("numpy")["label"][:])
-            if labels.size and labels.min() < 0:
-                raise ValueError(f"labels must not be negative, got {labels.min()}")
-            names = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
-            return dataset.cast_column("label", ClassLabel(names=names))
-    raise ValueError(
-        "label_column must hold ClassLabel (or, unless streaming, integers or strings), got"
-        f" {feature}"
-    )
-
-
-def label_names(dataset: AnyDataset) -> list[str]:
-    """Return the names of the classes, in the order of the labels."""
-    names: list[str] = dataset.features["label"].names
-    return names
 
 
 def in_arrival_order(
@@ -255,4 +247,9 @@ def _add_ids(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, lis
 
 def is_local(name: str) -> bool:
     """Tell whether a dataset name means embedded or local data rather than the Hub."""
-    return name == DIGITS or name.endswith(".parquet") or Path(name).exists()
+    return (
+        name == DIGITS
+        or Path(name).suffix in LOADERS
+        or glob.has_magic(name)
+        or Path(name).exists()
+    )

@@ -7,7 +7,7 @@ same distribution arrives, and training goes on over all data so far.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -22,8 +22,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.augmentation import Augment, AugmentedExamples
 from hf_dash.batches import check_labels
+from hf_dash.columns import fingerprint
 from hf_dash.config import DashConfig
-from hf_dash.incoming import fingerprint
 
 Transform = Callable[[Any], Tensor]
 
@@ -35,18 +35,35 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         dataset: with the columns ``image`` and ``label``.
         transform: from a PIL image to a tensor; deterministic where ``in_memory`` is set.
         in_memory: decode every image once, on first use of the dataset, and keep the tensors.
+        label_ids: the model's index of every class of the dataset, in the order of the dataset's
+            labels; −1 where the model does not know the class. None where both are the same.
 
     Raises:
-        ValueError: a label is none of the dataset's classes.
+        ValueError: a label is none of the dataset's classes, or ``label_ids`` does not fit them.
     """
 
-    def __init__(self, dataset: Dataset, transform: Transform, *, in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Transform,
+        *,
+        in_memory: bool = False,
+        label_ids: Sequence[int] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.in_memory = in_memory
         self._decoded: Tensor | None = None
         labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
-        check_labels(labels, dataset.features["label"].num_classes)
+        num_classes = dataset.features["label"].num_classes
+        check_labels(labels, num_classes)
+        if label_ids is not None:
+            if len(label_ids) != num_classes or min(label_ids, default=0) < -1:
+                raise ValueError(
+                    f"label_ids must hold an index of at least -1 for each of the {num_classes}"
+                    f" classes, got {list(label_ids)}"
+                )
+            labels = torch.tensor(label_ids, dtype=torch.int64)[labels]
         self._labels: list[int] = labels.tolist()
 
     def __len__(self) -> int:

@@ -1,3 +1,5 @@
+import tarfile
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -156,7 +158,65 @@ def test_a_glob_needs_another_dataset_to_hold_out(parquet_folder, digits_test):
     assert len(config.load_train("digits")) == 1437
 
 
+def test_a_stream_keeps_images_as_they_are_stored(tmp_path):
+    # A JPEG encoded again would be another image.
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    PILImage.fromarray(noise).save(tmp_path / "a.jpg", quality=50)
+    content = (tmp_path / "a.jpg").read_bytes()
+    features = Features({"img": Image(), "label": ClassLabel(names=["a"])})
+    rows = {"img": [{"bytes": content, "path": None}], "label": [0]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    stream = hf_dash.load_images(
+        str(tmp_path / "rows.parquet"), image_column="img", streaming=True, image_mode="L"
+    )
+    arrived = hf_dash.in_arrival_order(stream, seed=0)
+    assert arrived[0]["image"].mode == "L"
+    stored = arrived.cast_column("image", Image(decode=False))[0]["image"]
+    assert stored["bytes"] == content
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_glob_of_tar_files(tmp_path, streaming):
+    for shard, label in (("a", b"0"), ("b", b"1")):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            grey(9).save(tmp_path / "0.png")
+            (tmp_path / "0.cls").write_bytes(label)
+            for name in ("0.png", "0.cls"):
+                tar.add(tmp_path / name, arcname=name)
+    config = hf_dash.DataConfig(
+        dataset_name=str(tmp_path / "*.tar"),
+        streaming=streaming,
+        image_column_name="png",
+        label_column_name="cls",
+    )
+    assert [row["label"] for row in config.load_train()] == [0, 1]
+    with pytest.raises(ValueError, match="test_dataset_name must be given"):
+        config.load_held_out()
+
+
+def test_settings_of_arriving_files_are_checked():
+    with pytest.raises(
+        ValueError, match=r"arrive_by must be one of \('examples', 'files'\), got 'x'"
+    ):
+        hf_dash.DataConfig(arrive_by="x")
+    with pytest.raises(ValueError, match=r"on_bad_example must be one of \('error', 'skip'\)"):
+        hf_dash.DataConfig(on_bad_example="ignore")
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="files_per_round must be at least 1"):
+            hf_dash.DataConfig(arrive_by="files", files_per_round=count)
+    for count in (True, 1.5, "2"):
+        with pytest.raises(TypeError, match="files_per_round must be an integer of at least 1"):
+            hf_dash.DataConfig(arrive_by="files", files_per_round=count)
+    with pytest.raises(ValueError, match="None unless arrive_by is 'files', got 2"):
+        hf_dash.DataConfig(files_per_round=2)
+    config = hf_dash.DataConfig(dataset_name="incoming", arrive_by="files", files_per_round=2)
+    with pytest.raises(ValueError, match="test_dataset_name must be given"):
+        config.load_held_out()
+
+
 def test_what_is_local(tmp_path):
+    assert is_local("data/*.tar")
+    assert is_local("data/day-*")
     assert is_local("digits")
     assert is_local(str(tmp_path))
     assert not is_local("user/some-dataset")

@@ -66,6 +66,14 @@ def test_labels_out_of_range_are_refused():
         ImageExamples(dataset, as_tensor)
 
 
+def test_labels_are_those_of_the_model():
+    examples = ImageExamples(numbered(3), as_tensor, label_ids=[4, -1])
+    assert [examples[index]["labels"] for index in range(3)] == [4, -1, 4]
+    for label_ids in ([0], [0, 1, 2], [0, -2]):
+        with pytest.raises(ValueError, match=r"label_ids must hold .* each of the 2 classes, got"):
+            ImageExamples(numbered(3), as_tensor, label_ids=label_ids)
+
+
 def test_images_are_decoded_once_where_they_are_kept_in_memory():
     decoded = []
 
