@@ -146,6 +146,9 @@ def train_round(
     if optimizer_state:
         restore_optimizer_(model, optimizer, optimizer_state)
     plain_optimizer = optimizer
+    if _length(batches) is None:
+        # A schedule that cannot be made is refused before anything is prepared.
+        make_schedule(optimizer, config, None)
     # A prepared DataLoader sets the epoch itself.
     set_epoch = None if isinstance(batches, DataLoader) else getattr(batches, "set_epoch", None)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
