@@ -15,6 +15,13 @@ from hf_dash.plots import plot_rounds
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, find_start
+from hf_dash.stream_loader import StreamLoader
+from hf_dash.streams import (
+    StreamedImages,
+    derive_max_steps,
+    newest_examples,
+    stream_gradient_batches,
+)
 from hf_dash.tables import markdown_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
@@ -35,6 +42,8 @@ __all__ = [
     "StartContext",
     "Started",
     "StartsConfig",
+    "StreamLoader",
+    "StreamedImages",
     "TrainingConfig",
     "TrainingResult",
     "__version__",
@@ -42,6 +51,7 @@ __all__ = [
     "create_model",
     "cut_rounds",
     "dash_shrink_",
+    "derive_max_steps",
     "evaluate_model",
     "find_start",
     "gradient_batches",
@@ -52,6 +62,7 @@ __all__ = [
     "load_images",
     "load_model",
     "markdown_table",
+    "newest_examples",
     "plot_rounds",
     "push_folder",
     "read_history",
@@ -59,6 +70,7 @@ __all__ = [
     "run_rounds",
     "save_model",
     "starts_table",
+    "stream_gradient_batches",
     "train_batches",
     "train_round",
     "write_card",

@@ -44,9 +44,11 @@ def run(world, cases, folder):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # A gloo process sometimes aborts at exit with all its work done: the files tell, not the code.
     worker = [str(TESTS / "process_worker.py"), str(folder), *cases]
+    # The package beside these tests, wherever another one may be installed.
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
         [*launcher, f"--nproc_per_node={world}", *worker],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
