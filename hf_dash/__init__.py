@@ -37,6 +37,13 @@ from hf_dash.promotion import promote, rollback
 from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
+from hf_dash.stream_loader import StreamLoader
+from hf_dash.streams import (
+    StreamedImages,
+    derive_max_steps,
+    newest_examples,
+    stream_gradient_batches,
+)
 from hf_dash.tables import markdown_table, memorisation_table, rounds_table, starts_table
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
@@ -62,6 +69,8 @@ __all__ = [
     "StartContext",
     "Started",
     "StartsConfig",
+    "StreamLoader",
+    "StreamedImages",
     "TrainingConfig",
     "TrainingResult",
     "Verdict",
@@ -74,6 +83,7 @@ __all__ = [
     "cut_rounds",
     "dash_shrink_",
     "decide",
+    "derive_max_steps",
     "evaluate_model",
     "every_round",
     "find_start",
@@ -93,6 +103,7 @@ __all__ = [
     "measure_memorisation",
     "memorisation_table",
     "new_arrivals",
+    "newest_examples",
     "only_one",
     "open_history",
     "plot_factors",
@@ -106,6 +117,7 @@ __all__ = [
     "run_rounds",
     "save_model",
     "starts_table",
+    "stream_gradient_batches",
     "train_batches",
     "train_round",
     "write_card",

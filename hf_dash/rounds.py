@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from hf_dash.augmentation import Augment, AugmentedExamples
 from hf_dash.batches import check_labels
 from hf_dash.columns import fingerprint
 from hf_dash.config import DashConfig
+from hf_dash.stream_loader import StreamLoader
+from hf_dash.streams import StreamedImages, StreamGradientBatches, share_minibatches
 
 Transform = Callable[[Any], Tensor]
 
@@ -90,28 +91,47 @@ class Round:
 
     Args:
         index: 1 for the first round.
-        arrivals: all that has arrived, oldest first; the last one is new in this round.
+        arrivals: all that has arrived, oldest first; the last one is new in this round. All are
+            map-style or all are streams.
         label_names: of the classes known by now, in the order of the model's; empty where a model
             knows all of them from the first round.
     """
 
     index: int
-    arrivals: tuple[ImageExamples, ...]
+    arrivals: tuple[ImageExamples | StreamedImages, ...]
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        kinds = sorted({type(arrival).__name__ for arrival in self.arrivals})
+        if len(kinds) > 1:
+            raise ValueError(f"arrivals of round {self.index} must be of one kind, got {kinds}")
         if not self.arrivals or len(self.arrivals[-1]) == 0:
             raise ValueError(f"round {self.index} is empty: a round needs at least one new example")
 
     @property
-    def new(self) -> ImageExamples:
+    def new(self) -> ImageExamples | StreamedImages:
         """The arrival of this round."""
         return self.arrivals[-1]
 
     @property
+    def num_new(self) -> int:
+        """The number of examples that arrived in this round."""
+        return len(self.arrivals[-1])
+
+    @property
+    def num_total(self) -> int:
+        """The number of old and new examples."""
+        return sum(len(arrival) for arrival in self.arrivals)
+
+    @property
+    def streams(self) -> tuple[StreamedImages, ...]:
+        """The arrivals where they are streams; empty where they are map-style."""
+        return tuple(a for a in self.arrivals if isinstance(a, StreamedImages))
+
+    @property
     def seen(self) -> "ConcatDataset[dict[str, Any]] | None":
         """What arrived in earlier rounds, oldest first; None in the first round."""
-        return ConcatDataset(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
+        return self._joined(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +142,17 @@ class Round:
     @property
     def examples(self) -> "ConcatDataset[dict[str, Any]]":
         """Old and new examples, oldest first."""
-        return ConcatDataset(self.arrivals)
+        return self._joined(self.arrivals)
+
+    def _joined(
+        self, arrivals: Sequence[ImageExamples | StreamedImages]
+    ) -> "ConcatDataset[dict[str, Any]]":
+        if self.streams:
+            raise TypeError(
+                f"round {self.index} holds streams, of which no example can be looked up; use"
+                " train_batches, gradient_batches or newest_examples"
+            )
+        return ConcatDataset([a for a in arrivals if isinstance(a, ImageExamples)])
 
 
 def cut_rounds(
@@ -158,7 +188,10 @@ def train_batches(
     seed: int,
     num_workers: int = 0,
     augment: Augment | None = None,
-) -> "DataLoader[dict[str, Any]]":
+    num_processes: int = 1,
+    process_index: int = 0,
+    buffer_size: int = 1000,
+) -> "DataLoader[dict[str, Any]] | StreamLoader":
     """Return shuffled training batches over old and new examples.
 
     Args:
@@ -169,7 +202,21 @@ def train_batches(
             same seed gives the same images for the same number of workers only.
         augment: makes another view of an image each time, such as
             :class:`~hf_dash.augmentation.RandomCropFlip`; None trains on the images as they are.
+        num_processes: that share streams out; map-style data are shared out by Accelerate.
+        process_index: which of them this one is.
+        buffer_size: of streams, see :class:`~hf_dash.StreamLoader`.
     """
+    if round_.streams:
+        return StreamLoader(
+            round_.streams,
+            batch_size,
+            seed=seed,
+            buffer_size=buffer_size,
+            num_workers=num_workers,
+            num_processes=num_processes,
+            process_index=process_index,
+            augment=augment,
+        )
     generator = torch.Generator().manual_seed(seed)
     examples: TorchDataset[dict[str, Any]] = round_.examples
     if augment is not None:
@@ -187,11 +234,12 @@ def train_batches(
 
 def gradient_batches(
     round_: Round, config: DashConfig, *, num_processes: int = 1, process_index: int = 0
-) -> "DataLoader[dict[str, Any]]":
+) -> "DataLoader[dict[str, Any]] | StreamGradientBatches":
     """Return the minibatches of the gradient pass, oldest examples first.
 
     Batches are counted from the newest example backwards, so a short one is the oldest, where it
-    weighs least. Under the paper's preset every arrival is one minibatch.
+    weighs least. Under the paper's preset every arrival is one minibatch. Of streams only what is
+    asked for is read: the newest minibatches are a slice of the sequence returned.
 
     Args:
         round_: whose examples, old and new, are read.
@@ -208,13 +256,11 @@ def gradient_batches(
         bounds = np.cumsum([0, *sizes]).tolist()
     else:
         bounds = sorted({0, *range(sum(sizes), 0, -config.gradient_batch_size)})
-    shares = []
-    for begin, end in pairwise(bounds):
-        begin += (end - begin) % num_processes
-        shares.append(list(range(begin + process_index, end, num_processes)))
-    shares = [share for share in shares if share]
+    shares = share_minibatches(bounds, num_processes, process_index)
     if not shares:
         raise ValueError(
             f"round {round_.index} has {sum(sizes)} examples, too few for {num_processes} processes"
         )
-    return DataLoader(round_.examples, batch_sampler=shares)
+    if round_.streams:
+        return StreamGradientBatches(round_.streams, shares)
+    return DataLoader(round_.examples, batch_sampler=[list(share) for share in shares])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import EveryLayer, random_pairs
+from datasets import ClassLabel, Features, IterableDataset, Value
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -202,6 +203,37 @@ def train_by_sam(accelerator):
     return model
 
 
+def generate(ranges):
+    for begin, end in ranges:
+        yield from ({"image": number, "label": number % 2} for number in range(begin, end))
+
+
+def as_tensor(number):
+    return torch.tensor([float(number)])
+
+
+def load_stream(case, folder, rank, world):
+    """One epoch of two shards: one shard for each process, or one that cannot be read."""
+    second = {"stream": (9, 14), "stream_uneven": (9, 10), "stream_broken": (9, None)}[case]
+    stream = IterableDataset.from_generator(
+        generate,
+        features=Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])}),
+        gen_kwargs={"ranges": [(0, 9), second]},
+    )
+    arrivals = [hf_dash.StreamedImages(stream, as_tensor)]
+    ranks = {"num_processes": world, "process_index": rank}
+    result = {"world": world}
+    try:
+        loader = hf_dash.StreamLoader(arrivals, 4, seed=0, num_workers=2, **ranks)
+        result["batches"] = [
+            [batch["pixel_values"].flatten().tolist() for batch in loader] for _ in range(2)
+        ]
+        result["length"] = len(loader)
+    except (ValueError, RuntimeError, TypeError) as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    write(result, case, rank, folder)
+
+
 def write(result, case, rank, folder):
     path = f"{folder}/{case}.{rank}.json"
     with open(path + ".tmp", "w") as file:
@@ -226,6 +258,8 @@ def main():
             ]
             result = {"world": accelerator.num_processes, "weights": weights}
             write(result, case, accelerator.process_index, folder)
+        elif case.startswith("stream"):
+            load_stream(case, folder, accelerator.process_index, accelerator.num_processes)
         else:
             shrink(case, accelerator, folder)
 
