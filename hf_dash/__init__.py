@@ -12,6 +12,7 @@ from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
+from hf_dash.examples import ImageExamples, flip_labels
 from hf_dash.history import (
     History,
     Promotion,
@@ -22,7 +23,7 @@ from hf_dash.history import (
 )
 from hf_dash.hub import push_folder
 from hf_dash.incoming import Arrival, arrivals_root, list_arrivals, load_arrival, new_arrivals
-from hf_dash.memorisation import flip_labels, measure_memorisation
+from hf_dash.memorisation import measure_memorisation
 from hf_dash.models import (
     black_pixel,
     check_label_names,
@@ -34,7 +35,7 @@ from hf_dash.models import (
 )
 from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.promotion import promote, rollback
-from hf_dash.rounds import ImageExamples, Round, cut_rounds, gradient_batches, train_batches
+from hf_dash.rounds import Round, cut_rounds, gradient_batches, train_batches
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
 from hf_dash.stream_loader import StreamLoader

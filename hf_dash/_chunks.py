@@ -8,7 +8,7 @@ for want of shards.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
+from hf_dash.augmentation import Augment
 from hf_dash.streams import StreamedImages
 
-Augment = Callable[[Tensor], Tensor]
 Chunk = dict[str, Any]
 
 
@@ -178,7 +178,7 @@ class Reader(TorchIterableDataset[Chunk]):
             with _seeded(self.seed, self.epoch, *own, number):
                 pixels, labels = _decode(columns["source"], columns["item"])
                 if self.augment is not None:
-                    pixels = torch.stack([self.augment(image) for image in pixels])
+                    pixels = torch.stack([self.augment(image, None) for image in pixels])
             yield {"pixel_values": pixels, "labels": labels}
 
 

@@ -10,7 +10,7 @@ the first round that has no folder, and everything random in a round derives fro
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ from hf_dash.checkpoints import (
     save_round,
 )
 from hf_dash.config import DashConfig, StartsConfig
-from hf_dash.distributed import synchronise
+from hf_dash.distributed import hardware, synchronise
 from hf_dash.evaluation import evaluate_model
 from hf_dash.history import History, RoundRecord
 from hf_dash.memorisation import measure_memorisation
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.rounds import ImageExamples, Round, train_batches
 from hf_dash.starts import Start, StartContext, Started
-from hf_dash.training import TrainingConfig, train_round
+from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 
 @dataclass
@@ -179,6 +179,8 @@ def _train_one(
             seed=round_seed,
             num_workers=run.training.num_workers,
             augment=RandomCropFlip(black_pixel(model)) if run.training.augment else None,
+            num_processes=run.accelerator.num_processes,
+            process_index=run.accelerator.process_index,
         ),
         run.training,
         run.accelerator,
@@ -187,13 +189,31 @@ def _train_one(
         description=f"{run.name} round {round_.index}",
     )
     metrics = evaluate_model(model, run.held_out, run.accelerator)
+    record = _record(run, round_, model, metrics, result, begun)
+    record = replace(
+        record,
+        parent=None if parent is None else parent.folder,
+        start_seconds=start_seconds,
+        memorisation=measured if run.memorisation and measured else None,
+    )
+    return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
+
+
+def _record(
+    run: _Run,
+    round_: Round,
+    model: PreTrainedModel,
+    metrics: dict[str, Any],
+    result: TrainingResult,
+    begun: Started,
+) -> RoundRecord:
     names, report = model.config.id2label, begun.report
-    record = RoundRecord(
+    return RoundRecord(
         start=run.name,
         seed=run.seed,
         round_index=round_.index,
-        num_new=len(round_.new),
-        num_total=len(round_.examples),
+        num_new=round_.num_new,
+        num_total=round_.num_total,
         accuracy=metrics["accuracy"],
         per_class_accuracy={
             str(names[label]): accuracy
@@ -204,17 +224,14 @@ def _train_one(
         converged=result.converged,
         epochs=result.epochs,
         steps=result.steps,
-        start_seconds=start_seconds,
+        start_seconds=0.0,
         train_seconds=result.seconds,
         shrink=None if report is None else report.to_dict(),
-        parent=None if parent is None else parent.folder,
         data_fingerprint=round_.fingerprint,
-        memorisation=measured if run.memorisation and measured else None,
-        images_read=result.epochs * len(round_.examples) + (report.num_images if report else 0),
+        images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
-        hardware=_hardware(run.accelerator),
+        hardware=hardware(run.accelerator),
     )
-    return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
 
 
 def _start(
@@ -248,6 +265,8 @@ def _start(
 def _measured(run: _Run, model: PreTrainedModel, round_: Round) -> dict[str, float]:
     if not run.memorisation:
         return {}
+    if not isinstance(round_.new, ImageExamples):
+        raise ValueError("measure_memorisation cannot be used with streams, which it would re-read")
     return measure_memorisation(
         model,
         old=round_.seen,
@@ -277,11 +296,6 @@ def _save(
         own = run.history.select(run.name, run.seed)
         prune_rounds(run.output_dir, own, run.save_total_limit)
     return record
-
-
-def _hardware(accelerator: Accelerator) -> str:
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    return f"{accelerator.num_processes} × {accelerator.device.type}, {precision}"
 
 
 def seed_of_round(seed: int, round_index: int) -> int:

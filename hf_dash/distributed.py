@@ -9,12 +9,15 @@ ranks, such as biases, are put together.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 keeps flattened shards, in which no vector is whole; use"
@@ -161,3 +164,9 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done its work, so that a clock read next tells the truth."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def hardware(accelerator: "Accelerator") -> str:
+    """Name the processes, the kind of device and the precision, such as ``"2 × cuda, bf16"``."""
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{accelerator.num_processes} × {accelerator.device.type}, {precision}"

@@ -6,7 +6,7 @@ Source: Shin et al., NeurIPS 2024 (arXiv:2410.23495): a warm start keeps memoris
 is memorised gives no gradient to learn from.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -238,44 +238,3 @@ def _features(model: nn.Module, pairs: Pairs) -> Tensor:
         features = timm_model.forward_features(images.to(dtype))
         own.append(timm_model.forward_head(features, pre_logits=True).flatten(1).double().cpu())
     return torch.cat([part for rank in gather(own) for part in rank])
-
-
-def flip_labels(
-    labels: Sequence[int] | np.ndarray, share: float, num_classes: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Replace the labels of a random share of the examples by other ones: symmetric label noise.
-
-    The wrong label is any of the other classes, each as likely. Which examples are flipped, and to
-    what, follows from the seed and the number of examples: flip an arrival once, by its own seed,
-    and it is the same in every round.
-
-    Args:
-        labels: integers in [0, num_classes), one an example.
-        share: of the examples to flip, in [0, 1]; exactly ``round(share * len(labels))`` are.
-        num_classes: at least 2.
-        seed: of the choice; the global random state is left alone.
-
-    Returns:
-        The labels (int64, a copy) and a mask that is True where they were flipped, both [examples].
-
-    Raises:
-        TypeError: the labels are no integers.
-        ValueError: an argument is out of its range.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], got {share!r}")
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
-    given = np.asarray(labels)
-    if given.size and given.dtype.kind not in "iu":
-        raise TypeError(f"labels must be integers, got {given.dtype}")
-    changed = given.astype(np.int64)
-    check_labels(torch.from_numpy(changed), num_classes)
-    generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(changed), round(share * len(changed)), replace=False)
-    # A step of 1 … classes − 1 around the circle of classes never comes back to the same one.
-    changed[chosen] += generator.integers(1, num_classes, size=len(chosen))
-    changed[chosen] %= num_classes
-    flipped = np.zeros(len(changed), dtype=bool)
-    flipped[chosen] = True
-    return changed, flipped

@@ -7,82 +7,22 @@ same distribution arrives, and training goes on over all data so far.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.augmentation import Augment, AugmentedExamples
-from hf_dash.batches import check_labels
-from hf_dash.columns import fingerprint
 from hf_dash.config import DashConfig
+from hf_dash.examples import ImageExamples as ImageExamples
+from hf_dash.examples import Transform as Transform
 from hf_dash.stream_loader import StreamLoader
 from hf_dash.streams import StreamedImages, StreamGradientBatches, share_minibatches
-
-Transform = Callable[[Any], Tensor]
-
-
-class ImageExamples(TorchDataset[dict[str, Any]]):
-    """One arrival as model inputs: ``{"pixel_values": [channels, h, w], "labels": int}``.
-
-    Args:
-        dataset: with the columns ``image`` and ``label``.
-        transform: from a PIL image to a tensor; deterministic where ``in_memory`` is set.
-        in_memory: decode every image once, on first use of the dataset, and keep the tensors.
-        label_ids: the model's index of every class of the dataset, in the order of the dataset's
-            labels; −1 where the model does not know the class. None where both are the same.
-
-    Raises:
-        ValueError: a label is none of the dataset's classes, or ``label_ids`` does not fit them.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        transform: Transform,
-        *,
-        in_memory: bool = False,
-        label_ids: Sequence[int] | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.in_memory = in_memory
-        self._decoded: Tensor | None = None
-        labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
-        num_classes = dataset.features["label"].num_classes
-        check_labels(labels, num_classes)
-        if label_ids is not None:
-            if len(label_ids) != num_classes or min(label_ids, default=0) < -1:
-                raise ValueError(
-                    f"label_ids must hold an index of at least -1 for each of the {num_classes}"
-                    f" classes, got {list(label_ids)}"
-                )
-            labels = torch.tensor(label_ids, dtype=torch.int64)[labels]
-        self._labels: list[int] = labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A checksum of the labelled images; reads them all, without decoding."""
-        return fingerprint(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not self.in_memory:
-            pixels = self.transform(self.dataset[index]["image"])
-        else:
-            if self._decoded is None:
-                self._decoded = torch.stack([self.transform(i) for i in self.dataset["image"]])
-            pixels = self._decoded[index]
-        return {"pixel_values": pixels, "labels": self._labels[index]}
 
 
 @dataclass(frozen=True)
@@ -138,6 +78,12 @@ class Round:
         """A checksum of all labelled images, old and new; the same on every machine."""
         parts = [arrival.fingerprint for arrival in self.arrivals]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @property
+    def flipped_seen(self) -> "TorchDataset[dict[str, Any]] | None":
+        """What arrived in earlier rounds with a wrong label, as trained; None where nothing did."""
+        old = [a for a in self.arrivals[:-1] if isinstance(a, ImageExamples) and a.flipped]
+        return ConcatDataset([Subset(a, a.flipped) for a in old]) if old else None
 
     @property
     def examples(self) -> "ConcatDataset[dict[str, Any]]":

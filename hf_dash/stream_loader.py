@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from hf_dash._chunks import Augment, Chunk, Decoder, Reader, Source, count_share, in_turn
+from hf_dash._chunks import Chunk, Decoder, Reader, Source, count_share, in_turn
+from hf_dash.augmentation import Augment
 from hf_dash.distributed import gather
 from hf_dash.streams import StreamedImages
 

@@ -15,6 +15,7 @@ from datasets import Image, IterableDataset
 from torch import Tensor
 
 from hf_dash.batches import check_labels
+from hf_dash.columns import fingerprint
 
 Row = tuple[Any, int]
 ROWS_AT_A_TIME = 256
@@ -40,6 +41,7 @@ class StreamedImages:
         cache: let a loader keep what it has decoded: one tensor as the transform returns it per
             image (12 KiB for 32×32 RGB as float32), each process those it trains on. Its first
             epoch then begins with decoding them all; batches are the same as without.
+        fingerprint: of the stream, where it is known; see ``hf_dash.columns.fingerprint``.
 
     Raises:
         TypeError: ``stream`` is no ``IterableDataset``.
@@ -55,6 +57,7 @@ class StreamedImages:
         num_examples: int | None = None,
         label_ids: Sequence[int] | None = None,
         cache: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be an IterableDataset, got {type(stream).__name__}")
@@ -80,6 +83,7 @@ class StreamedImages:
         # What loaders have decoded: images and labels by source, see Source.key.
         self.decoded: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._num_examples = num_examples
+        self._fingerprint = fingerprint
         self._image = features["image"]
         columns = stream.select_columns(["image", "label"])
         if isinstance(self._image, Image):
@@ -91,6 +95,13 @@ class StreamedImages:
         if self._num_examples is None:
             self._num_examples = self.count()
         return self._num_examples
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of the labelled images; reads them all once, not decoded."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.stream)
+        return self._fingerprint
 
     def count(self, num_shards: int = 1, shard: int = 0) -> int:
         """Count the examples of one of ``num_shards`` shards by reading it, nothing decoded."""

@@ -19,6 +19,7 @@ ROOMS = [
     "_shards",
     "incoming",
     "augmentation",
+    "examples",
     "streams",
     "_chunks",
     "stream_loader",

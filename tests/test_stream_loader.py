@@ -88,7 +88,7 @@ def test_a_cache_changes_no_batch_and_decodes_once(num_workers):
     plain = streams(7, 30, 11)
     cached = [StreamedImages(arrival.stream, transform, cache=True) for arrival in plain]
     options = {"seed": 1, "buffer_size": 8, "num_workers": num_workers}
-    options["augment"] = lambda image: image + torch.rand(1) / 2
+    options["augment"] = lambda image, generator: image + torch.rand(1) / 2
     loader, other = StreamLoader(plain, 4, **options), StreamLoader(cached, 4, **options)
     for _ in range(3):
         for one, two in zip(loader, other, strict=True):
@@ -107,7 +107,7 @@ def test_a_loader_resumes_with_the_batches_that_would_have_followed(num_workers,
     transform = as_tensor if cache else random_transform
     arrivals = [StreamedImages(s.stream, transform, cache=cache) for s in streams(25, 40)]
     options = {"seed": 3, "buffer_size": 16, "num_workers": num_workers}
-    options["augment"] = lambda image: image + torch.rand(1) / 4
+    options["augment"] = lambda image, generator: image + torch.rand(1) / 4
     loader = StreamLoader(arrivals, 4, **options)
     list(loader)
     whole = [batch["pixel_values"].tolist() for batch in loader]
