@@ -163,6 +163,14 @@ def test_cifar10_streams_through_the_comparison(tmp_path):
     assert set(records[0].per_class_accuracy) >= {"airplane", "truck"}
 
 
+def test_the_input_benchmark_compares_all_ways(tmp_path):
+    flags = ["--num_examples", "64", "--num_rounds", "2", "--batch_size", "16", "--repeats", "1"]
+    done = launch("benchmarks/input.py", tmp_path, *flags, "--num_workers", "0")
+    lines = done.stdout.splitlines()
+    assert [line[2:5] for line in lines if line.startswith("| (")] == [f"({w})" for w in "abcde"]
+    assert "1.000 (1.000 … 1.000)" in done.stdout
+
+
 RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))
 
 
