@@ -3,6 +3,7 @@
 from hf_dash._version import __version__, library_versions
 from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
 from hf_dash.augmentation import RandomCropFlip
+from hf_dash.batches import derive_max_steps
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, write_card
 from hf_dash.checkpoints import only_one
@@ -35,13 +36,14 @@ from hf_dash.models import (
 )
 from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.promotion import promote, rollback
+from hf_dash.results import export_model, write_results
 from hf_dash.rounds import Round, cut_rounds, gradient_batches, train_batches
+from hf_dash.schedule import Schedule, cut_schedule, file_schedule, load_schedules
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
 from hf_dash.stream_loader import StreamLoader
 from hf_dash.streams import (
     StreamedImages,
-    derive_max_steps,
     newest_examples,
     stream_gradient_batches,
 )
@@ -65,6 +67,7 @@ __all__ = [
     "RandomCropFlip",
     "Round",
     "RoundRecord",
+    "Schedule",
     "ShrinkReport",
     "Start",
     "StartContext",
@@ -82,11 +85,14 @@ __all__ = [
     "compare_models",
     "create_model",
     "cut_rounds",
+    "cut_schedule",
     "dash_shrink_",
     "decide",
     "derive_max_steps",
     "evaluate_model",
     "every_round",
+    "export_model",
+    "file_schedule",
     "find_start",
     "fingerprint",
     "flip_labels",
@@ -100,6 +106,7 @@ __all__ = [
     "load_arrival",
     "load_images",
     "load_model",
+    "load_schedules",
     "markdown_table",
     "measure_memorisation",
     "memorisation_table",
@@ -123,4 +130,5 @@ __all__ = [
     "train_round",
     "write_card",
     "write_history",
+    "write_results",
 ]

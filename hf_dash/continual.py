@@ -19,8 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from hf_dash._version import library_versions
@@ -36,7 +34,7 @@ from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.distributed import hardware, synchronise
 from hf_dash.evaluation import evaluate_model
 from hf_dash.history import History, RoundRecord
-from hf_dash.memorisation import measure_memorisation
+from hf_dash.memorisation import measure_round
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.rounds import ImageExamples, Round, train_batches
 from hf_dash.starts import Start, StartContext, Started
@@ -66,6 +64,12 @@ class _Run:
             return None
         key = (self.name, self.seed, round_.index)
         return finished_round(self.output_dir, self.history, key, round_.fingerprint, parent)
+
+    def measure(self, model: PreTrainedModel, round_: Round) -> dict[str, float]:
+        """Measure what the model remembers, where that was asked for."""
+        if not self.memorisation:
+            return {}
+        return measure_round(model, round_, self.held_out, self.accelerator)
 
 
 def run_rounds(
@@ -103,7 +107,7 @@ def run_rounds(
         output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
         save_total_limit: keep the folders of the newest rounds only, at least 1; None keeps all.
         measure_memorisation: measure right before and after every start what the model remembers
-            (:func:`~hf_dash.memorisation.measure_memorisation`); not counted in the seconds.
+            (:func:`~hf_dash.memorisation.measure_round`); not counted in the seconds.
 
     Returns:
         The model, trained on the last round: the given one, unless new labels made it grow.
@@ -167,10 +171,10 @@ def _train_one(
     round_seed = seed_of_round(run.seed, round_.index)
     set_seed(round_seed)
     model, rows = _with_classes_of(round_, model, round_seed)
-    measured = {} if parent is None else {"before": _measured(run, model, round_)}
+    measured = {} if parent is None else {"before": run.measure(model, round_)}
     begun, start_seconds = _start(run, model, round_, round_seed, rows)
     if parent is not None:
-        measured["after"] = _measured(run, model, round_)
+        measured["after"] = run.measure(model, round_)
     result = train_round(
         model,
         train_batches(
@@ -189,11 +193,10 @@ def _train_one(
         description=f"{run.name} round {round_.index}",
     )
     metrics = evaluate_model(model, run.held_out, run.accelerator)
-    record = _record(run, round_, model, metrics, result, begun)
+    record = _record(run, round_, model, metrics, result, begun, start_seconds)
     record = replace(
         record,
         parent=None if parent is None else parent.folder,
-        start_seconds=start_seconds,
         memorisation=measured if run.memorisation and measured else None,
     )
     return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
@@ -206,6 +209,7 @@ def _record(
     metrics: dict[str, Any],
     result: TrainingResult,
     begun: Started,
+    start_seconds: float,
 ) -> RoundRecord:
     names, report = model.config.id2label, begun.report
     return RoundRecord(
@@ -224,10 +228,12 @@ def _record(
         converged=result.converged,
         epochs=result.epochs,
         steps=result.steps,
-        start_seconds=0.0,
+        start_seconds=start_seconds,
         train_seconds=result.seconds,
         shrink=None if report is None else report.to_dict(),
         data_fingerprint=round_.fingerprint,
+        files=list(round_.files) or None,
+        skipped=list(round_.skipped) or None,
         images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),
@@ -260,29 +266,6 @@ def _start(
             state[name][-len(fresh) :] = fresh
     synchronise(run.accelerator.device)
     return begun, time.perf_counter() - started
-
-
-def _measured(run: _Run, model: PreTrainedModel, round_: Round) -> dict[str, float]:
-    if not run.memorisation:
-        return {}
-    if not isinstance(round_.new, ImageExamples):
-        raise ValueError("measure_memorisation cannot be used with streams, which it would re-read")
-    return measure_memorisation(
-        model,
-        old=round_.seen,
-        new=round_.new,
-        held_out=_of_known_classes(run.held_out, model.config.num_labels),
-        flipped=round_.flipped_seen,
-        accelerator=run.accelerator,
-        with_features=True,
-        # Shrunk weights under the old statistics answer at random, whatever they remember.
-        renew_batch_norms=True,
-    )
-
-
-def _of_known_classes(examples: ImageExamples, num_classes: int) -> "TorchDataset[dict[str, Any]]":
-    known = [index for index, label in enumerate(examples.labels) if 0 <= label < num_classes]
-    return Subset(examples, known)
 
 
 def _save(

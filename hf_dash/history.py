@@ -42,6 +42,7 @@ class RoundRecord:
         weights_sha256: of the final weights' file.
         data_fingerprint: of the labelled images trained on, old and new.
         files: names of the files that arrived in this round, where arrivals are files.
+        skipped: corrupt images among these that were left out, as ``"file:row"``.
         images_read: by the start's pass and the training together.
         memorisation: what was measured right ``"before"`` and ``"after"`` the start.
         versions: of the libraries, by name.
@@ -66,6 +67,7 @@ class RoundRecord:
     weights_sha256: str | None = None
     data_fingerprint: str | None = None
     files: list[str] | None = None
+    skipped: list[str] | None = None
     images_read: int | None = None
     memorisation: dict[str, dict[str, float]] | None = None
     versions: dict[str, str] | None = None

@@ -34,14 +34,18 @@ class Arrival:
             what was skipped, so that it stays the same. An ``IterableDataset`` where streamed.
         num_examples: in ``dataset``.
         skipped: what was left out as corrupt, as ``"monday.parquet:17"``: shard and row, from 0.
-        fingerprint: of ``dataset``; see :func:`fingerprint`.
+        fingerprint: of ``dataset``; see :func:`fingerprint`. None where it is not computed yet.
     """
 
     files: tuple[str, ...]
     dataset: AnyDataset
     num_examples: int
     skipped: tuple[str, ...]
-    fingerprint: str
+    fingerprint: str | None
+
+
+class EmptyArrivalError(ValueError):
+    """An arrival holds no example."""
 
 
 def arrivals_root(pattern: str) -> Path:
@@ -163,7 +167,7 @@ def load_arrival(
     skipped = tuple(f"{shard.name}:{row}" for shard in shards for row in sorted(shard.bad))
     num_examples = sum(len(shard.labels) - len(shard.bad) for shard in shards)
     if num_examples == 0:
-        raise ValueError(f"{names} hold no example, {len(skipped)} skipped")
+        raise EmptyArrivalError(f"{names} hold no example, {len(skipped)} skipped")
     return Arrival(tuple(names), dataset, num_examples, skipped, fingerprint(dataset))
 
 

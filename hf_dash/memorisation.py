@@ -9,7 +9,7 @@ is memorised gives no gradient to learn from.
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedModel
 
 from hf_dash._preserve import (
     batch_norms_renewed,
@@ -27,7 +28,9 @@ from hf_dash._preserve import (
 )
 from hf_dash.batches import check_labels
 from hf_dash.distributed import gather
+from hf_dash.examples import ImageExamples
 from hf_dash.features import dormant_share, effective_rank
+from hf_dash.rounds import Round
 
 Examples = TorchDataset[dict[str, Any]]
 # Images and labels, on the model's device.
@@ -124,6 +127,39 @@ def measure_memorisation(
                 result["dormant_share"] = dormant_share(features)
                 result["effective_rank"] = effective_rank(features)
     return result
+
+
+def measure_round(
+    model: nn.Module, round_: Round, held_out: ImageExamples, accelerator: Accelerator
+) -> dict[str, float]:
+    """Measure a model by the examples of a round, old ones with wrong labels among them.
+
+    Batch norms are renewed on the round's data before they answer: shrunk weights under the old
+    statistics answer at random, whatever they remember.
+
+    Args:
+        model: as :func:`measure_memorisation` takes it.
+        round_: about to be trained; map-style.
+        held_out: of these, the examples whose class the model knows.
+        accelerator: gives the processes.
+
+    Raises:
+        ValueError: the round holds streams.
+    """
+    if not isinstance(round_.new, ImageExamples):
+        raise ValueError("memorisation cannot be measured on streams: use map-style data")
+    num_classes = cast(PreTrainedModel, model).config.num_labels
+    known = [index for index, label in enumerate(held_out.labels) if 0 <= label < num_classes]
+    return measure_memorisation(
+        model,
+        old=round_.seen,
+        new=round_.new,
+        held_out=Subset(held_out, known),
+        flipped=round_.flipped_seen,
+        accelerator=accelerator,
+        with_features=True,
+        renew_batch_norms=True,
+    )
 
 
 def _check(

@@ -35,11 +35,15 @@ class Round:
             map-style or all are streams.
         label_names: of the classes known by now, in the order of the model's; empty where a model
             knows all of them from the first round.
+        files: names of the files that arrived in this round, where files do.
+        skipped: corrupt images among them, as ``"file:row"``.
     """
 
     index: int
     arrivals: tuple[ImageExamples | StreamedImages, ...]
     label_names: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         kinds = sorted({type(arrival).__name__ for arrival in self.arrivals})
@@ -115,16 +119,25 @@ def cut_rounds(
     Raises:
         ValueError: ``num_rounds`` is out of range.
     """
+    arrivals = tuple(
+        ImageExamples(part, transform, in_memory=in_memory)
+        for part in cut_arrivals(dataset, num_rounds)
+    )
+    return (Round(index, arrivals[:index]) for index in range(1, num_rounds + 1))
+
+
+def cut_arrivals(dataset: Dataset, num_rounds: int) -> list[Dataset]:
+    """Cut a dataset in arrival order into parts whose sizes differ by at most one.
+
+    Raises:
+        ValueError: ``num_rounds`` is not between 1 and the number of examples.
+    """
     if not 1 <= num_rounds <= len(dataset):
         raise ValueError(
             f"num_rounds must be at least 1 and at most the number of examples, {len(dataset)},"
             f" got {num_rounds}"
         )
-    parts = np.array_split(np.arange(len(dataset)), num_rounds)
-    arrivals = tuple(
-        ImageExamples(dataset.select(part), transform, in_memory=in_memory) for part in parts
-    )
-    return (Round(index, arrivals[:index]) for index in range(1, num_rounds + 1))
+    return [dataset.select(part) for part in np.array_split(np.arange(len(dataset)), num_rounds)]
 
 
 def train_batches(

@@ -5,7 +5,6 @@ the newest examples for the gradient pass. Training reads them through ``StreamL
 Differs from map-style arrivals: nothing but the images in use is held in memory.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, overload
@@ -267,44 +266,3 @@ def stream_gradient_batches(
     if not shares:
         raise ValueError(f"bounds {list(bounds)} leave nothing for {num_processes} processes")
     return StreamGradientBatches(arrivals, shares)
-
-
-def derive_max_steps(
-    num_examples: int,
-    batch_size: int,
-    num_processes: int,
-    num_epochs: float,
-    gradient_accumulation_steps: int = 1,
-) -> int:
-    """Return ``max_steps`` for a ``Trainer`` that cannot know the length of its stream.
-
-    Args:
-        num_examples: in one epoch, over all processes.
-        batch_size: per process and forward pass.
-        num_processes: that train together.
-        num_epochs: greater than 0.
-        gradient_accumulation_steps: forward passes in one optimizer step. What an epoch has left
-            over gets no step of its own: a ``Trainer`` without a length carries it on into the
-            next epoch's first step, and ends with its last step.
-
-    Raises:
-        ValueError: an argument is out of its range, or an epoch is too short for a single step.
-    """
-    given = {
-        "num_examples": num_examples,
-        "batch_size": batch_size,
-        "num_processes": num_processes,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    for name, value in given.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not num_epochs > 0:
-        raise ValueError(f"num_epochs must be greater than 0, got {num_epochs}")
-    batches = math.ceil(num_examples / (batch_size * num_processes))
-    if batches < gradient_accumulation_steps:
-        raise ValueError(
-            f"gradient_accumulation_steps is {gradient_accumulation_steps}, but an epoch has only"
-            f" {batches} batches: a Trainer without a length would never take a step"
-        )
-    return math.ceil(num_epochs * (batches // gradient_accumulation_steps))

@@ -2,10 +2,14 @@
 
 Launch:  accelerate launch recipes/continual_rounds.py
          accelerate launch recipes/continual_rounds.py --dataset_name path/or/hub_id --streaming \
-             --num_rounds 3 --examples_per_round 1000 --starts cold warm dash --seeds 3
+             --num_rounds 3 --examples_per_round 1000 --starts all --seeds 3
+         accelerate launch recipes/continual_rounds.py --arrive_by files --starts dash \
+             --dataset_name 'incoming/*.parquet' --test_dataset_name held_out.parquet
 
 Every start sees the same rounds in the same order and shares its first round's initial weights per
-seed. Flags: those below, and the fields of hf_dash's DataConfig, TrainingConfig and DashConfig.
+seed. The same command goes on where it was stopped or killed, and with files that have arrived
+since. Flags: those below, and the fields of hf_dash's DataConfig, TrainingConfig, DashConfig and
+StartsConfig.
 """
 
 import json
@@ -13,19 +17,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
 
 import hf_dash
+
+# Settings that may be others when a run goes on: they say nothing about the rounds recorded.
+MAY_DIFFER = {"output_dir", "starts", "seeds", "num_rounds", "export_start", "save_total_limit"}
+MAY_DIFFER |= {"disable_tqdm", "cache_images", "files_per_round"}
 
 
 @dataclass
 class RunArguments:
     output_dir: str = field(default="runs/continual_rounds", metadata={"help": "Results go here."})
     starts: list[str] = field(
-        default_factory=lambda: ["cold", "warm", "dash"], metadata={"help": "Starts to compare."}
+        default_factory=lambda: ["cold", "warm", "dash"],
+        metadata={"help": "Starts to compare, or 'all'."},
     )
     seeds: int = field(default=1, metadata={"help": "Number of seeds: 0, 1, …"})
-    num_rounds: int = field(default=5, metadata={"help": "Rounds in which the data arrive."})
+    num_rounds: int = field(default=5, metadata={"help": "Rounds one dataset is cut into."})
     examples_per_round: int | None = field(
         default=None, metadata={"help": "Examples in one arrival; by default all are shared out."}
     )
@@ -35,55 +44,61 @@ class RunArguments:
     export_start: str | None = field(
         default=None, metadata={"help": "Start whose model is saved; the last of --starts."}
     )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Keep the weights of the newest rounds only."}
+    )
+    label_noise: float = field(default=0.0, metadata={"help": "Share of wrong training labels."})
+    measure_memorisation: bool = field(
+        default=False, metadata={"help": "Measure what each start forgets and keeps."}
+    )
 
     def __post_init__(self) -> None:
-        for start in [*self.starts, *([self.export_start] if self.export_start else [])]:
+        if self.starts == ["all"]:
+            self.starts = list(hf_dash.STARTS)
+        self.export_start = self.export_start or self.starts[-1]
+        for start in [*self.starts, self.export_start]:
             hf_dash.find_start(start)
-        if self.export_start not in (None, *self.starts):
+        if self.export_start not in self.starts:
             raise ValueError(f"export_start must be among --starts, got {self.export_start!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (RunArguments, hf_dash.DataConfig, hf_dash.TrainingConfig, hf_dash.DashConfig)
-    )
-    run, data, training, dash = parser.parse_args_into_dataclasses()
+    configs = hf_dash.DataConfig, hf_dash.TrainingConfig, hf_dash.DashConfig, hf_dash.StartsConfig
+    groups = HfArgumentParser((RunArguments, *configs)).parse_args_into_dataclasses()
     accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        return compare(accelerator, *groups)
+    with hf_dash.only_one(groups[0].output_dir):
+        compare(accelerator, *groups)
+
+
+def compare(accelerator, run, data, training, dash, starts) -> None:
     output_dir = Path(run.output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-
+    groups = run, data, training, dash, starts
+    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    history = hf_dash.open_history(
+        output_dir / "history.json",
+        settings,
+        may_differ=MAY_DIFFER,
+        read_only=not accelerator.is_main_process,
+    )
     with accelerator.main_process_first():
-        train, test = data.load_train(), data.load_held_out()
-    wanted = run.examples_per_round and run.examples_per_round * run.num_rounds
-    held_out_images = hf_dash.in_arrival_order(test, seed=0)
-    settings = {
-        **{k: v for group in (run, data, training, dash) for k, v in asdict(group).items()},
-        "hardware": f"{accelerator.num_processes} × {accelerator.device.type}",
-        "mixed_precision": accelerator.mixed_precision,
-        **{f"{name} version": v for name, v in hf_dash.library_versions().items()},
-    }
-    path = output_dir / "history.json" if accelerator.is_main_process else None
-    history = hf_dash.History(path, settings)
-    export_start = run.export_start or run.starts[-1]
-
-    for seed in range(run.seeds):
-        arriving = hf_dash.in_arrival_order(train, seed=seed, num_examples=wanted)
+        schedules = hf_dash.load_schedules(
+            data, run.seeds, run.num_rounds, run.examples_per_round, history.records
+        )
+    for seed, schedule in enumerate(schedules):
         fresh = {
             "architecture": run.architecture,
-            "label_names": hf_dash.label_names(train),
+            "label_names": list(schedule.label_names(1)),
             "model_args": json.loads(run.model_args),
             "image_size": run.image_size,
             "seed": seed,
         }
         transform = hf_dash.image_transform(hf_dash.create_model(**fresh))
-        rounds = list(
-            hf_dash.cut_rounds(arriving, run.num_rounds, transform, in_memory=data.cache_images)
-        )
-        held_out = hf_dash.ImageExamples(held_out_images, transform, in_memory=data.cache_images)
+        rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
+        held_out = schedule.held_out_examples(transform)
         for start in run.starts:
             model = hf_dash.run_rounds(
                 hf_dash.create_model(**fresh),
@@ -95,44 +110,18 @@ def main() -> None:
                 history=history,
                 accelerator=accelerator,
                 dash=dash,
+                starts=starts,
                 training=training,
+                output_dir=output_dir,
+                save_total_limit=run.save_total_limit,
+                measure_memorisation=run.measure_memorisation,
             )
-            if accelerator.is_main_process and start == export_start and seed == 0:
-                export(model, output_dir, history, data, len(held_out))
-
+            if accelerator.is_main_process and start == run.export_start and seed == 0:
+                exported = model, output_dir / "model", history, start, seed, data, len(held_out)
+                hf_dash.export_model(*exported)
     if accelerator.is_main_process:
-        hf_dash.plot_rounds(history.records, output_dir / "rounds.png")
-        print(hf_dash.rounds_table(history.records), end="\n\n")
-        print(hf_dash.starts_table(history.records), end="\n\n")
-        print(f"history, figure and the model of the {export_start} start: {output_dir}")
-
-
-def export(
-    model: PreTrainedModel,
-    output_dir: Path,
-    history: hf_dash.History,
-    data: hf_dash.DataConfig,
-    num_held_out: int,
-) -> None:
-    """Save the model with a card of its own rounds."""
-    folder = output_dir / "model"
-    records = history.records
-    own = history.select(start=records[-1].start, seed=records[-1].seed)
-    hf_dash.save_model(model, folder)
-    hf_dash.write_history(folder / "history.json", history.settings, own)
-    hf_dash.plot_rounds(own, folder / "rounds.png")
-    info = hf_dash.CardInfo(
-        model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
-        records=own,
-        settings=history.settings,
-        dataset_name=data.dataset_name,
-        held_out_split=data.test_split,
-        num_held_out=num_held_out,
-        dataset_revision=data.dataset_revision,
-        parent="the model of the round before" if len(own) > 1 else None,
-        figure="rounds.png",
-    )
-    hf_dash.write_card(folder, model, info)
+        print(hf_dash.write_results(history, output_dir), end="\n\n")
+        print(f"history, figures and the model of the {run.export_start} start: {output_dir}")
 
 
 if __name__ == "__main__":

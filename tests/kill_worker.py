@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +18,7 @@ POINTS = {
     "before the shrink": ("hf_dash.starts", "dash_shrink_", "before", 1),
     "in the shrink": ("hf_dash.dash", "shrink_", "before", 2),
     "after the shrink": ("hf_dash.starts", "dash_shrink_", "after", 1),
-    "in training": ("hf_dash.training", "_train_epoch", "after", 3),
+    "in training": ("hf_dash.training", "_Training.step", "before", 4),
     "after training": ("hf_dash.continual", "evaluate_model", "before", 2),
     "saving the weights": ("hf_dash.models", "save_file", "after", 2),
     "saving the optimizer": ("hf_dash.checkpoints", "save_file", "before", 2),
@@ -30,10 +31,9 @@ POINTS = {
 
 
 def die_at(point: str) -> None:
-    module_name, attribute, when, count = POINTS[point]
-    holder = import_module(module_name)
-    if attribute.startswith("os."):
-        holder, attribute = os, attribute.removeprefix("os.")
+    module_name, path, when, count = POINTS[point]
+    *parents, attribute = path.split(".")
+    holder = reduce(getattr, parents, import_module(module_name))
     function, calls = getattr(holder, attribute), []
 
     def dying(*args, **kwargs):

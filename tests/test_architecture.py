@@ -38,6 +38,7 @@ ROOMS = [
     "features",
     "memorisation",
     "history",
+    "schedule",
     "checkpoints",
     "comparison",
     "promotion",
@@ -45,6 +46,7 @@ ROOMS = [
     "tables",
     "plots",
     "card",
+    "results",
     "hub",
     "reference",
 ]

@@ -7,7 +7,7 @@ import torch
 from conftest import same_state, state_of
 from torch import nn
 
-from hf_dash import create_model, flip_labels, measure_memorisation
+from hf_dash import create_model, measure_memorisation
 from hf_dash.memorisation import spaced_indices
 
 
@@ -238,55 +238,3 @@ def test_bad_models_and_labels_are_refused(small_model, accelerator):
     frozen = Linear([[1.0, 0.0], [0.0, 1.0]]).requires_grad_(False)
     with pytest.raises(ValueError, match="model has no trainable parameter"):
         measure_memorisation(frozen, new=NEW, **sets)
-
-
-def test_exactly_that_share_is_flipped_and_never_to_the_same():
-    labels = np.arange(97) % 5
-    kept = labels.copy()
-    flipped, mask = flip_labels(labels, 0.2, 5, seed=3)
-    assert mask.sum() == 19 == round(0.2 * 97)
-    assert np.array_equal(flipped != labels, mask)
-    assert np.array_equal(labels, kept)
-    assert (flipped.min(), flipped.max(), flipped.dtype) == (0, 4, np.int64)
-
-
-def test_every_other_class_is_as_likely():
-    flipped, mask = flip_labels([1] * 30_000, 1.0, 4, seed=0)
-    assert mask.all()
-    counts = np.bincount(flipped, minlength=4)
-    assert counts[1] == 0
-    # 10,000 each, with a standard deviation of 82.
-    assert abs(counts[[0, 2, 3]] - 10_000).max() < 400
-
-
-def test_flips_follow_from_the_seed_alone():
-    first, mask = flip_labels([0, 1, 2, 3] * 10, 0.5, 4, seed=1)
-    state = np.random.get_state()[1].tolist()
-    again, mask_again = flip_labels(torch.tensor([0, 1, 2, 3] * 10), 0.5, 4, seed=1)
-    assert np.array_equal(first, again)
-    assert np.array_equal(mask, mask_again)
-    assert state == np.random.get_state()[1].tolist()
-    assert not np.array_equal(mask, flip_labels([0, 1, 2, 3] * 10, 0.5, 4, seed=2)[1])
-    # What is flipped does not hang on the labels.
-    assert np.array_equal(mask, flip_labels([0] * 40, 0.5, 4, seed=1)[1])
-
-
-def test_nothing_may_be_flipped():
-    labels, mask = flip_labels([2, 0, 1], 0.0, 3, seed=0)
-    assert labels.tolist() == [2, 0, 1]
-    assert not mask.any()
-    assert [part.size for part in flip_labels([], 0.5, 3, seed=0)] == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([0, 1], 1.5, 2), ValueError, r"share must be in \[0, 1\], got 1.5"),
-        (([0, 0], 0.5, 1), ValueError, "num_classes must be at least 2, got 1"),
-        (([0, 2], 0.5, 2), ValueError, "labels must lie in 0 … 1"),
-        (([0.0, 1.0], 0.5, 2), TypeError, "labels must be integers, got float64"),
-    ],
-)
-def test_bad_flips_are_refused(arguments, error, message):
-    with pytest.raises(error, match=message):
-        flip_labels(*arguments, seed=0)

@@ -58,37 +58,6 @@ def test_an_empty_round_is_refused():
         Round(1, ())
 
 
-def test_labels_out_of_range_are_refused():
-    features = Features({"image": Value("int64"), "label": Value("int64")})
-    dataset = Dataset.from_dict({"image": [0, 1], "label": [0, 2]}, features=features)
-    dataset.info.features["label"] = ClassLabel(names=["a", "b"])
-    with pytest.raises(ValueError, match=r"labels must lie in 0 … 1 .* got labels from 0 to 2"):
-        ImageExamples(dataset, as_tensor)
-
-
-def test_labels_are_those_of_the_model():
-    examples = ImageExamples(numbered(3), as_tensor, label_ids=[4, -1])
-    assert [examples[index]["labels"] for index in range(3)] == [4, -1, 4]
-    for label_ids in ([0], [0, 1, 2], [0, -2]):
-        with pytest.raises(ValueError, match=r"label_ids must hold .* each of the 2 classes, got"):
-            ImageExamples(numbered(3), as_tensor, label_ids=label_ids)
-
-
-def test_images_are_decoded_once_where_they_are_kept_in_memory():
-    decoded = []
-
-    def transform(number):
-        decoded.append(number)
-        return as_tensor(number)
-
-    kept = ImageExamples(numbered(3), transform, in_memory=True)
-    assert [kept[1]["pixel_values"].item() for _ in range(2)] == [1, 1]
-    assert decoded == [0, 1, 2]
-    read = ImageExamples(numbered(3), transform)
-    assert [read[1]["pixel_values"].item() for _ in range(2)] == [1, 1]
-    assert decoded == [0, 1, 2, 1, 1]
-
-
 def test_training_batches_hold_every_example_in_a_seeded_new_order_each_epoch():
     round_ = rounds(10, 2)[1]
     loader = train_batches(round_, 4, seed=5)
