@@ -25,6 +25,7 @@ from hf_dash.columns import (
     label_names,
     map_columns,
     standard_columns,
+    stored_bytes,
 )
 
 # Bytes of the two empty blocks that end a tar file.
@@ -167,7 +168,8 @@ def survey(shard: Shard, config: DataConfig, known: frozenset[int] | None) -> Sh
 
 def _decoding_error(image: Image, value: Any) -> str | None:
     try:
-        image.decode_example(value).load()
+        # From bytes: given a path, the library would leave the file of a corrupt image open.
+        image.decode_example({"bytes": stored_bytes(value), "path": None}).load()
     except Exception as error:  # a broken file makes decoders fail in any way
         return f"{type(error).__name__}: {error}"
     return None

@@ -166,14 +166,19 @@ def fingerprint(dataset: AnyDataset) -> str:
     digest = hashlib.sha256(json.dumps(label_names(dataset)).encode())
     for batch in plain.iter(batch_size=BATCH_SIZE):
         for value, label in zip(batch["image"], batch["label"], strict=True):
-            content = _stored_bytes(value)
+            content = stored_bytes(value)
             # The length tells where an image ends and the next label begins.
             digest.update(struct.pack("<qq", label, len(content)))
             digest.update(content)
     return digest.hexdigest()
 
 
-def _stored_bytes(value: Any) -> bytes:
+def stored_bytes(value: Any) -> bytes:
+    """Return an image's encoded bytes, read from its file where only the path is stored.
+
+    Raises:
+        TypeError: it is no image.
+    """
     if isinstance(value, PILImage.Image):
         return f"{value.mode} {value.size} ".encode() + value.tobytes()
     if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():

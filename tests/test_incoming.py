@@ -185,6 +185,20 @@ def test_a_folder_of_one_class_and_odd_names(tmp_path, streaming):
     assert levels(load_arrival([path], config, root=tmp_path)) == [3]
 
 
+@BOTH
+def test_a_folder_whose_labels_are_in_a_metadata_file(tmp_path, streaming):
+    rows = b'{"file_name": "b.png", "kind": "dog"}\n{"file_name": "a.png", "kind": "cat"}\n'
+    images = {"a.png": png(1), "b.png": broken(2), "metadata.jsonl": rows}
+    folder = write_folder(tmp_path / "mon", images)
+    config = DataConfig(
+        streaming=streaming, label_column_name="kind", on_bad_example="skip", **FILES
+    )
+    arrival = load_arrival([folder], config, root=tmp_path)
+    assert arrival.dataset.features["label"].names == ["cat", "dog"]
+    assert (levels(arrival), named(arrival)) == ([1], ["cat"])
+    assert arrival.skipped == (f"mon:{1 - ids(arrival)[0]}",)
+
+
 def test_loose_images_are_no_arrival(tmp_path):
     folder = write_folder(tmp_path / "cats", {"a.png": png(1)})
     with pytest.raises(
