@@ -6,7 +6,7 @@ all labels and the corrupt images, found in one reading → examples with ids, c
 
 import glob
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, load_dataset
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
+from pyarrow.parquet import ParquetFile
 
 from hf_dash.arrivals import LOADERS, DataConfig
 from hf_dash.columns import (
@@ -101,6 +102,12 @@ def _load_source(path: Path, streaming: bool) -> AnyDataset:
         if kind == "webdataset":
             _check_tar_end(path)
         files = {"train": glob.escape(str(path))}
+        if kind == "parquet" and not streaming and ParquetFile(path).metadata.num_rows == 0:
+            # The library refuses to prepare nothing; its stream knows the columns all the same.
+            stream = load_dataset(kind, data_files=files, split="train", streaming=True)
+            return Dataset.from_dict(
+                {name: [] for name in stream.features}, features=stream.features
+            )
         return load_dataset(kind, data_files=files, split="train", streaming=streaming)
     suffixes = PILImage.registered_extensions()
     loose = [file.name for file in path.iterdir() if file.suffix.lower() in suffixes]
@@ -121,13 +128,14 @@ def _check_tar_end(path: Path) -> None:
             raise ValueError("the archive has no end: it was cut short or is still being written")
 
 
-def check_schema(shard: Shard, first: Shard) -> None:
+def check_schema(
+    name: str, types: Mapping[str, str], first_name: str, first: Mapping[str, str]
+) -> None:
     """Raise a ``ValueError`` where a column is of another type than in the first shard."""
-    for column, type_ in shard.types.items():
-        if type_ != first.types[column]:
+    for column, type_ in types.items():
+        if type_ != first[column]:
             raise ValueError(
-                f"{shard.name}: column {column!r} holds {type_}, but {first.types[column]} in"
-                f" {first.name}"
+                f"{name}: column {column!r} holds {type_}, but {first[column]} in {first_name}"
             )
 
 

@@ -9,8 +9,8 @@ the shard and the row, and examples keep their ids where one is left out, stream
 """
 
 import glob
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Arrival:
         num_examples: in ``dataset``.
         skipped: what was left out as corrupt, as ``"monday.parquet:17"``: shard and row, from 0.
         fingerprint: of ``dataset``; see :func:`fingerprint`. None where it is not computed yet.
+        types: what the source's two columns hold.
     """
 
     files: tuple[str, ...]
@@ -42,6 +43,7 @@ class Arrival:
     num_examples: int
     skipped: tuple[str, ...]
     fingerprint: str | None
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 class EmptyArrivalError(ValueError):
@@ -161,14 +163,16 @@ def load_arrival(
     shards: list[Shard] = []
     for file, name in zip(files, names, strict=True):
         shard = load_shard(Path(file), name, config)
-        check_schema(shard, shards[0] if shards else shard)
+        first = shards[0] if shards else shard
+        check_schema(name, shard.types, first.name, first.types)
         shards.append(survey(shard, config, None if known is None else known[name]))
     dataset = _merge(shards)
     skipped = tuple(f"{shard.name}:{row}" for shard in shards for row in sorted(shard.bad))
     num_examples = sum(len(shard.labels) - len(shard.bad) for shard in shards)
     if num_examples == 0:
         raise EmptyArrivalError(f"{names} hold no example, {len(skipped)} skipped")
-    return Arrival(tuple(names), dataset, num_examples, skipped, fingerprint(dataset))
+    types = shards[0].types
+    return Arrival(tuple(names), dataset, num_examples, skipped, fingerprint(dataset), types)
 
 
 def _rows_by_shard(skip: Sequence[str], names: Sequence[str]) -> dict[str, frozenset[int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from hf_dash._shards import check_schema
 from hf_dash.arrivals import DataConfig, in_arrival_order
 from hf_dash.columns import AnyDataset, label_names
 from hf_dash.examples import ImageExamples, Transform
@@ -198,12 +199,16 @@ def file_schedule(data: DataConfig, records: Sequence[RoundRecord]) -> Schedule:
     groups += [(new[begin : begin + size], None) for begin in range(0, len(new), size)]
     if not new:
         logger.warning("nothing new in %s since round %d: no new round", root, len(seen))
-    arrivals = []
+    arrivals: list[Arrival] = []
     for files, skip in groups:
         try:
-            arrivals.append(load_arrival(files, data, root=root, skip=skip))
+            arrival = load_arrival(files, data, root=root, skip=skip)
         except EmptyArrivalError as error:
             logger.warning("no round is made of an arrival without examples: %s", error)
+            continue
+        first = arrivals[0] if arrivals else arrival
+        check_schema(arrival.files[0], arrival.types, first.files[0], first.types)
+        arrivals.append(arrival)
     if not arrivals:
         raise ValueError(f"{data.dataset_name!r} holds no example to train on")
     held_out = in_arrival_order(replace(data, streaming=False).load_held_out(), seed=0)
