@@ -186,10 +186,16 @@ def load_optimizer_state(output_dir: str | Path, record: RoundRecord) -> dict[st
     return state
 
 
-def prune_rounds(output_dir: str | Path, records: list[RoundRecord], keep: int) -> None:
-    """Remove the folders of all but the last ``keep`` of these rounds; their records stay."""
+def prune_rounds(
+    output_dir: str | Path, records: list[RoundRecord], keep: int, champion: str | None = None
+) -> None:
+    """Remove the folders of all but the last ``keep`` of these rounds and the champion's.
+
+    Their records stay.
+    """
     for record in records[: max(0, len(records) - keep)]:
-        shutil.rmtree(Path(output_dir) / record.folder, ignore_errors=True)
+        if record.folder != champion:
+            shutil.rmtree(Path(output_dir) / record.folder, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

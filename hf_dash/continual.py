@@ -105,7 +105,8 @@ def run_rounds(
         starts: settings of the other starts.
         training: settings of the training.
         output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
-        save_total_limit: keep the folders of the newest rounds only, at least 1; None keeps all.
+        save_total_limit: keep the folders of so many newest rounds, at least 1, and the champion's;
+            None keeps all.
         measure_memorisation: measure right before and after every start what the model remembers
             (:func:`~hf_dash.memorisation.measure_round`); not counted in the seconds.
 
@@ -277,7 +278,7 @@ def _save(
     run.history.append(record)
     if run.save_total_limit is not None and run.output_dir is not None:
         own = run.history.select(run.name, run.seed)
-        prune_rounds(run.output_dir, own, run.save_total_limit)
+        prune_rounds(run.output_dir, own, run.save_total_limit, run.history.champion)
     return record
 
 

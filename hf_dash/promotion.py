@@ -18,6 +18,7 @@ import timm
 from accelerate import Accelerator
 from torch.utils.data import Dataset as TorchDataset
 
+from hf_dash.checkpoints import only_one
 from hf_dash.comparison import (
     Comparison,
     Labels,
@@ -56,7 +57,7 @@ def promote(
 
     Both predict the same held-out examples; labels are compared by name, so that a model may know
     classes that the other does not. Without a champion the challenger becomes the first. The entry
-    goes into ``history.json`` of the output directory, to which no run may be writing meanwhile.
+    goes into ``history.json`` of the output directory; while a run is at work there it is refused.
 
     Args:
         output_dir: of a run, with its ``history.json`` and the models of its rounds.
@@ -80,7 +81,7 @@ def promote(
         TypeError: a folder is not given as text.
         ValueError: an argument is out of range; a folder is not that of a recorded round below the
             output directory, or has no model any more; challenger and champion are the same; or
-            the two models do not read the same examples.
+            the two models do not read the same examples; or a run is at work there.
     """
     check_confidence(confidence)
     check_rules(min_gain, max_loss, max_class_drop)
@@ -118,7 +119,9 @@ def promote(
             num_held_out=len(own.references),
             held_out_fingerprint=held_out_fingerprint or _fingerprint(own),
         )
-        history.append_promotion(entry)
+        with only_one(output_dir):
+            # Read again: the comparison took its time.
+            _read_ledger(output_dir).append_promotion(entry)
     accelerator.wait_for_everyone()
     return verdict
 
@@ -139,10 +142,14 @@ def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") ->
 
     Raises:
         TypeError: the folder is not given as text.
-        ValueError: there is no champion to go back from; or the folder is not that of such a
-            round, or has no model any more.
+        ValueError: there is no champion to go back from; the folder is not that of such a round,
+            or has no model any more; or a run is at work there.
     """
-    history = _read_ledger(output_dir)
+    with only_one(output_dir):
+        return _rollback(_read_ledger(output_dir), output_dir, to, reason)
+
+
+def _rollback(history: History, output_dir: str | Path, to: str, reason: str) -> Promotion:
     record, _ = _find_round(history, output_dir, "to", to)
     if history.champion is None:
         raise ValueError(f"to is {to!r}, but {output_dir} has no champion to go back from")

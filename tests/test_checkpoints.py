@@ -90,6 +90,8 @@ def test_old_rounds_are_pruned(small_model, tmp_path):
     ]
     prune_rounds(tmp_path, records, keep=2)
     assert [(tmp_path / r.folder).exists() for r in records] == [False, True, True]
+    prune_rounds(tmp_path, records, keep=1, champion=records[1].folder)
+    assert [(tmp_path / r.folder).exists() for r in records] == [False, True, True]
 
 
 def hold(folder, held, done):

@@ -47,10 +47,56 @@ def test_the_comparison_prints_its_tables_and_writes_its_files(finished):
         (start, index) for start in ("cold", "warm", "dash") for index in (1, 2)
     ]
     assert history.settings["alpha"] == 0.3
+    assert history.settings["starts"] == ["cold", "warm", "dash"]
     assert hf_dash.rounds_table(history.records) in done.stdout
     assert hf_dash.starts_table(history.records) in done.stdout
     assert (output / "rounds.png").stat().st_size > 10_000
     assert "it/s" not in done.stderr
+
+
+def test_the_same_command_finds_everything_done(finished):
+    folder, done = finished
+    output = folder / "runs" / "continual_rounds"
+    before = {path: path.read_bytes() for path in output.rglob("*.*") if path.suffix != ".lock"}
+    again = launch("continual_rounds.py", folder, "--num_rounds", "2", *QUICK)
+    assert again.stdout == done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_another_runs_folder_is_refused(finished):
+    flags = ["--num_rounds", "2", "--lam", "0.1", *QUICK]
+    done = launch("continual_rounds.py", finished[0], *flags, check=False)
+    assert done.returncode != 0
+    assert "belongs to a run with other settings (lam was 0.3, is 0.1)" in done.stderr
+
+
+def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
+    (tmp_path / "incoming").mkdir()
+    digits_test.to_parquet(tmp_path / "held_out.parquet")
+    flags = ["--arrive_by", "files", "--dataset_name", "incoming", "--starts", "warm", *QUICK]
+    flags += ["--test_dataset_name", "held_out.parquet", "--output_dir", "run", "--streaming"]
+    history = tmp_path / "run" / "history.json"
+    for index, day in enumerate(["monday", "tuesday"]):
+        part = digits.select(range(60 * index, 60 * index + 60))
+        part.to_parquet(tmp_path / "incoming" / f"{day}.parquet")
+        launch("continual_rounds.py", tmp_path, *flags)
+        last = hf_dash.read_history(history).records[-1]
+        assert (last.round_index, last.files) == (index + 1, [f"{day}.parquet"])
+        assert (last.num_new, last.num_total) == (60, 60 * (index + 1))
+    whole = history.read_bytes()
+    done = launch("continual_rounds.py", tmp_path, *flags)
+    assert "nothing new in incoming since round 2: no new round" in done.stderr
+    assert history.read_bytes() == whole
+
+
+def test_all_starts_run_on_noisy_labels(tmp_path):
+    flags = ["--starts", "all", "--num_rounds", "2", "--examples_per_round", "40", *QUICK]
+    flags += ["--label_noise", "0.2", "--measure_memorisation", "--export_start", "dash"]
+    done = launch("continual_rounds.py", tmp_path, *flags)
+    records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
+    assert [r.start for r in records if r.round_index == 2] == list(hf_dash.STARTS)
+    assert hf_dash.memorisation_table(records) in done.stdout
+    assert (tmp_path / "runs" / "continual_rounds" / "factors.png").exists()
 
 
 def test_starts_share_the_first_round(finished):
