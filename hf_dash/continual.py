@@ -31,7 +31,7 @@ from hf_dash.checkpoints import (
     save_round,
 )
 from hf_dash.config import DashConfig, StartsConfig
-from hf_dash.distributed import hardware, synchronise
+from hf_dash.distributed import gather, hardware, synchronise
 from hf_dash.evaluation import evaluate_model
 from hf_dash.history import History, RoundRecord
 from hf_dash.memorisation import measure_round
@@ -272,9 +272,17 @@ def _start(
 def _save(
     run: _Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
 ) -> RoundRecord:
+    error: OSError | None = None
     if run.output_dir is not None and run.accelerator.is_main_process:
-        record = save_round(run.output_dir, model, optimizer_state, record, run.history.settings)
-    run.accelerator.wait_for_everyone()
+        try:
+            settings = run.history.settings
+            record = save_round(run.output_dir, model, optimizer_state, record, settings)
+        except OSError as failure:
+            error = failure
+    # All processes keep the main one's record, or stop with it.
+    record, message = gather((record, None if error is None else str(error)))[0]
+    if message is not None:
+        raise error or OSError(message)
     run.history.append(record)
     if run.save_total_limit is not None and run.output_dir is not None:
         own = run.history.select(run.name, run.seed)

@@ -6,6 +6,7 @@ Called as ``process_worker.py FOLDER CASE…``. Every case writes ``FOLDER/CASE.
 import json
 import os
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import torch
@@ -234,6 +235,35 @@ def load_stream(case, folder, rank, world):
     write(result, case, rank, folder)
 
 
+def go_through_rounds(folder, accelerator):
+    """One round, then a second in another call; return the records and the final weights."""
+    digits = hf_dash.load_images("digits")
+    model = hf_dash.create_model(
+        "test_resnet", label_names=hf_dash.label_names(digits), image_size=32, seed=0
+    )
+    arriving = hf_dash.in_arrival_order(digits, seed=0, num_examples=64)
+    rounds = list(hf_dash.cut_rounds(arriving, 2, hf_dash.image_transform(model), in_memory=True))
+    main = accelerator.is_main_process
+    for until in (1, 2):
+        history = hf_dash.open_history(f"{folder}/run/history.json", {}, read_only=not main)
+        accelerator.wait_for_everyone()
+        model = hf_dash.run_rounds(
+            model,
+            rounds[:until],
+            rounds[0].new,
+            hf_dash.find_start("dash"),
+            name="dash",
+            seed=0,
+            history=history,
+            accelerator=accelerator,
+            training=hf_dash.TrainingConfig(max_epochs=1, train_batch_size=8, disable_tqdm=True),
+            dash=hf_dash.DashConfig(gradient_batch_size=16),
+            output_dir=f"{folder}/run",
+        )
+    weights = model.timm_model.fc.weight.detach().flatten().tolist()
+    return {"records": [asdict(record) for record in history.records], "weights": weights}
+
+
 def write(result, case, rank, folder):
     path = f"{folder}/{case}.{rank}.json"
     with open(path + ".tmp", "w") as file:
@@ -250,6 +280,9 @@ def main():
             write(memorisation(accelerator), case, accelerator.process_index, folder)
         elif case == "trainer":
             train(case, folder, accelerator.process_index, accelerator.num_processes)
+        elif case == "rounds":
+            result = go_through_rounds(folder, accelerator)
+            write(result, case, accelerator.process_index, folder)
         elif case == "predict":
             predict(case, accelerator, folder)
         elif case == "sam":

@@ -67,7 +67,9 @@ def results(tmp_path_factory):
     return {
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
         2: run(
-            2, [*runnable(TWO), "memorisation", "predict", "sam"], tmp_path_factory.mktemp("two")
+            2,
+            [*runnable(TWO), "memorisation", "predict", "sam", "rounds"],
+            tmp_path_factory.mktemp("two"),
         ),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
     }
@@ -164,6 +166,15 @@ def test_several_processes_measure_memorisation_as_one_does(results, accelerator
 
 def test_all_processes_get_all_predictions_in_order(results):
     assert results[2]["predict"] == [[list(range(11)), list(range(-1, 10))]] * 2
+
+
+def test_processes_share_one_ledger(results):
+    first, second = results[2]["rounds"]
+    assert first == second
+    records = first["records"]
+    assert [r["parent"] for r in records] == [None, "rounds/001/dash_seed0"]
+    assert all(r["weights_sha256"] for r in records)
+    assert records[1]["shrink"]["num_images"] == 64
 
 
 def test_one_process_needs_no_group():

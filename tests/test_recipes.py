@@ -185,9 +185,6 @@ def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--architecture", "resnet19"], "architecture 'resnet19' is not known to timm"),
-        (["--starts", "hot"], "start must be one of"),
-        (["--num_rounds", "2000"], "num_rounds must be at least 1 and at most"),
         (["--alpha", "0"], "alpha must be in (0, 1], got 0.0"),
         (["--label_column_name", "digit"], "label_column 'digit' is not a column"),
         (["--image_mode", "L"], "image mode is 'L', but the model takes 3 channels"),
