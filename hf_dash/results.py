@@ -68,6 +68,7 @@ def export_model(
     if not own:
         raise ValueError(f"history has no record of start {start!r} and seed {seed!r}")
     settings = {**history.settings, "hardware": own[-1].hardware}
+    settings.pop("output_dir", None)  # somebody's own folders are nobody else's business
     save_model(model, folder)
     write_history(folder / "history.json", settings, own)
     plot_rounds(own, folder / "rounds.png")

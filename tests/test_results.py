@@ -31,7 +31,7 @@ def history():
         record("dash", round_index=2, shrink=SHRINK, hardware="1 × cpu, fp32"),
         record("warm"),
     ]
-    return History(None, {"lam": 0.3}, records)
+    return History(None, {"lam": 0.3, "output_dir": "/home/me/runs"}, records)
 
 
 def test_a_run_leaves_tables_and_figures(history, tmp_path):
@@ -53,6 +53,7 @@ def test_a_model_is_exported_with_its_own_records(history, small_model, tmp_path
     own = read_history(tmp_path / "history.json")
     assert own.records == history.records[:2]
     card = ModelCard.load(tmp_path / "README.md")
+    assert "/home/me" not in str(card) + (tmp_path / "history.json").read_text()
     assert "| hardware | 1 × cpu, fp32 |" in " ".join(str(card).split())
     with pytest.raises(ValueError, match="no record of start 'cold' and seed 0"):
         export_model(small_model, tmp_path, history, "cold", 0, DataConfig(), 360)
