@@ -9,6 +9,7 @@ later asks what they are called; the label column always knows its names.
 import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -201,26 +202,33 @@ def in_arrival_order(
 ) -> Dataset:
     """Put examples into the order in which they arrive: a random one, so that rounds are alike.
 
+    A whole dataset arrives in the same order streamed or not. Of a stream that is cut by
+    ``num_examples``, only as much is read as it takes: the order is then drawn from a buffer of the
+    examples read last, and differs from that of a map-style dataset.
+
     Args:
         dataset: as :func:`load_images` returns it.
         seed: of the order; the same seed gives the same order on every process.
-        num_examples: how many arrive in all; None takes the whole dataset.
-        buffer_size: for a stream, the number of examples among which the order is drawn.
+        num_examples: how many arrive in all, at least 1; None takes the whole dataset.
+        buffer_size: number of examples in the buffer, at least 1.
 
     Returns:
         A map-style dataset with the column ``example_id``: the example's position in the source,
-        the same whatever the seed. A stream is read only as far as needed; its images stay encoded.
+        the same whatever the seed. Images of a stream stay encoded.
 
     Raises:
         ValueError: the dataset has fewer than ``num_examples`` examples, or none.
     """
+    generator = np.random.default_rng(seed)
     if isinstance(dataset, Dataset):
-        order = np.random.default_rng(seed).permutation(len(dataset))
-        arrived = dataset.add_column("example_id", np.arange(len(dataset))).select(
-            order[:num_examples]
-        )
+        numbered = dataset.add_column("example_id", np.arange(len(dataset)))
+        arrived = numbered.select(generator.permutation(len(dataset))[:num_examples])
+    elif num_examples is None:
+        read = _kept(dataset, _numbered_rows(dataset))
+        arrived = read.select(generator.permutation(len(read)))
     else:
-        arrived = _read_stream(dataset, seed, num_examples, buffer_size)
+        drawn = _drawn(_numbered_rows(dataset), generator, buffer_size)
+        arrived = _kept(dataset, islice(drawn, num_examples))
     if len(arrived) < (num_examples or 1):
         raise ValueError(
             f"num_examples is {num_examples}, but the dataset holds only {len(arrived)} examples"
@@ -228,21 +236,32 @@ def in_arrival_order(
     return arrived
 
 
-def _read_stream(
-    stream: IterableDataset, seed: int, num_examples: int | None, buffer_size: int
-) -> Dataset:
-    image = stream.features["image"]
-    encoded = stream.cast_column("image", Image(mode=image.mode, decode=False))
-    features = Features({**encoded.features, "example_id": Value("int64")})
-    numbered = encoded.map(_add_ids, with_indices=True, batched=True, features=features)
-    shuffled = numbered.shuffle(seed=seed, buffer_size=buffer_size)
-    limited = shuffled if num_examples is None else shuffled.take(num_examples)
-    rows: Iterator[dict[str, Any]] = iter(limited)
+Row = dict[str, Any]
+
+
+def _numbered_rows(stream: IterableDataset) -> Iterator[Row]:
+    """Yield the rows of a stream in the order of the source, images as they are stored."""
+    encoded = stream.cast_column("image", Image(mode=stream.features["image"].mode, decode=False))
+    return ({**row, "example_id": index} for index, row in enumerate(encoded))
+
+
+def _drawn(rows: Iterator[Row], generator: np.random.Generator, buffer_size: int) -> Iterator[Row]:
+    """Yield rows in random order: each time one of a buffer, whose place the next row takes."""
+    # Not IterableDataset.shuffle, which also reorders shards, so that no position would be known.
+    buffer = list(islice(rows, buffer_size))
+    for row in rows:
+        place = int(generator.integers(len(buffer)))
+        yield buffer[place]
+        buffer[place] = row
+    for place in generator.permutation(len(buffer)):
+        yield buffer[place]
+
+
+def _kept(stream: IterableDataset, rows: Iterator[Row]) -> Dataset:
+    features = Features({**stream.features, "example_id": Value("int64")})
+    image = features["image"]
+    features["image"] = Image(mode=image.mode, decode=False)
     return Dataset.from_list(list(rows), features=features).cast_column("image", image)
-
-
-def _add_ids(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-    return {**columns, "example_id": indices}
 
 
 def is_local(name: str) -> bool:

@@ -220,3 +220,22 @@ def test_what_is_local(tmp_path):
     assert is_local("digits")
     assert is_local(str(tmp_path))
     assert not is_local("user/some-dataset")
+
+
+def test_a_whole_stream_arrives_as_the_dataset_does(digits):
+    stream = digits.select(range(50)).to_iterable_dataset(num_shards=3)
+    plain = hf_dash.in_arrival_order(digits.select(range(50)), seed=4)
+    streamed = hf_dash.in_arrival_order(stream, seed=4)
+    assert streamed["example_id"][:] == plain["example_id"][:]
+    assert streamed["label"][:] == plain["label"][:]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ids_are_positions_whatever_the_shards(digits, seed):
+    stream = digits.select(range(60)).to_iterable_dataset(num_shards=4)
+    arrived = hf_dash.in_arrival_order(stream, seed=seed, num_examples=30, buffer_size=10)
+    ids = arrived["example_id"][:]
+    assert len(set(ids)) == 30
+    assert ids != sorted(ids)
+    assert max(ids) < 40  # what lies beyond the buffer was not read
+    assert arrived["label"][:] == [digits["label"][index] for index in ids]
