@@ -32,6 +32,7 @@ ROOMS = [
     "orthogonal",
     "starts",
     "callback",
+    "convergence",
     "optimizers",
     "training",
     "evaluation",
