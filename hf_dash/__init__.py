@@ -11,6 +11,7 @@ from hf_dash.columns import fingerprint
 from hf_dash.comparison import Comparison, PairedAccuracy, Verdict, compare_models, decide
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
+from hf_dash.convergence import TrainAccuracyStop
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
 from hf_dash.examples import ImageExamples, flip_labels
@@ -75,6 +76,7 @@ __all__ = [
     "StartsConfig",
     "StreamLoader",
     "StreamedImages",
+    "TrainAccuracyStop",
     "TrainingConfig",
     "TrainingResult",
     "Verdict",

@@ -204,6 +204,50 @@ def train_by_sam(accelerator):
     return model
 
 
+class Digest(torch.nn.Module):
+    """A linear classifier that keeps how many of its answers were right in training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(8, 4)
+        self.right = []
+
+    def forward(self, pixel_values, labels):
+        logits = self.head(pixel_values)
+        self.right.append(int((logits.argmax(dim=-1) == labels).sum()))
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def stop_by_accuracy(case, folder, rank):
+    """Train in the Trainer until both processes together answer nine in ten rightly."""
+    model = Digest()
+    images = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": x, "labels": int(x[:4].argmax())} for x in images]
+    args = TrainingArguments(
+        output_dir=f"{folder}/{case}",
+        num_train_epochs=100,
+        per_device_train_batch_size=4,
+        learning_rate=0.05,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    stop = hf_dash.TrainAccuracyStop(0.9)
+    trainer = Trainer(model, args, train_dataset=rows)
+    trainer.add_callback(stop.bind(trainer) if case == "accuracy_bound" else stop)
+    trainer.train()
+    history = trainer.state.log_history
+    result = {
+        "logged": [entry["train_accuracy"] for entry in history if "train_accuracy" in entry],
+        "epoch": trainer.state.epoch,
+        "right": [sum(model.right[begin : begin + 4]) for begin in range(0, len(model.right), 4)],
+    }
+    write(result, case, rank, folder)
+
+
 def generate(ranges):
     for begin, end in ranges:
         yield from ({"image": number, "label": number % 2} for number in range(begin, end))
@@ -280,6 +324,8 @@ def main():
             write(memorisation(accelerator), case, accelerator.process_index, folder)
         elif case == "trainer":
             train(case, folder, accelerator.process_index, accelerator.num_processes)
+        elif case.startswith("accuracy"):
+            stop_by_accuracy(case, folder, accelerator.process_index)
         elif case == "rounds":
             result = go_through_rounds(folder, accelerator)
             write(result, case, accelerator.process_index, folder)

@@ -35,6 +35,7 @@ ROOMS = [
     "sampling",
     "reporting",
     "callback",
+    "convergence",
     "optimizers",
     "training",
     "evaluation",

@@ -26,6 +26,7 @@ TESTS = Path(__file__).parent
 FAILING = ["uneven_count", "uneven_size", "broken", "fsdp_uneven_count", "fsdp_broken"]
 FAILING += ["fsdp_filter_groups", "tensor_parallel"]
 TWO = ["bare", "ddp", "ddp_no_batch_norm", "fsdp", "fsdp_filter", "trainer", *FAILING]
+TWO_ONLY = ["memorisation", "predict", "sam", "rounds", "accuracy_bound", "accuracy_unbound"]
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
 # In torch 2.6 fully_shard itself fails on the CPU ('Stream' has no 'record_event').
 FSDP_ON_CPU = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
@@ -68,7 +69,7 @@ def results(tmp_path_factory):
         1: run(1, ["ddp", "trainer"], tmp_path_factory.mktemp("one")),
         2: run(
             2,
-            [*runnable(TWO), "memorisation", "predict", "sam", "rounds"],
+            [*runnable(TWO), *TWO_ONLY],
             tmp_path_factory.mktemp("two"),
         ),
         4: run(4, runnable(FOUR), tmp_path_factory.mktemp("four")),
@@ -175,6 +176,17 @@ def test_processes_share_one_ledger(results):
     assert [r["parent"] for r in records] == [None, "rounds/001/dash_seed0"]
     assert all(r["weights_sha256"] for r in records)
     assert records[1]["shrink"]["num_images"] == 64
+
+
+@pytest.mark.parametrize("case", ["accuracy_bound", "accuracy_unbound"])
+def test_two_processes_stop_together_by_the_accuracy_of_both(results, case):
+    first, second = results[2][case]
+    assert first["logged"] == second["logged"]
+    assert first["epoch"] == second["epoch"] == len(first["logged"])
+    assert first["logged"][-1] >= 0.9 > max(first["logged"][:-1])
+    for mine, other, accuracy in zip(first["right"], second["right"], first["logged"], strict=True):
+        assert accuracy == pytest.approx((mine + other) / 32)
+    assert first["right"] != second["right"]
 
 
 def test_one_process_needs_no_group():
