@@ -7,6 +7,12 @@ from hf_dash.batches import derive_max_steps
 from hf_dash.callback import DashCallback
 from hf_dash.card import CardInfo, write_card
 from hf_dash.checkpoints import only_one
+from hf_dash.classifiers import (
+    architecture_of,
+    classifier_transform,
+    load_classifier,
+    save_classifier,
+)
 from hf_dash.columns import fingerprint
 from hf_dash.comparison import Comparison, PairedAccuracy, Verdict, compare_models, decide
 from hf_dash.config import DashConfig, StartsConfig
@@ -37,9 +43,17 @@ from hf_dash.models import (
 )
 from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.promotion import promote, rollback
-from hf_dash.results import export_model, write_results
-from hf_dash.rounds import Round, cut_rounds, gradient_batches, train_batches
+from hf_dash.results import export_model, trainer_record, write_model_folder, write_results
+from hf_dash.round_data import RoundData
+from hf_dash.rounds import (
+    Round,
+    cut_rounds,
+    gradient_batches,
+    train_batches,
+    training_stream,
+)
 from hf_dash.schedule import Schedule, cut_schedule, file_schedule, load_schedules
+from hf_dash.script_arguments import DataTrainingArguments, ModelArguments
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
 from hf_dash.stream_loader import StreamLoader
@@ -60,13 +74,16 @@ __all__ = [
     "DashCallback",
     "DashConfig",
     "DataConfig",
+    "DataTrainingArguments",
     "History",
     "ImageExamples",
+    "ModelArguments",
     "NoEffectWarning",
     "PairedAccuracy",
     "Promotion",
     "RandomCropFlip",
     "Round",
+    "RoundData",
     "RoundRecord",
     "Schedule",
     "ShrinkReport",
@@ -81,9 +98,11 @@ __all__ = [
     "TrainingResult",
     "Verdict",
     "__version__",
+    "architecture_of",
     "arrivals_root",
     "black_pixel",
     "check_label_names",
+    "classifier_transform",
     "compare_models",
     "create_model",
     "cut_rounds",
@@ -106,6 +125,7 @@ __all__ = [
     "library_versions",
     "list_arrivals",
     "load_arrival",
+    "load_classifier",
     "load_images",
     "load_model",
     "load_schedules",
@@ -125,12 +145,16 @@ __all__ = [
     "rollback",
     "rounds_table",
     "run_rounds",
+    "save_classifier",
     "save_model",
     "starts_table",
     "stream_gradient_batches",
     "train_batches",
     "train_round",
+    "trainer_record",
+    "training_stream",
     "write_card",
     "write_history",
+    "write_model_folder",
     "write_results",
 ]

@@ -125,6 +125,9 @@ def load_images(
     label_column: str = "label",
     image_mode: str | None = None,
     token: str | bool | None = None,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    data_files: dict[str, str] | None = None,
 ) -> AnyDataset:
     """Load a labelled image dataset.
 
@@ -140,6 +143,9 @@ def load_images(
             is read once to name them. ``"json.label"`` is a field in a column of records.
         image_mode: PIL mode to convert every image to, such as ``"RGB"``; None keeps them.
         token: access token for a private Hub dataset.
+        config_name: which configuration of a Hub dataset.
+        cache_dir: where files of the Hub are kept and datasets are prepared.
+        data_files: files by split, for a ``name`` that is a loader, such as ``"imagefolder"``.
 
     Returns:
         A dataset with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
@@ -153,10 +159,20 @@ def load_images(
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif Path(name).suffix in LOADERS:
         loader = LOADERS[Path(name).suffix]
-        dataset = load_dataset(loader, data_files={split: name}, split=split, streaming=streaming)
+        files = {split: name}
+        dataset = load_dataset(
+            loader, data_files=files, split=split, streaming=streaming, cache_dir=cache_dir
+        )
     else:
         dataset = load_dataset(
-            name, split=split, revision=revision, streaming=streaming, token=token
+            name,
+            config_name,
+            data_files=data_files,
+            split=split,
+            revision=revision,
+            streaming=streaming,
+            token=token,
+            cache_dir=cache_dir,
         )
     return standard_columns(dataset, image_column, label_column, image_mode)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hf_dash._files import write_text
 from hf_dash._version import library_versions
 from hf_dash.arrivals import is_local
+from hf_dash.classifiers import architecture_of, is_timm
 from hf_dash.history import RoundRecord
 from hf_dash.models import IMAGE_MODES
 from hf_dash.tables import markdown_table, rounds_table
@@ -63,8 +64,13 @@ class CardInfo:
         return self.records[-1]
 
 
-def card_metadata(info: CardInfo) -> ModelCardData:
-    """Return the YAML metadata of a card, with the held-out accuracy as model-index."""
+def card_metadata(info: CardInfo, library_name: str = "timm") -> ModelCardData:
+    """Return the YAML metadata of a card, with the held-out accuracy as model-index.
+
+    Args:
+        info: what the card knows.
+        library_name: ``"timm"`` for a timm wrapper, else ``"transformers"``.
+    """
     result = EvalResult(
         task_type="image-classification",
         dataset_type=info.dataset_name,
@@ -76,12 +82,13 @@ def card_metadata(info: CardInfo) -> ModelCardData:
         metric_value=info.record.accuracy,
         verified=False,
     )
-    tags = [*info.tags, "image-classification", "warm-start"]
+    own = [tag for tag in info.tags if tag != "timm" or library_name == "timm"]
+    tags = [*own, "image-classification", "warm-start"]
     if info.record.shrink is not None:
         tags.append("dash")
     return ModelCardData(
         model_name=info.model_name,
-        library_name="timm",
+        library_name=library_name,
         pipeline_tag="image-classification",
         license=info.license,
         tags=tags,
@@ -96,24 +103,25 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
     """Return the card of a model.
 
     Args:
-        model: a timm wrapper; its config is described.
+        model: an image classifier of transformers; its config is described.
         info: everything else.
 
     Raises:
         jinja2.UndefinedError: the template asks for something that was not given.
     """
-    config, record = model.config, info.record
-    channels, size = config.pretrained_cfg["input_size"][0], config.pretrained_cfg["input_size"][-1]
-    hub_id = info.hub_model_id
+    config, record, hub_id = model.config, info.record, info.hub_model_id
+    channels, size = _input_size(model)
+    library_name = "timm" if is_timm(model) else "transformers"
     content = _template().render(
-        card_data=card_metadata(info).to_yaml(),
+        card_data=card_metadata(info, library_name).to_yaml(),
         model_name=info.model_name,
-        architecture=config.architecture,
+        architecture=architecture_of(model),
         num_parameters=f"{model.num_parameters():,}",
         num_classes=config.num_labels,
         label_names=[config.id2label[index] for index in range(config.num_labels)],
         image_mode=IMAGE_MODES.get(channels, "RGB"),
         image_size=size,
+        library_name=library_name,
         load_from=hub_id or ".",
         timm_load_from=f"hf-hub:{hub_id}" if hub_id else "local-dir:.",
         parent=info.parent,
@@ -134,6 +142,16 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
 def write_card(folder: str | Path, model: PreTrainedModel, info: CardInfo) -> None:
     """Write the card of a model as ``README.md`` into ``folder``, in one step."""
     write_text(Path(folder) / "README.md", str(render_card(model, info)))
+
+
+def _input_size(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the number of channels and the width of a model's images."""
+    if is_timm(model):
+        channels, _, width = model.config.pretrained_cfg["input_size"]
+        return channels, width
+    size = getattr(model.config, "image_size", None)
+    # Convolutional models name no size: theirs is the image processor's business.
+    return getattr(model.config, "num_channels", 3), size if isinstance(size, int) else 224
 
 
 def _template() -> jinja2.Template:

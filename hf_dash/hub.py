@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 # Checkpoints and logs of a Trainer may lie in the same folder; they are nobody else's business.
-PUBLISHED = ["README.md", "config.json", "model.safetensors", "history.json", "*.png"]
+PUBLISHED = ["README.md", "*config.json", "model.safetensors", "history.json", "*.png"]
 
 
 def push_folder(

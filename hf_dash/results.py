@@ -4,16 +4,23 @@ Flow: a ledger → Markdown tables and PNG figures; a model and its own records 
 Everything is made from what was recorded, so it can be made again without training.
 """
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from hf_dash.arrivals import DataConfig
+from hf_dash.callback import REPORT_NAME
 from hf_dash.card import CardInfo, write_card
-from hf_dash.history import History, write_history
-from hf_dash.models import save_model
+from hf_dash.classifiers import model_labels, save_classifier
+from hf_dash.history import History, RoundRecord, write_history
 from hf_dash.plots import plot_factors, plot_rounds
+from hf_dash.rounds import Round
 from hf_dash.tables import memorisation_table, rounds_table, starts_table
+
+FIGURE = "rounds.png"
 
 
 def write_results(history: History, folder: str | Path) -> str:
@@ -31,7 +38,7 @@ def write_results(history: History, folder: str | Path) -> str:
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
     """
     records, folder = history.records, Path(folder)
-    plot_rounds(records, folder / "rounds.png")
+    plot_rounds(records, folder / FIGURE)
     shrunk = [record for record in records if record.shrink is not None]
     if shrunk:
         plot_factors(shrunk[-1], folder / "factors.png")
@@ -64,14 +71,11 @@ def export_model(
     Raises:
         ValueError: nothing is recorded of this start and seed.
     """
-    folder, own = Path(folder), history.select(start=start, seed=seed)
+    own = history.select(start=start, seed=seed)
     if not own:
         raise ValueError(f"history has no record of start {start!r} and seed {seed!r}")
     settings = {**history.settings, "hardware": own[-1].hardware}
     settings.pop("output_dir", None)  # somebody's own folders are nobody else's business
-    save_model(model, folder)
-    write_history(folder / "history.json", settings, own)
-    plot_rounds(own, folder / "rounds.png")
     info = CardInfo(
         model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
         records=own,
@@ -81,6 +85,71 @@ def export_model(
         num_held_out=num_held_out,
         dataset_revision=data.dataset_revision,
         parent="the model of the round before" if len(own) > 1 else None,
-        figure="rounds.png",
     )
-    write_card(folder, model, info)
+    write_model_folder(model, folder, info)
+
+
+def write_model_folder(
+    model: PreTrainedModel,
+    folder: str | Path,
+    info: CardInfo,
+    *,
+    image_processor: Any | None = None,
+) -> None:
+    """Save a model with its card, the ledger of its rounds and a figure of them.
+
+    Args:
+        model: an image classifier of transformers; a timm wrapper is saved in timm's layout.
+        folder: made where it does not exist; other files in it stay.
+        info: for the card; its records and settings make the ledger.
+        image_processor: saved beside a model that is no timm wrapper.
+
+    Raises:
+        ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+    """
+    folder = Path(folder)
+    save_classifier(model, folder, image_processor)
+    write_history(folder / "history.json", info.settings, info.records)
+    plot_rounds(info.records, folder / FIGURE)
+    write_card(folder, model, replace(info, figure=FIGURE))
+
+
+def trainer_record(
+    trainer: Trainer, round_: Round, metrics: dict[str, Any], *, train_seconds: float, parent: str
+) -> RoundRecord:
+    """Return the record of a round that a ``Trainer`` has trained with ``DashCallback``.
+
+    Args:
+        trainer: when training has ended.
+        round_: what it was trained on.
+        metrics: ``accuracy`` and ``per_class_accuracy`` as :func:`~hf_dash.evaluate_model` returns
+            them.
+        train_seconds: of training, the shrink included.
+        parent: the model the round started from.
+
+    Raises:
+        FileNotFoundError: the output directory holds no ``dash_report.json``.
+    """
+    # Written at the shrink, so that it is there too where this run resumed after it.
+    report = Path(trainer.args.output_dir) / REPORT_NAME
+    shrink = json.loads(report.read_text(encoding="utf-8"))
+    names = model_labels(trainer.model)
+    per_class = metrics["per_class_accuracy"]
+    return RoundRecord(
+        start="dash",
+        seed=trainer.args.seed,
+        round_index=round_.index,
+        num_new=round_.num_new,
+        num_total=round_.num_total,
+        accuracy=metrics["accuracy"],
+        per_class_accuracy={names[index]: value for index, value in per_class.items()},
+        train_accuracy=None,
+        converged=None,
+        epochs=trainer.state.epoch,
+        steps=trainer.state.global_step,
+        start_seconds=shrink["seconds"],
+        # Training resumed after the shrink may have taken less time than the shrink did.
+        train_seconds=max(0.0, train_seconds - shrink["seconds"]),
+        shrink=shrink,
+        parent=parent,
+    )

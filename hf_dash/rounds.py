@@ -9,11 +9,12 @@ same distribution arrives, and training goes on over all data so far.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image, IterableDataset, concatenate_datasets
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 
@@ -189,6 +190,46 @@ def train_batches(
         # Workers that ended with the epoch would take the images they decoded with them.
         persistent_workers=num_workers > 0,
     )
+
+
+def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> IterableDataset:
+    """Return the streams of a round as one, for a ``Trainer``: shuffled anew in every epoch.
+
+    Args:
+        round_: of streams.
+        seed: of the order, which also depends on the epoch, as ``set_epoch`` sets it.
+        buffer_size: number of encoded images among which the order is drawn, at least 1.
+
+    Returns:
+        A stream of ``{"pixel_values": [channels, h, w], "labels": int}``, decoded last.
+
+    Raises:
+        ValueError: the round holds no streams.
+    """
+    if not round_.streams:
+        raise ValueError(f"round {round_.index} must hold streams")
+    parts = [
+        _encoded(arrival).map(partial(_add_arrival, index=index))
+        for index, arrival in enumerate(round_.streams)
+    ]
+    shuffled = concatenate_datasets(parts).shuffle(seed=seed, buffer_size=buffer_size)
+    columns = ["image", "label", "arrival"]
+    return shuffled.map(partial(_decode, arrivals=round_.streams), remove_columns=columns)
+
+
+def _encoded(arrival: StreamedImages) -> IterableDataset:
+    stream = arrival.stream.select_columns(["image", "label"])
+    mode = stream.features["image"].mode
+    return stream.cast_column("image", Image(mode=mode, decode=False))
+
+
+def _add_arrival(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**row, "arrival": index}
+
+
+def _decode(row: dict[str, Any], arrivals: Sequence[StreamedImages]) -> dict[str, Any]:
+    pixels, labels = arrivals[row["arrival"]].decode([(row["image"], row["label"])])
+    return {"pixel_values": pixels[0], "labels": int(labels[0])}
 
 
 def gradient_batches(

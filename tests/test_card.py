@@ -5,6 +5,7 @@ import sys
 import jinja2
 import pytest
 from huggingface_hub import ModelCard
+from test_classifiers import tiny_vit
 from test_history import record
 
 import hf_dash
@@ -141,3 +142,13 @@ def test_a_grey_model_warns_of_the_pipeline():
         "test_resnet", label_names=["a"], image_size=32, model_args={"in_chans": 1}
     )
     assert "The pipeline converts images to RGB first" in str(render_card(model, info()))
+
+
+def test_a_card_of_a_native_model_speaks_of_transformers_alone():
+    card = str(render_card(tiny_vit(), info()))
+    data = ModelCard(card).data
+    assert data.library_name == "transformers"
+    assert "timm" not in data.tags
+    assert "An image classifier (vit, " in card
+    assert 'Image.new("RGB", (16, 16))' in card
+    assert "import timm" not in card

@@ -1,13 +1,17 @@
 """The wheel as pip would install it."""
 
 import importlib.metadata
+import inspect
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from transformers import Trainer, TrainingArguments
 
 import hf_dash
 
@@ -73,3 +77,42 @@ def test_importing_the_package_has_no_side_effects(tmp_path):
     )
     assert done.stdout.strip() == "[]"
     assert Path(hf_dash.__file__).parent.name == "hf_dash"
+
+
+def code_blocks(language, heading):
+    """The code blocks of one language in a section of the README."""
+    section = (REPOSITORY / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    section = section.split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_readmes_trainer_example_runs(two_rounds, small_model, tmp_path):
+    (example,) = code_blocks("python", "In your Trainer script")
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    names = {"Trainer": Trainer, "model": small_model, "args": args}
+    exec(example, {**names, "dataset": two_rounds[0].examples})
+    report = json.loads((tmp_path / "dash_report.json").read_text())
+    assert report["mean_factor"] < 1
+
+
+def test_the_readmes_diff_adds_the_lines_of_its_example():
+    (diff,) = code_blocks("diff", "In your Trainer script")
+    (example,) = code_blocks("python", "In your Trainer script")
+    added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
+    assert added == [
+        line.partition("  #")[0] for line in example.splitlines() if "DashCallback" in line
+    ]
+
+
+def test_the_readme_lists_every_option_of_the_callback():
+    section = (REPOSITORY / "README.md").read_text().split("\n## In your Trainer script\n")[1]
+    table = section.split("| option ")[1].split("\n\n")[0]
+    for name in inspect.signature(hf_dash.DashCallback).parameters:
+        assert f"`{name}`" in table, name

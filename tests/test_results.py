@@ -1,8 +1,20 @@
 import pytest
 from huggingface_hub import ModelCard
+from test_classifiers import tiny_processor, tiny_vit
 from test_history import record
+from transformers import Trainer, TrainingArguments
 
-from hf_dash import DataConfig, History, export_model, read_history, write_results
+from hf_dash import (
+    CardInfo,
+    DashCallback,
+    DataConfig,
+    History,
+    export_model,
+    read_history,
+    trainer_record,
+    write_model_folder,
+    write_results,
+)
 
 SHRINK = {
     "config": {"alpha": 0.3, "lam": 0.3, "grouping": "kernel"},
@@ -57,3 +69,42 @@ def test_a_model_is_exported_with_its_own_records(history, small_model, tmp_path
     assert "| hardware | 1 × cpu, fp32 |" in " ".join(str(card).split())
     with pytest.raises(ValueError, match="no record of start 'cold' and seed 0"):
         export_model(small_model, tmp_path, history, "cold", 0, DataConfig(), 360)
+
+
+def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
+    records = history.records[:2]
+    info = CardInfo("a vit", records, {"lam": 0.3}, "digits", "test", 360)
+    write_model_folder(tiny_vit(), tmp_path, info, image_processor=tiny_processor())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "history.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "rounds.png",
+    ]
+    assert read_history(tmp_path / "history.json").records == records
+    assert "(rounds.png)" in (tmp_path / "README.md").read_text()
+
+
+def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=16,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+    )
+    round_, callback = two_rounds[1], DashCallback()
+    trainer = Trainer(small_model, args, train_dataset=round_.examples, callbacks=[callback])
+    seconds = trainer.train().metrics["train_runtime"]
+    metrics = {"accuracy": 0.5, "per_class_accuracy": {3: 0.25, 0: 0.75}}
+    made = trainer_record(trainer, round_, metrics, train_seconds=seconds, parent="runs/a")
+    assert (made.start, made.seed, made.round_index, made.parent) == ("dash", 7, 2, "runs/a")
+    assert (made.num_new, made.num_total, made.steps) == (60, 120, 2)
+    assert made.per_class_accuracy == {"3": 0.25, "0": 0.75}
+    assert made.shrink["num_images"] == callback.report.num_images
+    assert made.seconds == pytest.approx(seconds)

@@ -9,9 +9,12 @@ from hf_dash import (
     DashConfig,
     RandomCropFlip,
     Round,
+    StreamedImages,
     cut_rounds,
     gradient_batches,
+    image_transform,
     train_batches,
+    training_stream,
 )
 from hf_dash.rounds import ImageExamples
 
@@ -122,3 +125,31 @@ def test_loaders_are_plain_data_loaders():
     round_ = rounds(4, 1)[0]
     assert type(train_batches(round_, 2, seed=0)) is DataLoader
     assert type(gradient_batches(round_, DashConfig())) is DataLoader
+
+
+def test_a_training_stream_yields_every_example_each_epoch_in_another_order(digits, small_model):
+    transform = image_transform(small_model)
+    parts = [digits.select(range(30)), digits.select(range(30, 50))]
+    ids = [9 - digit for digit in range(10)]
+    streams = tuple(
+        StreamedImages(part.to_iterable_dataset(num_shards=2), transform, label_ids=ids)
+        for part in parts
+    )
+    stream = training_stream(Round(2, streams), seed=0)
+    epochs = []
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        epochs.append(list(stream))
+        labels = sorted(example["labels"] for example in epochs[-1])
+        assert labels == sorted(9 - label for label in digits.select(range(50))["label"])
+        assert epochs[-1][0]["pixel_values"].shape == (3, 32, 32)
+    # Each image once: its sum tells it from the others.
+    sums = [sorted(float(e["pixel_values"].sum()) for e in epoch) for epoch in epochs]
+    images = digits.select(range(50))["image"]
+    assert sums[0] == sums[1] == sorted(float(transform(image).sum()) for image in images)
+    assert [e["labels"] for e in epochs[0]] != [e["labels"] for e in epochs[1]]
+
+
+def test_a_training_stream_needs_streams(two_rounds):
+    with pytest.raises(ValueError, match="round 1 must hold streams"):
+        training_stream(two_rounds[0], seed=0)
