@@ -159,9 +159,13 @@ def sample_batches(
     dataset, size = loader.dataset, args.per_device_train_batch_size
     rank, world = args.process_index, args.world_size
     if isinstance(dataset, IterableDataset):
-        # A stream begins anew with every iterator; each process takes every world-th batch.
-        batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
-        return islice(iter(batches), rank, None if newest is None else newest * world, world)
+        # A stream begins anew with every iterator; each process takes every world-th batch, and
+        # what the end of the stream cannot give to all of them equally is left out.
+        batches = DataLoader(
+            dataset, batch_size=size, collate_fn=loader.collate_fn, drop_last=world > 1
+        )
+        groups = zip(*[iter(batches)] * world, strict=False)
+        return (group[rank] for group in islice(groups, newest))
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(dataset), generator=generator)  # type: ignore[arg-type]
     size = max(1, min(size, len(order) // world))

@@ -201,6 +201,20 @@ def test_a_stream_is_sampled_from_its_beginning():
     assert shares == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
 
 
+@pytest.mark.parametrize("count", [12, 15, 16, 17])
+def test_processes_sample_equal_batches_of_a_stream_that_ends_anyhow(count):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(count))
+
+    loader = torch.utils.data.DataLoader(Stream())
+    shares = [[b.tolist() for b in sample_batches(loader, Rank(rank), None)] for rank in range(2)]
+    whole = count // 8
+    assert [[len(batch) for batch in share] for share in shares] == [[4] * whole] * 2
+    read = [number for share in shares for batch in share for number in batch]
+    assert sorted(read) == list(range(8 * whole))
+
+
 def test_a_dataset_smaller_than_one_batch_makes_one():
     loader = torch.utils.data.DataLoader(torch.arange(3))
     assert [b.tolist() for b in sample_batches(loader, Rank(0), 5)] != []
