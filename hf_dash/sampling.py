@@ -103,11 +103,15 @@ def _begin_of_stream(
     args: TrainingArguments,
     newest: int | None,
 ) -> Iterator[Batch]:
-    # A stream begins anew with every iterator; each process takes every world-th batch.
+    # A stream begins anew with every iterator; each process takes every world-th batch, and what
+    # the end of the stream cannot give to all of them equally is left out.
     rank, world = args.process_index, args.world_size
     size = args.per_device_train_batch_size
-    batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
-    return islice(iter(batches), rank, None if newest is None else newest * world, world)
+    batches = DataLoader(
+        dataset, batch_size=size, collate_fn=loader.collate_fn, drop_last=world > 1
+    )
+    groups = zip(*[iter(batches)] * world, strict=False)
+    return (group[rank] for group in islice(groups, newest))
 
 
 def _with_columns_of(dataset: Any, training: Any) -> Any:

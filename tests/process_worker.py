@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import EveryLayer, random_pairs
+from conftest import EveryLayer, random_pairs, same_state, state_of
 from datasets import ClassLabel, Features, IterableDataset, Value
+from test_undisturbed import SETUPS, Noisy, numbers_of
+from test_undisturbed import train as train_noisy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -248,6 +250,28 @@ def stop_by_accuracy(case, folder, rank):
     write(result, case, rank, folder)
 
 
+def train_undisturbed(case, folder, rank, world):
+    """Train with and without the callback at λ = 1, and tell whether anything differs."""
+    setup = {"undisturbed": "accumulation", "undisturbed_stream": "stream of datasets"}[case]
+    options = dict(SETUPS[setup])
+    make_data = options.pop("data", lambda: None)
+    runs = [
+        train_noisy(f"{folder}/{case}_{dash}", dash, data=make_data(), **options)
+        for dash in (False, True)
+    ]
+    (plain, notes), (with_dash, other_notes) = runs
+    result = {
+        "world": world,
+        "wrapped": type(with_dash.model_wrapped).__name__,
+        "steps": len(notes.notes),
+        "same_notes": notes.notes == other_notes.notes,
+        "same_numbers": numbers_of(plain) == numbers_of(with_dash),
+        "same_weights": same_state(state_of(plain.model), state_of(with_dash.model)),
+        "moved": not same_state(state_of(plain.model), state_of(Noisy())),
+    }
+    write(result, case, rank, folder)
+
+
 def generate(ranges):
     for begin, end in ranges:
         yield from ({"image": number, "label": number % 2} for number in range(begin, end))
@@ -326,6 +350,8 @@ def main():
             train(case, folder, accelerator.process_index, accelerator.num_processes)
         elif case.startswith("accuracy"):
             stop_by_accuracy(case, folder, accelerator.process_index)
+        elif case.startswith("undisturbed"):
+            train_undisturbed(case, folder, accelerator.process_index, accelerator.num_processes)
         elif case == "rounds":
             result = go_through_rounds(folder, accelerator)
             write(result, case, accelerator.process_index, folder)

@@ -27,6 +27,7 @@ FAILING = ["uneven_count", "uneven_size", "broken", "fsdp_uneven_count", "fsdp_b
 FAILING += ["fsdp_filter_groups", "tensor_parallel"]
 TWO = ["bare", "ddp", "ddp_no_batch_norm", "fsdp", "fsdp_filter", "trainer", *FAILING]
 TWO_ONLY = ["memorisation", "predict", "sam", "rounds", "accuracy_bound", "accuracy_unbound"]
+TWO_ONLY += ["undisturbed", "undisturbed_stream"]
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
 # In torch 2.6 fully_shard itself fails on the CPU ('Stream' has no 'record_event').
 FSDP_ON_CPU = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
@@ -187,6 +188,16 @@ def test_two_processes_stop_together_by_the_accuracy_of_both(results, case):
     for mine, other, accuracy in zip(first["right"], second["right"], first["logged"], strict=True):
         assert accuracy == pytest.approx((mine + other) / 32)
     assert first["right"] != second["right"]
+
+
+@pytest.mark.parametrize("case", ["undisturbed", "undisturbed_stream"])
+def test_two_processes_train_as_without_the_callback(results, case):
+    for rank in results[2][case]:
+        assert rank["world"] == 2
+        assert rank["wrapped"] == "DistributedDataParallel"
+        assert rank["steps"] > 3
+        assert rank["moved"]
+        assert (rank["same_notes"], rank["same_numbers"], rank["same_weights"]) == (True,) * 3
 
 
 def test_one_process_needs_no_group():

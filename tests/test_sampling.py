@@ -106,3 +106,17 @@ def test_a_pair_becomes_what_the_model_calls_its_images():
     model.main_input_name = "images"
     trainer_loss(trainer)(model, (torch.zeros(2, 1), torch.zeros(2)))
     assert trainer.seen[0][0] == ["images", "labels"]
+
+
+@pytest.mark.parametrize("count", [12, 15, 16, 17])
+def test_processes_sample_equal_batches_of_a_stream_that_ends_anyhow(count):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(count))
+
+    loader = DataLoader(Stream())
+    shares = [lists(sample_batches(loader, Rank(rank), None)) for rank in range(2)]
+    whole = count // 8
+    assert [[len(batch) for batch in share] for share in shares] == [[4] * whole] * 2
+    read = [number for share in shares for batch in share for number in batch]
+    assert sorted(read) == list(range(8 * whole))
