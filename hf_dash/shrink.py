@@ -26,6 +26,9 @@ SLICE = 2**18
 # Squared norms that float32 holds with all their digits.
 SAFE_SQUARES = (1e-28, 1e28)
 
+# Equal bins from 0 to 1 that a report counts the factors of each tensor in.
+HISTOGRAM_BINS = 20
+
 
 class NoEffectWarning(UserWarning):
     """A call that should have changed weights changed none."""
@@ -33,7 +36,11 @@ class NoEffectWarning(UserWarning):
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What happened to one tensor: its vectors' factors, each in [λ, 1]."""
+    """What happened to one tensor: its vectors' factors, each in [λ, 1].
+
+    ``histogram`` counts them in ``HISTOGRAM_BINS`` equal bins from 0 to 1, for trackers that draw
+    it; it is no part of ``ShrinkReport.to_dict``.
+    """
 
     name: str
     num_vectors: int
@@ -41,6 +48,7 @@ class TensorReport:
     min_factor: float
     max_factor: float
     share_at_lam: float
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ class ShrinkReport:
         """Return everything as plain JSON types."""
         overall = {"mean_factor": self.mean_factor, "share_at_lam": self.share_at_lam}
         plain = asdict(self)
+        for tensor in plain["tensors"]:
+            del tensor["histogram"]
         return {
             **plain,
             "tensors": list(plain["tensors"]),
@@ -250,17 +260,26 @@ def report_tensors(
         held = [rank[index] for rank in by_rank if rank[index] is not None]
         # Every process has the factors of a vector that is cut: the first will do.
         held = held[:1] if tensor.is_cut else held
-        counts, sums, at_lam, lowest, highest = zip(*held, strict=True)
+        counts, sums, at_lam, lowest, highest, *bins = zip(*held, strict=True)
         count = sum(counts)
         mean, share = sum(sums) / count, sum(at_lam) / count
-        reports.append(TensorReport(tensor.name, count, mean, min(lowest), max(highest), share))
+        histogram = tuple(int(sum(bin_)) for bin_ in bins)
+        reports.append(
+            TensorReport(tensor.name, count, mean, min(lowest), max(highest), share, histogram)
+        )
     return tuple(reports)
 
 
 def _sums(factor: Tensor, lam: float) -> tuple[float, ...] | None:
-    """Return count, sum, number at λ, smallest and largest; None where this process has none."""
+    """Return count, sum, number at λ, smallest, largest, and the number in each bin.
+
+    None where this process has none.
+    """
     if factor.numel() == 0:
         return None
     at_lam = (factor <= lam).sum().to(factor.dtype)
     numbers = torch.stack([factor.sum(), at_lam, factor.amin(), factor.amax()])
-    return (factor.numel(), *numbers.tolist())
+    # Not histc, which has no deterministic form on some devices; bincount of integers has.
+    bins = (factor.flatten() * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1)
+    counts = torch.bincount(bins, minlength=HISTOGRAM_BINS)
+    return (factor.numel(), *torch.cat([numbers, counts.to(factor.dtype)]).tolist())

@@ -7,7 +7,7 @@ from conftest import same_state, state_of
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import hf_dash
-from hf_dash.callback import reset_optimizer_, sample_batches
+from hf_dash.callback import reset_optimizer_
 
 
 def make_trainer(tmp_path, round_, callbacks=(), seed=0, **options):
@@ -173,37 +173,6 @@ def test_a_failure_comes_before_anything_changes(tmp_path, two_rounds):
 def test_bad_settings_are_refused_when_the_callback_is_made(option, value):
     with pytest.raises(ValueError, match=option):
         hf_dash.DashCallback(**{option: value})
-
-
-class Rank:
-    per_device_train_batch_size, seed, world_size = 4, 1, 2
-
-    def __init__(self, process_index):
-        self.process_index = process_index
-
-
-def test_processes_sample_equal_batches_without_overlap():
-    loader = torch.utils.data.DataLoader(torch.arange(19))
-    shares = [[b.tolist() for b in sample_batches(loader, Rank(rank), None)] for rank in range(2)]
-    assert [[len(batch) for batch in share] for share in shares] == [[4, 4], [4, 4]]
-    everything = [number for share in shares for batch in share for number in batch]
-    assert len(set(everything)) == 16
-    assert len(list(sample_batches(loader, Rank(0), 1))) == 1
-
-
-def test_a_stream_is_sampled_from_its_beginning():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(range(100))
-
-    loader = torch.utils.data.DataLoader(Stream())
-    shares = [[b.tolist() for b in sample_batches(loader, Rank(rank), 2)] for rank in range(2)]
-    assert shares == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
-
-
-def test_a_dataset_smaller_than_one_batch_makes_one():
-    loader = torch.utils.data.DataLoader(torch.arange(3))
-    assert [b.tolist() for b in sample_batches(loader, Rank(0), 5)] != []
 
 
 def test_logging_before_any_shrink_adds_nothing():

@@ -7,7 +7,14 @@ from torch import nn
 
 from hf_dash import DashConfig, NoEffectWarning
 from hf_dash.gradients import GradientAverage
-from hf_dash.shrink import ShrinkReport, TensorReport, all_factors, shrink_, shrink_factors
+from hf_dash.shrink import (
+    ShrinkReport,
+    TensorReport,
+    all_factors,
+    report_tensors,
+    shrink_,
+    shrink_factors,
+)
 from hf_dash.tensors import find_shrinkable
 
 
@@ -134,3 +141,13 @@ def test_the_caller_s_autocast_does_not_round_the_factors():
     expected = shrink_factors(gradient, weight, (2, 3), 0.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(shrink_factors(gradient, weight, (2, 3), 0.0), expected)
+
+
+def test_every_factor_is_counted_in_its_bin():
+    layer = torch.nn.Linear(2, 4, bias=False)
+    tensors, _ = find_shrinkable(layer, "kernel")
+    factors = [torch.tensor([[0.3], [0.31], [0.99], [1.0]])]
+    (found,) = report_tensors(tensors, factors, 0.3)
+    assert sum(found.histogram) == 4
+    assert found.histogram[6] == 2
+    assert found.histogram[19] == 2
