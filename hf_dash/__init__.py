@@ -14,6 +14,7 @@ from hf_dash.continual import run_rounds
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
 from hf_dash.examples import ImageExamples, flip_labels
+from hf_dash.framework import Simulation, simulate, write_simulations
 from hf_dash.history import (
     History,
     Promotion,
@@ -69,6 +70,7 @@ __all__ = [
     "RoundRecord",
     "Schedule",
     "ShrinkReport",
+    "Simulation",
     "Start",
     "StartContext",
     "Started",
@@ -124,6 +126,7 @@ __all__ = [
     "rounds_table",
     "run_rounds",
     "save_model",
+    "simulate",
     "starts_table",
     "stream_gradient_batches",
     "train_batches",
@@ -131,4 +134,5 @@ __all__ = [
     "write_card",
     "write_history",
     "write_results",
+    "write_simulations",
 ]

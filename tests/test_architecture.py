@@ -43,6 +43,7 @@ ROOMS = [
     "comparison",
     "promotion",
     "continual",
+    "framework",
     "tables",
     "plots",
     "card",
