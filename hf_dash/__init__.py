@@ -35,7 +35,7 @@ from hf_dash.models import (
     load_model,
     save_model,
 )
-from hf_dash.plots import plot_factors, plot_rounds
+from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
 from hf_dash.promotion import promote, rollback
 from hf_dash.results import export_model, write_results
 from hf_dash.rounds import Round, cut_rounds, gradient_batches, train_batches
@@ -48,7 +48,13 @@ from hf_dash.streams import (
     newest_examples,
     stream_gradient_batches,
 )
-from hf_dash.tables import markdown_table, memorisation_table, rounds_table, starts_table
+from hf_dash.tables import (
+    markdown_table,
+    memorisation_table,
+    rounds_table,
+    simulations_table,
+    starts_table,
+)
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
@@ -118,6 +124,7 @@ __all__ = [
     "open_history",
     "plot_factors",
     "plot_rounds",
+    "plot_simulations",
     "predict",
     "promote",
     "push_folder",
@@ -127,6 +134,7 @@ __all__ = [
     "run_rounds",
     "save_model",
     "simulate",
+    "simulations_table",
     "starts_table",
     "stream_gradient_batches",
     "train_batches",
