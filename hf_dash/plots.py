@@ -155,7 +155,7 @@ def plot_simulations(simulations: Mapping[str, Sequence[Simulation]], path: str 
             axes.set(xlabel="experiment")
         for axes in (middle, right):
             axes.set_ylim(bottom=0)
-        left.legend(title="start")
+        right.legend(title="start", loc="upper left")  # the one corner that no line comes near
     _save(figure, path)
 
 
@@ -165,7 +165,9 @@ def _draw_simulations(
     for number, start in enumerate(dict.fromkeys(one.start for one in group)):
         by_experiment = np.stack([value(one) for one in group if one.start == start], axis=1)
         experiments = list(range(1, len(by_experiment) + 1))
-        _draw_line(axes, number, start, experiments, by_experiment.tolist())
+        # The ideal start lies on the random one, which shows through its gaps.
+        style = "--" if start == "ideal" else "-"
+        _draw_line(axes, number, start, experiments, by_experiment.tolist(), style)
     _dress(axes)
 
 
@@ -204,14 +206,20 @@ def _draw(axes: Any, records: Sequence[RoundRecord], value: Callable[[RoundRecor
 
 
 def _draw_line(
-    axes: Any, number: int, label: str, rounds: list[int], by_round: list[list[float]]
+    axes: Any,
+    number: int,
+    label: str,
+    rounds: list[int],
+    by_round: list[list[float]],
+    style: str = "-",
 ) -> None:
     """Draw the mean of every round's values, and a band where each has several."""
     mean = np.array([np.mean(values) for values in by_round])
     colour = COLOURS[number % len(COLOURS)]
     marker = MARKERS[number % len(MARKERS)]
     every = -(-len(rounds) // MARKERS_PER_LINE)
-    axes.plot(rounds, mean, color=colour, marker=marker, markersize=5, markevery=every, label=label)
+    marks = {"marker": marker, "markersize": 5, "markevery": every}
+    axes.plot(rounds, mean, color=colour, linestyle=style, label=label, **marks)
     if all(len(values) > 1 for values in by_round):
         spread = np.array([np.std(values, ddof=1) for values in by_round])
         band = {"color": colour, "alpha": 0.15, "linewidth": 0}

@@ -5,7 +5,8 @@ Launch:  accelerate launch recipes/benchmarks/framework.py
 
 (a) ``hf_dash.simulate`` at the paper's size; (b) the same with fewer experiments; (c) plain loops
 with as many as (b), whose time grows with the square of the experiments. All take turns; medians
-over the repeats. Every number of (b) and (c) must be equal.
+over the repeats, in seconds of this process alone, whatever else the machine does. Every number of
+(b) and (c) must be equal.
 """
 
 import statistics
@@ -27,9 +28,9 @@ class Arguments:
 
 
 def timed(function, *args, **kwargs):
-    started = time.perf_counter()
+    started = time.process_time()
     result = function(*args, **kwargs)
-    return result, time.perf_counter() - started
+    return result, time.process_time() - started
 
 
 def main():
