@@ -21,6 +21,7 @@ from hf_dash.convergence import TrainAccuracyStop
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
 from hf_dash.examples import ImageExamples, flip_labels
+from hf_dash.framework import Simulation, simulate, write_simulations
 from hf_dash.history import (
     History,
     Promotion,
@@ -41,7 +42,7 @@ from hf_dash.models import (
     load_model,
     save_model,
 )
-from hf_dash.plots import plot_factors, plot_rounds
+from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
 from hf_dash.promotion import promote, rollback
 from hf_dash.results import export_model, trainer_record, write_model_folder, write_results
 from hf_dash.round_data import RoundData
@@ -62,7 +63,13 @@ from hf_dash.streams import (
     newest_examples,
     stream_gradient_batches,
 )
-from hf_dash.tables import markdown_table, memorisation_table, rounds_table, starts_table
+from hf_dash.tables import (
+    markdown_table,
+    memorisation_table,
+    rounds_table,
+    simulations_table,
+    starts_table,
+)
 from hf_dash.training import TrainingConfig, TrainingResult, train_round
 
 __all__ = [
@@ -87,6 +94,7 @@ __all__ = [
     "RoundRecord",
     "Schedule",
     "ShrinkReport",
+    "Simulation",
     "Start",
     "StartContext",
     "Started",
@@ -138,6 +146,7 @@ __all__ = [
     "open_history",
     "plot_factors",
     "plot_rounds",
+    "plot_simulations",
     "predict",
     "promote",
     "push_folder",
@@ -147,6 +156,8 @@ __all__ = [
     "run_rounds",
     "save_classifier",
     "save_model",
+    "simulate",
+    "simulations_table",
     "starts_table",
     "stream_gradient_batches",
     "train_batches",
@@ -157,4 +168,5 @@ __all__ = [
     "write_history",
     "write_model_folder",
     "write_results",
+    "write_simulations",
 ]

@@ -1,6 +1,7 @@
-"""Figures of a history.
+"""Figures of a history, and of the paper's learning framework.
 
-Flow: records → mean and spread over seeds per round, or factors per tensor → one PNG.
+Flow: records → mean and spread over seeds per round, or factors per tensor → one PNG; simulations
+→ mean and spread over seeds per experiment → one PNG.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_dash._files import write_bytes
+from hf_dash.framework import Simulation
 from hf_dash.history import RoundRecord, starts_of
 from hf_dash.shrink import ShrinkReport
 
@@ -111,6 +113,64 @@ def plot_factors(shrink: RoundRecord | ShrinkReport | Mapping[str, Any], path: s
     _save(figure, path)
 
 
+def plot_simulations(simulations: Mapping[str, Sequence[Simulation]], path: str | Path) -> None:
+    """Draw the paper's figure of its learning framework: one line per start over experiments.
+
+    Panels: test accuracy, learned features, points with a gradient when an experiment begins. With
+    several seeds a line is their mean and the band around it ± one sample standard deviation.
+
+    Args:
+        simulations: by setting; every setting is a row of panels with its name above. In a setting
+            all have as many experiments.
+        path: of the PNG file to write.
+
+    Raises:
+        ValueError: there is no simulation, or those of a setting differ in length.
+        ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+    """
+    for setting, group in simulations.items():
+        lengths = {len(one.accuracy) for one in group}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"simulations[{setting!r}] must be simulations of one number of experiments, got"
+                f" {sorted(lengths)}"
+            )
+    if not simulations:
+        raise ValueError(f"simulations must hold at least one setting, got {simulations!r}")
+    from matplotlib.figure import Figure
+
+    # A strip above the panels of a row holds its name.
+    figure = Figure(figsize=(11, 3.6 * len(simulations)), layout="constrained")
+    rows = figure.subfigures(len(simulations), 1, squeeze=False)[:, 0]
+    for row, (setting, group) in zip(rows, simulations.items(), strict=True):
+        row.suptitle(setting, fontsize=9)
+        left, middle, right = row.subplots(1, 3)
+        _draw_simulations(left, group, lambda one: 100 * one.accuracy)
+        _draw_simulations(middle, group, lambda one: one.learned_features)
+        _draw_simulations(right, group, lambda one: one.nonzero_points)
+        left.set(title="Test accuracy", ylabel="accuracy (%)")
+        middle.set(title="Learned features", ylabel="features")
+        right.set(title="Training time", ylabel="points with a gradient")
+        for axes in (left, middle, right):
+            axes.set(xlabel="experiment")
+        for axes in (middle, right):
+            axes.set_ylim(bottom=0)
+        right.legend(title="start", loc="upper left")  # the one corner that no line comes near
+    _save(figure, path)
+
+
+def _draw_simulations(
+    axes: Any, group: Sequence[Simulation], value: Callable[[Simulation], np.ndarray[Any, Any]]
+) -> None:
+    for number, start in enumerate(dict.fromkeys(one.start for one in group)):
+        by_experiment = np.stack([value(one) for one in group if one.start == start], axis=1)
+        experiments = list(range(1, len(by_experiment) + 1))
+        # The ideal start lies on the random one, which shows through its gaps.
+        style = "--" if start == "ideal" else "-"
+        _draw_line(axes, number, start, experiments, by_experiment.tolist(), style)
+    _dress(axes)
+
+
 def _report(shrink: RoundRecord | ShrinkReport | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(shrink, ShrinkReport):
         return shrink.to_dict()
@@ -137,23 +197,38 @@ def _seconds_so_far(records: Sequence[RoundRecord], last: RoundRecord) -> float:
 
 
 def _draw(axes: Any, records: Sequence[RoundRecord], value: Callable[[RoundRecord], float]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     for number, start in enumerate(starts_of(records)):
         own = [record for record in records if record.start == start]
         rounds = sorted({record.round_index for record in own})
         by_round = [[value(r) for r in own if r.round_index == index] for index in rounds]
-        mean = np.array([np.mean(values) for values in by_round])
-        colour = COLOURS[number % len(COLOURS)]
-        marker = MARKERS[number % len(MARKERS)]
-        every = -(-len(rounds) // MARKERS_PER_LINE)
-        axes.plot(
-            rounds, mean, color=colour, marker=marker, markersize=5, markevery=every, label=start
-        )
-        if all(len(values) > 1 for values in by_round):
-            spread = np.array([np.std(values, ddof=1) for values in by_round])
-            band = {"color": colour, "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(rounds, mean - spread, mean + spread, **band)
+        _draw_line(axes, number, start, rounds, by_round)
+    _dress(axes)
+
+
+def _draw_line(
+    axes: Any,
+    number: int,
+    label: str,
+    rounds: list[int],
+    by_round: list[list[float]],
+    style: str = "-",
+) -> None:
+    """Draw the mean of every round's values, and a band where each has several."""
+    mean = np.array([np.mean(values) for values in by_round])
+    colour = COLOURS[number % len(COLOURS)]
+    marker = MARKERS[number % len(MARKERS)]
+    every = -(-len(rounds) // MARKERS_PER_LINE)
+    marks = {"marker": marker, "markersize": 5, "markevery": every}
+    axes.plot(rounds, mean, color=colour, linestyle=style, label=label, **marks)
+    if all(len(values) > 1 for values in by_round):
+        spread = np.array([np.std(values, ddof=1) for values in by_round])
+        band = {"color": colour, "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(rounds, mean - spread, mean + spread, **band)
+
+
+def _dress(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
 

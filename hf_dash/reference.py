@@ -1,7 +1,9 @@
-"""Algorithm 1 in plain loops, for tests and benchmarks: slow, and independent of the fast code.
+"""The method in plain loops, for tests and benchmarks: slow, and independent of the fast code.
 
 It shares no helper with the rest of the package, on purpose. Letters as in the paper
-(arXiv:2410.23495): θ a tensor, w a vector of it, G the moving average, U a minibatch's gradient.
+(arXiv:2410.23495): in Algorithm 1 θ a tensor, w a vector of it, G the moving average, U a
+minibatch's gradient; in the learning framework of section 3 V a point's features, L the learned
+ones.
 """
 
 import copy
@@ -10,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+
+SIMULATED = ("accuracy", "learned_features", "nonzero_points", "memorised_points")
 
 
 def reference_factors(
@@ -93,6 +99,66 @@ def published_pass_(
                 g, w = (t.reshape(-1, length) for t in (G[f"{prefix}.{local}"], theta))
                 factors = F.cosine_similarity(g, w, dim=1).clamp(lam, 1)
                 theta.copy_((w * factors[:, None]).reshape(theta.shape))
+
+
+def reference_simulation(
+    start: str,
+    seed: int = 0,
+    C: int = 2,
+    K: int = 50,
+    N: int = 1000,
+    J: int = 50,
+    gamma: int = 50,
+    tau: int = 3,
+    max_probability: float = 0.2,
+    forget_share: float = 0.5,
+    num_test_points: int = 10_000,
+) -> dict[str, list[float]]:
+    """Return the counts and accuracies of ``hf_dash.simulate``, by the names they have there."""
+    uniform, arriving, testing, coin, forgetting = (
+        np.random.default_rng([seed, stream]).random for stream in range(5)
+    )
+    p = [sorted((max_probability * uniform() for _ in range(K)), reverse=True) for _ in range(C)]
+
+    def draw(c: int, number: Callable[[], float]) -> set[tuple[int, int]]:
+        return {(c, k) for k in range(K) if number() < p[c][k]}
+
+    V: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    result: dict[str, list[float]] = {name: [] for name in SIMULATED}
+    test = [draw(c, testing) for c in range(C) for _ in range(num_test_points // C)]
+    coins = [coin() < 1 / C for _ in test]
+    L: set[tuple[int, int]] = set()
+    memorised: set[tuple[int, int]] = set()
+    for j in range(J):
+        if start == "random":
+            L = set()
+        if start in ("random", "ideal"):
+            memorised = set()
+        if start == "partial":
+            forgotten = {i for i in sorted(V) if forgetting() < forget_share}
+            memorised = memorised - forgotten
+        new = [(c, i) for c in range(C) for i in range(N // C * j, N // C * (j + 1))]
+        V.update((point, draw(point[0], arriving)) for point in new)
+        nonzero = [i for i in V if i not in memorised and len(V[i] & L) < tau]
+        result["nonzero_points"].append(len(nonzero))
+        while True:
+            frequency = {(c, k): 0 for c in range(C) for k in range(K)}
+            for i in nonzero:
+                for v in V[i]:
+                    frequency[v] += 1
+            # Python sorts stably, so that equals stay in the order of class and feature.
+            order = sorted(frequency, key=lambda v: frequency[v], reverse=True)
+            wanted = [v for v in order if v not in L and frequency[v] >= gamma]
+            if not wanted:
+                break
+            L = L | {wanted[0]}
+            nonzero = [i for i in nonzero if len(V[i] & L) < tau]
+        memorised = memorised | set(nonzero)
+        right = [len(x & L) >= tau or lucky for x, lucky in zip(test, coins, strict=True)]
+        result["accuracy"].append(sum(right) / len(right) if right else math.nan)
+        result["learned_features"].append(len(L))
+        result["memorised_points"].append(len(memorised))
+    return result
 
 
 def reference_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""Records as Markdown tables.
+"""Records and simulations as Markdown tables.
 
-Flow: records of a history → rows of numbers → Markdown, for terminals, READMEs and cards alike.
+Flow: records of a history, or simulations → rows of numbers → Markdown, for terminals, READMEs and
+cards alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from hf_dash.framework import Simulation
 from hf_dash.history import RoundRecord, starts_of
 
 MISSING = "–"
@@ -129,6 +131,37 @@ def memorisation_table(records: Sequence[RoundRecord]) -> str:
     return markdown_table(["start", *(_measure(name)[0] for name in names)], rows)
 
 
+def simulations_table(simulations: Mapping[str, Sequence[Simulation]]) -> str:
+    """Return one row per setting and start: mean ± sample standard deviation over seeds.
+
+    Accuracy, learned features and memorised points are those after the last experiment, points with
+    a gradient those when it begins; the last column adds these up over all experiments.
+    """
+    header = [
+        "setting",
+        "start",
+        "seeds",
+        "accuracy, last experiment",
+        "learned features",
+        "memorised points",
+        "points with a gradient",
+        "of all experiments",
+    ]
+    rows = []
+    for setting, group in simulations.items():
+        for start in dict.fromkeys(one.start for one in group):
+            own = [one for one in group if one.start == start]
+            cells = [
+                _mean_and_spread([100 * one.accuracy[-1] for one in own], "{:.2f}", " %"),
+                _mean_and_spread([one.learned_features[-1] for one in own], "{:.1f}"),
+                _mean_and_spread([one.memorised_points[-1] for one in own], "{:,.0f}"),
+                _mean_and_spread([one.nonzero_points[-1] for one in own], "{:,.0f}"),
+                _mean_and_spread([one.nonzero_points.sum() for one in own], "{:,.0f}"),
+            ]
+            rows.append([setting, start, str(len(own)), *cells])
+    return markdown_table(header, rows)
+
+
 def _measure(name: str) -> tuple[str, bool, str]:
     return MEASURES.get(name, (name, False, "{:.3g}"))
 
@@ -159,7 +192,10 @@ def _mean(run: Run, value: Callable[[RoundRecord], float]) -> float:
 
 
 def _spread(runs: list[Run], value: Callable[[Run], float], form: str, unit: str = "") -> str:
-    values = [value(run) for run in runs]
+    return _mean_and_spread([value(run) for run in runs], form, unit)
+
+
+def _mean_and_spread(values: Sequence[float], form: str, unit: str = "") -> str:
     text = form.format(np.mean(values))
     if len(values) > 1:
         text += " ± " + form.format(np.std(values, ddof=1))

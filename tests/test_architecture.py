@@ -50,6 +50,7 @@ ROOMS = [
     "comparison",
     "promotion",
     "continual",
+    "framework",
     "tables",
     "plots",
     "card",

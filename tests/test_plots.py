@@ -4,7 +4,15 @@ import matplotlib.image
 import pytest
 from test_history import record
 
-from hf_dash import DashConfig, ShrinkReport, plot_factors, plot_rounds, plots
+from hf_dash import (
+    DashConfig,
+    ShrinkReport,
+    plot_factors,
+    plot_rounds,
+    plot_simulations,
+    plots,
+    simulate,
+)
 from hf_dash.shrink import TensorReport
 
 EIGHT = ["a", "b", "c", "d", "e", "f", "g", "h"]
@@ -138,4 +146,56 @@ def test_a_record_a_report_and_its_dict_give_the_same_file(tmp_path):
 def test_what_holds_no_factors_is_refused(shrink, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         plot_factors(shrink, tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())
+
+
+def some_simulations(experiments=12, seeds=(0, 1), **sizes):
+    sizes = {"num_points": 40, "gamma": 4, "num_test_points": 100, **sizes}
+    return [
+        simulate(start, seed=seed, num_experiments=experiments, **sizes)
+        for start in ("random", "warm", "ideal", "partial")
+        for seed in seeds
+    ]
+
+
+def test_simulations_are_lines_over_experiments(figures):
+    runs = some_simulations()
+    plot_simulations({"gamma=4": runs}, "unused.png")
+    (row,) = figures[0].subfigs
+    assert row.get_suptitle() == "gamma=4"
+    values = [
+        [100 * one.accuracy for one in runs],
+        [one.learned_features for one in runs],
+        [one.nonzero_points for one in runs],
+    ]
+    for axes, lines in zip(row.axes, values, strict=True):
+        for number, line in enumerate(axes.lines):
+            assert line.get_xdata().tolist() == list(range(1, 13))
+            first, second = lines[2 * number : 2 * number + 2]
+            assert line.get_ydata().tolist() == pytest.approx(((first + second) / 2).tolist())
+        assert len({line.get_color() for line in axes.lines}) == 4
+        assert len(axes.collections) == 4, "the bands"
+    names = [text.get_text() for text in row.axes[2].get_legend().get_texts()]
+    assert names == ["random", "warm", "ideal", "partial"]
+
+
+def test_every_setting_is_a_row_and_may_have_its_own_length(figures, tmp_path):
+    settings = {f"{n}": some_simulations(n, seeds=[0]) for n in (3, 1)}
+    plot_simulations(settings, tmp_path / "unused.png")
+    rows = figures[0].subfigs
+    assert [row.get_suptitle() for row in rows] == ["3", "1"]
+    assert [len(row.axes[0].lines[0].get_xdata()) for row in rows] == [3, 1]
+    assert not rows[0].axes[0].collections, "one seed has no band"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [((2, 3), r"simulations\['x'\] must .* got \[2, 3\]"), ((), r"got \[\]")],
+)
+def test_simulations_that_fit_no_panel_are_refused(lengths, message, tmp_path):
+    runs = [simulate("warm", num_experiments=n, num_points=10, num_test_points=0) for n in lengths]
+    with pytest.raises(ValueError, match=message):
+        plot_simulations({"x": runs}, tmp_path / "none.png")
+    with pytest.raises(ValueError, match="at least one setting"):
+        plot_simulations({}, tmp_path / "none.png")
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """The recipes as a user starts them: by ``accelerate launch``, in an empty folder."""
 
+import csv
+import itertools
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
@@ -264,6 +267,57 @@ def test_the_input_benchmark_compares_all_ways(tmp_path):
     lines = done.stdout.splitlines()
     assert [line[2:5] for line in lines if line.startswith("| (")] == [f"({w})" for w in "abcde"]
     assert "1.000 (1.000 … 1.000)" in done.stdout
+
+
+def test_the_learning_framework_is_swept(tmp_path):
+    flags = ["--num_points", "100", "--num_experiments", "4", "--num_test_points", "0"]
+    flags += ["--seeds", "2", "--sweep", "gamma", "5", "20", "--output_dir", "out"]
+    done = launch("learning_framework.py", tmp_path, *flags)
+    sizes = {"num_points": 100, "num_experiments": 4, "num_test_points": 0}
+    expected = {
+        f"C=2 K=50 N=100 γ={gamma} τ=3": [
+            hf_dash.simulate(start, seed=seed, gamma=gamma, **sizes)
+            for start in ("random", "warm", "ideal", "partial")
+            for seed in (0, 1)
+        ]
+        for gamma in (5, 20)
+    }
+    assert hf_dash.simulations_table(expected) in done.stdout
+    hf_dash.write_simulations(expected, tmp_path / "expected.csv")
+    output = tmp_path / "out"
+    assert (output / "simulations.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
+    assert (output / "simulations.png").stat().st_size > 10_000
+    wrong = launch("learning_framework.py", tmp_path, "--sweep", "delta", "1", check=False)
+    assert wrong.returncode != 0
+    assert "sweep must be one of ['num_classes', " in wrong.stderr
+
+
+def test_the_framework_benchmark_compares_with_the_plain_loops(tmp_path):
+    flags = ["--num_experiments", "2", "--loop_experiments", "1", "--repeats", "1"]
+    done = launch("benchmarks/framework.py", tmp_path, *flags, "--num_test_points", "100")
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    names = [line[1].strip() for line in lines]
+    assert names[2:] == ["random", "warm", "ideal", "partial"]
+
+
+def test_the_committed_simulations_are_those_of_their_csv():
+    folder = REPOSITORY / "recipes" / "results" / "learning_framework"
+    simulations = {}
+    names = ("accuracy", "learned_features", "nonzero_points", "memorised_points")
+    with (folder / "simulations.csv").open(encoding="utf-8", newline="") as file:
+        by_run = itertools.groupby(
+            csv.DictReader(file), lambda row: (row["setting"], row["start"], row["seed"])
+        )
+        for (setting, start, seed), own in by_run:
+            lines = [[float(row[name]) for name in names] for row in own]
+            one = hf_dash.Simulation(start, int(seed), *np.array(lines).T)
+            simulations.setdefault(setting, []).append(one)
+    text = (folder.parent / "README.md").read_text()
+    assert hf_dash.simulations_table(simulations) in text
+    again = hf_dash.simulate("partial", seed=9)
+    ((_, group),) = simulations.items()
+    for name in names:
+        assert getattr(group[-1], name).tolist() == getattr(again, name).tolist()
 
 
 RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))

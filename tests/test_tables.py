@@ -1,7 +1,14 @@
+import numpy as np
 import pytest
 from test_history import record
 
-from hf_dash import memorisation_table, rounds_table, starts_table
+from hf_dash import (
+    Simulation,
+    memorisation_table,
+    rounds_table,
+    simulations_table,
+    starts_table,
+)
 from hf_dash.tables import markdown_table
 
 
@@ -94,3 +101,19 @@ def test_memorisation_is_averaged_over_seeds_and_rounds_that_have_a_start():
 def test_no_measurements_make_no_table(records):
     with pytest.raises(ValueError, match="records must hold measurements of memorisation"):
         memorisation_table(records)
+
+
+def test_simulations_are_averaged_over_seeds():
+    def simulation(start, seed, accuracy, points):
+        counts = np.array([points, 2 * points])
+        return Simulation(start, seed, np.array([0.1, accuracy]), counts, counts + 1, counts + 2)
+
+    runs = [simulation("warm", seed, 0.5 + 0.2 * seed, 1000 * (seed + 1)) for seed in (0, 1)]
+    runs.append(simulation("ideal", 0, 0.25, 10))
+    rows = cells_of(simulations_table({"γ=50": runs}))
+    # Last features 2000 and 4000: their sample standard deviation is 2000 / √2.
+    assert [" ".join(row) for row in rows[1:]] == [
+        "γ=50 warm 2 60.00 ± 14.14 % 3000.0 ± 1414.2 3,002 ± 1,414 3,001 ± 1,414 4,502 ± 2,121",
+        "γ=50 ideal 1 25.00 % 20.0 22 21 32",
+    ]
+    assert len(rows[0]) == len(rows[1])
