@@ -6,6 +6,8 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_dash_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
+# Two test processes share the machine; results must not hang on the number of threads anyway.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Iterator
