@@ -174,7 +174,7 @@ WITHOUT_LABELS = [
 ]
 
 
-@pytest.mark.parametrize("options", WITHOUT_LABELS, ids=str)
+@pytest.mark.parametrize("options", WITHOUT_LABELS, ids=",".join)
 def test_bound_it_sees_labels_that_never_reach_the_model(tmp_path, options):
     model = Diary()
     trainer, _ = train_bound(tmp_path, model=model, **options)
@@ -182,7 +182,7 @@ def test_bound_it_sees_labels_that_never_reach_the_model(tmp_path, options):
     assert logged(trainer) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("options", WITHOUT_LABELS, ids=str)
+@pytest.mark.parametrize("options", WITHOUT_LABELS, ids=",".join)
 def test_unbound_it_says_that_labels_do_not_reach_the_model(tmp_path, options):
     with pytest.raises(ValueError, match=r"labels.*TrainAccuracyStop\(\)\.bind\(trainer\)"):
         train_unbound(tmp_path, **options)
