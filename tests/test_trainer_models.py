@@ -215,6 +215,8 @@ def weights_of(model):
 MODELS = [timm_model, vit, resnet, convnext, swin, dinov2, dinov2_head, low_rank, peft_model]
 
 
+# peft reads it under its older name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("make_model", MODELS, ids=lambda make: make.__name__)
 def test_the_trainer_shrinks_as_dash_shrink_does(tmp_path, make_model):
     torch.manual_seed(0)
