@@ -1,6 +1,9 @@
 """Files that are either whole or not there: written aside, then moved into place."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,10 +25,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def replace_files(source: Path, target: Path) -> None:
-    """Move every file of the folder ``source`` into ``target``, each in one step."""
-    for file in sorted(source.iterdir()):
-        os.replace(file, target / file.name)
+@contextmanager
+def files_written_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files move into ``folder`` when all of them are whole.
+
+    Each moves in one step; ``folder`` is made where it does not exist, other files in it stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        yield Path(aside)
+        for file in sorted(Path(aside).iterdir()):
+            os.replace(file, folder / file.name)
 
 
 def flush_folder(folder: Path) -> None:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from hf_dash._files import write_text
 from hf_dash._version import library_versions
 from hf_dash.arrivals import is_local
-from hf_dash.classifiers import architecture_of, is_timm
+from hf_dash.classifiers import architecture_of
 from hf_dash.history import RoundRecord
-from hf_dash.models import IMAGE_MODES
+from hf_dash.models import IMAGE_MODES, is_timm, model_labels
 from hf_dash.tables import markdown_table, rounds_table
 
 TEMPLATE_NAME = "model_card_template.md"
@@ -118,7 +118,7 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
         architecture=architecture_of(model),
         num_parameters=f"{model.num_parameters():,}",
         num_classes=config.num_labels,
-        label_names=[config.id2label[index] for index in range(config.num_labels)],
+        label_names=model_labels(model),
         image_mode=IMAGE_MODES.get(channels, "RGB"),
         image_size=size,
         library_name=library_name,

@@ -5,7 +5,6 @@ Differs from ``load_model``, ``image_transform`` and ``save_model``, which are f
 other models take their transform from an image processor and keep the layout of transformers.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from hf_dash._files import replace_files
-from hf_dash.models import grow_head, image_transform, save_model
-
-
-def is_timm(model: PreTrainedModel) -> bool:
-    """Tell whether a model is a timm wrapper."""
-    return getattr(model, "timm_model", None) is not None
+from hf_dash._files import files_written_aside
+from hf_dash.models import grow_head, image_transform, is_timm, model_labels, save_model
 
 
 def architecture_of(model: PreTrainedModel) -> str:
     """Return timm's name of a wrapped architecture, else the model type, such as ``"vit"``."""
     config = model.config
     return str(config.architecture if is_timm(model) else config.model_type)
-
-
-def model_labels(model: PreTrainedModel) -> list[str]:
-    """Return the names of a model's classes, in the order of its logits."""
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
 def load_classifier(
@@ -145,10 +134,7 @@ def save_classifier(
     if is_timm(model):
         save_model(model, folder)
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
+    with files_written_aside(Path(folder)) as aside:
         model.save_pretrained(aside)
         if image_processor is not None:
             image_processor.save_pretrained(aside)
-        replace_files(Path(aside), folder)

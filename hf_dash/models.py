@@ -9,7 +9,6 @@ linear layer with N(0, 0.02); here timm's own initialisation is put back.
 import copy
 import difflib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from hf_dash._files import replace_files
+from hf_dash._files import files_written_aside
 
 # The one PIL mode in which an image has that many channels as timm's transforms read it.
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -128,13 +127,34 @@ def load_model(
     )
 
 
+def model_labels(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's classes, in the order of its logits."""
+    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
+def is_timm(model: PreTrainedModel) -> bool:
+    """Tell whether a model is a timm wrapper."""
+    return getattr(model, "timm_model", None) is not None
+
+
+def timm_model_of(model: PreTrainedModel) -> Any:
+    """Return the timm model in a wrapper.
+
+    Raises:
+        TypeError: the model is no timm wrapper.
+    """
+    if not is_timm(model):
+        raise TypeError(f"model must be a timm wrapper, got {type(model).__name__}")
+    return model.timm_model
+
+
 def check_label_names(model: PreTrainedModel, label_names: list[str]) -> None:
     """Check that data have the classes of a model, in the model's order.
 
     Raises:
         ValueError: they have not.
     """
-    known = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    known = model_labels(model)
     if known != label_names:
         raise ValueError(f"label_names must be the model's, {known}, got {label_names}")
 
@@ -157,7 +177,7 @@ def grow_head(
         ValueError: no new name, or one that is repeated or known.
         NotImplementedError: the architecture does not keep one row per class in its classifier.
     """
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = model_labels(model)
     if not new_names or len({*names, *new_names}) != len(names) + len(new_names):
         raise ValueError(
             f"new_names must be at least one, different and none of {names}, got {list(new_names)}"
@@ -194,24 +214,20 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
         model: a timm wrapper.
         folder: made where it does not exist; other files in it stay.
     """
-    if getattr(model, "timm_model", None) is None:
-        raise TypeError(f"model must be a timm wrapper, got {type(model).__name__}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    timm_model = timm_model_of(model)
     config = model.config
     native = {
         "architecture": config.architecture,
         "num_classes": config.num_labels,
-        "num_features": model.timm_model.num_features,
-        "label_names": [config.id2label[index] for index in range(config.num_labels)],
+        "num_features": timm_model.num_features,
+        "label_names": model_labels(model),
         "model_args": config.model_args or {},
         "pretrained_cfg": config.pretrained_cfg,
     }
-    state = {name: tensor.contiguous() for name, tensor in model.timm_model.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        (Path(aside) / "config.json").write_text(json.dumps(native, indent=2), encoding="utf-8")
-        save_file(state, Path(aside) / "model.safetensors", metadata={"format": "pt"})
-        replace_files(Path(aside), folder)
+    state = {name: tensor.contiguous() for name, tensor in timm_model.state_dict().items()}
+    with files_written_aside(Path(folder)) as aside:
+        (aside / "config.json").write_text(json.dumps(native, indent=2), encoding="utf-8")
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
 
 
 def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:

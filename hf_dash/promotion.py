@@ -30,7 +30,7 @@ from hf_dash.comparison import (
 )
 from hf_dash.evaluation import predict
 from hf_dash.history import History, Promotion, PromotionKind, RoundRecord, read_history
-from hf_dash.models import image_transform, load_model
+from hf_dash.models import image_transform, load_model, model_labels
 from hf_dash.rounds import ImageExamples, Transform
 
 Examples: TypeAlias = TorchDataset[dict[str, Any]]
@@ -221,7 +221,7 @@ def _predict(
 ) -> _Predictions:
     model = load_model(str(folder))
     examples: Any = held_out(image_transform(model)) if callable(held_out) else held_out
-    own_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    own_names = model_labels(model)
     if label_names is None and isinstance(examples, ImageExamples):
         label_names = examples.dataset.features["label"].names
     names = list(own_names if label_names is None else label_names)

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_dash.arrivals import DataConfig
 from hf_dash.card import CardInfo, write_card
-from hf_dash.classifiers import model_labels, save_classifier
+from hf_dash.classifiers import save_classifier
 from hf_dash.history import History, RoundRecord, write_history
+from hf_dash.models import model_labels
 from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.reporting import REPORT_NAME
 from hf_dash.rounds import Round

@@ -12,9 +12,9 @@ from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
 from hf_dash.arrivals import in_arrival_order, label_names
-from hf_dash.classifiers import model_labels
 from hf_dash.columns import AnyDataset
 from hf_dash.examples import ImageExamples, Transform
+from hf_dash.models import model_labels
 from hf_dash.rounds import Round
 from hf_dash.streams import StreamedImages
 

@@ -16,8 +16,9 @@ from datasets import IterableDataset, get_dataset_split_names
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from hf_dash.arrivals import DIGITS, LOADERS, load_images
-from hf_dash.classifiers import is_timm, load_classifier
+from hf_dash.classifiers import load_classifier
 from hf_dash.columns import AnyDataset
+from hf_dash.models import is_timm
 from hf_dash.round_data import BUFFER_SIZE, RoundData
 
 HELD_OUT_SPLITS = ("validation", "test")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_dash.batches import Batch
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.dash import dash_shrink_
-from hf_dash.models import fresh_state
+from hf_dash.models import fresh_state, timm_model_of
 from hf_dash.orthogonal import orthogonal_weight
 from hf_dash.rounds import Round, gradient_batches
 from hf_dash.shrink import ShrinkReport
@@ -102,7 +102,7 @@ def cold_(model: PreTrainedModel, context: StartContext) -> None:
     Raises:
         TypeError: the model is no timm wrapper.
     """
-    _timm_model(model).load_state_dict(fresh_state(model, context.seed))
+    timm_model_of(model).load_state_dict(fresh_state(model, context.seed))
 
 
 def warm_(model: PreTrainedModel, context: StartContext) -> Started:
@@ -151,8 +151,8 @@ def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
         TypeError: the model is no timm wrapper.
         ValueError: timm names no classifier with weights in it.
     """
-    timm_model = _timm_model(model)
-    classifier: Any = timm_model.get_classifier()  # type: ignore[operator]
+    timm_model = timm_model_of(model)
+    classifier: Any = timm_model.get_classifier()
     heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
     names = [name for name, module in timm_model.named_modules() if any(module is h for h in heads)]
     fresh = fresh_state(model, context.seed)
@@ -182,7 +182,7 @@ def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
         TypeError: the model is no timm wrapper.
         ValueError: a trainable parameter is none of timm's.
     """
-    _timm_model(model)
+    timm_model_of(model)
     fresh = fresh_state(model, context.init_seed)
     initial = []
     for name, parameter in model.named_parameters():
@@ -243,13 +243,6 @@ def fire_(model: PreTrainedModel, context: StartContext) -> Started:
         )
         weight.copy_(orthogonal)
     return Started(keep_optimizer=not context.starts.reset_optimizer)
-
-
-def _timm_model(model: PreTrainedModel) -> nn.Module:
-    timm_model: nn.Module | None = getattr(model, "timm_model", None)
-    if timm_model is None:
-        raise TypeError(f"model must be a timm wrapper, got {type(model).__name__}")
-    return timm_model
 
 
 STARTS: dict[str, Start] = {

@@ -11,7 +11,8 @@ from transformers import (
 )
 
 import hf_dash
-from hf_dash.classifiers import architecture_of, is_timm, model_labels
+from hf_dash.classifiers import architecture_of
+from hf_dash.models import is_timm, model_labels
 
 
 def tiny_vit(names=("cat", "dog")):
