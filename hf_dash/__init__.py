@@ -1,7 +1,7 @@
 """hf_dash: direction-aware shrinking for vision models that are retrained on arriving data."""
 
 from hf_dash._version import __version__, library_versions
-from hf_dash.arrivals import DataConfig, in_arrival_order, label_names, load_images
+from hf_dash.arrivals import DataConfig, in_arrival_order, load_images
 from hf_dash.augmentation import RandomCropFlip
 from hf_dash.batches import derive_max_steps
 from hf_dash.callback import DashCallback
@@ -13,7 +13,7 @@ from hf_dash.classifiers import (
     load_classifier,
     save_classifier,
 )
-from hf_dash.columns import fingerprint
+from hf_dash.columns import fingerprint, label_names
 from hf_dash.comparison import Comparison, PairedAccuracy, Verdict, compare_models, decide
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.continual import run_rounds
@@ -70,7 +70,8 @@ from hf_dash.tables import (
     simulations_table,
     starts_table,
 )
-from hf_dash.training import TrainingConfig, TrainingResult, train_round
+from hf_dash.training import TrainingResult, train_round
+from hf_dash.training_config import TrainingConfig
 
 __all__ = [
     "STARTS",

@@ -6,6 +6,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_dash.config import check_count
+
 When = Literal["train_begin", "epoch", "manual"]
 
 
@@ -13,10 +15,7 @@ def check_schedule(when: str, every_n_epochs: int) -> None:
     """Raise ``TypeError`` or ``ValueError`` where these do not say when to shrink."""
     if when not in get_args(When):
         raise ValueError(f"when must be one of {get_args(When)}, got {when!r}")
-    if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int):
-        raise TypeError(f"every_n_epochs must be an integer of at least 1, got {every_n_epochs!r}")
-    if every_n_epochs < 1:
-        raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+    check_count("every_n_epochs", every_n_epochs)
 
 
 def check_epochs(when: str, loader: "DataLoader[Any]") -> None:

@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
-from hf_dash.columns import AnyDataset as AnyDataset
-from hf_dash.columns import label_names as label_names
-from hf_dash.columns import standard_columns
+from hf_dash.columns import AnyDataset, standard_columns
 
 DIGITS = "digits"
 DIGITS_TEST_SHARE = 0.2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -29,7 +29,7 @@ from hf_dash.batches import Batch
 from hf_dash.config import DashConfig, Grouping
 from hf_dash.dash import dash_shrink_
 from hf_dash.gradients import LossFn
-from hf_dash.reporting import log_through, tag_model, write_report
+from hf_dash.reporting import DeferredLog, log_through, tag_model, write_report
 from hf_dash.sampling import Training, trainer_loss
 from hf_dash.shrink import ShrinkReport
 
@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 NOT_SAVED = ("trainer", "batches", "gradient_dataset", "loss_fn")
 
 
-class DashCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
     """Shrink the model's weights when training begins, and never on resume.
 
     Every ``train()`` is a round: it shrinks once, in evaluation mode. By default the gradients come
@@ -96,6 +96,7 @@ class DashCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         include_frozen: bool = False,
         reset_optimizer: bool = True,
     ) -> None:
+        super().__init__()
         self.config = DashConfig(
             alpha=alpha,
             lam=lam,
@@ -117,7 +118,6 @@ class DashCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._given: list[str] = []
         self._training: Training | None = None
         self._unfinished = False
-        self._to_log: dict[str, float] = {}
         if trainer is not None:
             self.bind(trainer)
 
@@ -231,19 +231,6 @@ class DashCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Let go of what belongs to this training."""
         self._training, self._unfinished = None, False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the summary with the first numbers the Trainer itself logs."""
-        if logs is not None:
-            logs.update(self._to_log)
-            self._to_log = {}
-
     def _resume(self, state: TrainerState, model: nn.Module) -> None:
         # The Trainer cannot save a callback that the checkpoint it resumes from did not know.
         held = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -287,8 +274,7 @@ class DashCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.trainer is not None:
             log_through(self.trainer, self.report, model)
         else:
-            self._to_log = self.report.summary()
-            state.log_history.append({**self._to_log, "step": state.global_step})
+            self.log_later(self.report.summary(), state)
         return self.report
 
 

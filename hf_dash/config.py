@@ -14,7 +14,8 @@ Grouping = Literal["kernel", "filter", "auto"]
 Preset = Literal["paper"]
 
 
-def _check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:
+def check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:
+    """Return an argument as a float; refuse what is no number or outside of ``allowed``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
     number = float(value)
@@ -25,7 +26,8 @@ def _check_number(name: str, value: object, allowed: str, low: float, high: floa
     return number
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
+    """Refuse an argument that is no integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
     if value < 1:
@@ -71,13 +73,13 @@ class DashConfig:
     preset: Preset | None = None
 
     def __post_init__(self) -> None:
-        _check_number("alpha", self.alpha, "(0, 1]", 0.0, 1.0)
-        _check_number("lam", self.lam, "[0, 1]", 0.0, 1.0)
-        _check_number("tolerance", self.tolerance, "[0, 1)", 0.0, 1.0)
-        _check_count("gradient_batch_size", self.gradient_batch_size)
+        check_number("alpha", self.alpha, "(0, 1]", 0.0, 1.0)
+        check_number("lam", self.lam, "[0, 1]", 0.0, 1.0)
+        check_number("tolerance", self.tolerance, "[0, 1)", 0.0, 1.0)
+        check_count("gradient_batch_size", self.gradient_batch_size)
         for name in ("num_batches", "micro_batch_size"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                check_count(name, getattr(self, name))
         if self.grouping not in get_args(Grouping):
             raise ValueError(f"grouping must be one of {get_args(Grouping)}, got {self.grouping!r}")
         if self.preset is not None and self.preset not in get_args(Preset):
@@ -133,7 +135,7 @@ class StartsConfig:
     reset_optimizer: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("perturb_lam", self.perturb_lam, "[0, 1]", 0.0, 1.0)
-        _check_number("perturb_sigma", self.perturb_sigma, "[0, inf)", 0.0, math.inf)
-        _check_number("l2_init_lam", self.l2_init_lam, "[0, inf)", 0.0, math.inf)
-        _check_count("fire_steps", self.fire_steps)
+        check_number("perturb_lam", self.perturb_lam, "[0, 1]", 0.0, 1.0)
+        check_number("perturb_sigma", self.perturb_sigma, "[0, inf)", 0.0, math.inf)
+        check_number("l2_init_lam", self.l2_init_lam, "[0, inf)", 0.0, math.inf)
+        check_count("fire_steps", self.fire_steps)

@@ -33,12 +33,14 @@ from hf_dash.checkpoints import (
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.distributed import gather, hardware, synchronise
 from hf_dash.evaluation import evaluate_model
+from hf_dash.examples import ImageExamples
 from hf_dash.history import History, RoundRecord
 from hf_dash.memorisation import measure_round
 from hf_dash.models import black_pixel, grow_head
-from hf_dash.rounds import ImageExamples, Round, train_batches
+from hf_dash.rounds import Round, train_batches
 from hf_dash.starts import Start, StartContext, Started
-from hf_dash.training import TrainingConfig, TrainingResult, train_round
+from hf_dash.training import TrainingResult, train_round
+from hf_dash.training_config import TrainingConfig
 
 
 @dataclass

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dash.batches import split_labels
+from hf_dash.config import check_number
 from hf_dash.distributed import mean_across_ranks_
+from hf_dash.reporting import DeferredLog
 
 BIND = "trainer.add_callback(TrainAccuracyStop().bind(trainer))"
 
 
-class TrainAccuracyStop(TrainerCallback):  # type: ignore[misc]
+class TrainAccuracyStop(DeferredLog):
     """Log ``train_accuracy`` after every epoch and end training where it reaches the threshold.
 
     Best used as ``trainer.add_callback(TrainAccuracyStop().bind(trainer))``: the labels are then
@@ -43,17 +45,13 @@ class TrainAccuracyStop(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, threshold: float = 0.999) -> None:
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-            raise TypeError(f"threshold must be a number in (0, 1], got {threshold!r}")
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {threshold!r}")
-        self.threshold = float(threshold)
+        super().__init__()
+        self.threshold = check_number("threshold", threshold, "(0, 1]", 0.0, 1.0)
         self.train_accuracy: float | None = None
         self._trainer: Trainer | None = None
         self._hook: Any = None
         self._counts: Tensor | None = None
         self._resumed_inside = False
-        self._to_log: dict[str, float] = {}
 
     def bind(self, trainer: Trainer) -> "TrainAccuracyStop":
         """Count in ``trainer.compute_loss``, whatever it does with the labels; return itself.
@@ -147,22 +145,9 @@ class TrainAccuracyStop(TrainerCallback):  # type: ignore[misc]
                 return
             raise ValueError(f"TrainAccuracyStop saw no training forward pass; use {BIND}")
         self.train_accuracy = right / images
-        self._log(state, control)
+        self._log(self.train_accuracy, state, control)
         if self.train_accuracy >= self.threshold:
             control.should_training_stop = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Without ``bind``: show the accuracy with the next numbers the Trainer itself logs."""
-        if logs is not None:
-            logs.update(self._to_log)
-            self._to_log = {}
 
     def on_train_end(
         self,
@@ -174,11 +159,10 @@ class TrainAccuracyStop(TrainerCallback):  # type: ignore[misc]
         """Leave the model as it was."""
         self._unhook()
 
-    def _log(self, state: TrainerState, control: TrainerControl) -> None:
-        logs = {"train_accuracy": self.train_accuracy}
+    def _log(self, accuracy: float, state: TrainerState, control: TrainerControl) -> None:
+        logs = {"train_accuracy": accuracy}
         if self._trainer is None:
-            self._to_log = {"train_accuracy": float(self.train_accuracy or 0.0)}
-            state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+            self.log_later(logs, state, epoch=state.epoch)
             return
         # Logging withdraws the wish to log, which the Trainer's own loss may still need.
         should_log = control.should_log

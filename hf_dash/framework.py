@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_dash._files import write_text
-from hf_dash.config import _check_count, _check_number
+from hf_dash.config import check_count, check_number
 
 FrameworkStart = Literal["random", "warm", "ideal", "partial"]
 
@@ -105,10 +105,10 @@ def simulate(
     if start not in get_args(FrameworkStart):
         raise ValueError(f"start must be one of {get_args(FrameworkStart)}, got {start!r}")
     _check_sizes(seed, num_classes, num_features, num_points, num_experiments, num_test_points)
-    _check_count("gamma", gamma)
-    _check_count("tau", tau)
-    _check_number("max_probability", max_probability, "(0, 1]", 0.0, 1.0)
-    _check_number("forget_share", forget_share, "[0, 1]", 0.0, 1.0)
+    check_count("gamma", gamma)
+    check_count("tau", tau)
+    check_number("max_probability", max_probability, "(0, 1]", 0.0, 1.0)
+    check_number("forget_share", forget_share, "[0, 1]", 0.0, 1.0)
     probabilities, points = _draw_data(
         seed, num_classes, num_features, num_points, num_experiments, max_probability
     )
@@ -196,12 +196,12 @@ def _check_sizes(
             raise TypeError(f"{name} must be an integer of at least 0, got {value!r}")
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value!r}")
-    _check_count("num_classes", classes)
+    check_count("num_classes", classes)
     if classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {classes!r}")
-    _check_count("num_features", features)
-    _check_count("num_points", points)
-    _check_count("num_experiments", experiments)
+    check_count("num_features", features)
+    check_count("num_points", points)
+    check_count("num_experiments", experiments)
     for name, value in (("num_points", points), ("num_test_points", test_points)):
         if value % classes:
             raise ValueError(f"{name} must be a multiple of num_classes={classes}, got {value!r}")

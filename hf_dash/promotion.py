@@ -29,9 +29,9 @@ from hf_dash.comparison import (
     decide,
 )
 from hf_dash.evaluation import predict
+from hf_dash.examples import ImageExamples, Transform
 from hf_dash.history import History, Promotion, PromotionKind, RoundRecord, read_history
 from hf_dash.models import image_transform, load_model, model_labels
-from hf_dash.rounds import ImageExamples, Transform
 
 Examples: TypeAlias = TorchDataset[dict[str, Any]]
 HeldOut: TypeAlias = Examples | Callable[[Transform], Examples]

@@ -6,15 +6,46 @@ Flow: ShrinkReport → overall and per block → ``Trainer.log`` → every track
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dash._files import write_text
 from hf_dash.shrink import HISTOGRAM_BINS, ShrinkReport, TensorReport
 
 REPORT_NAME = "dash_report.json"
 MODEL_TAGS = ["hf_dash", "dash"]
+
+
+class DeferredLog(TrainerCallback):  # type: ignore[misc]
+    """A callback bound to no Trainer: its numbers appear with the next the Trainer itself logs.
+
+    ``Trainer.log`` is out of its reach, and reporting callbacks run before it.
+    """
+
+    def __init__(self) -> None:
+        self._to_log: dict[str, float] = {}
+
+    def log_later(
+        self, numbers: dict[str, float], state: TrainerState, **where: float | None
+    ) -> None:
+        """Put numbers into ``state.log_history`` at once, and into the Trainer's next log."""
+        self._to_log = numbers
+        state.log_history.append({**numbers, **where, "step": state.global_step})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the numbers with the first ones the Trainer itself logs."""
+        if logs is not None:
+            logs.update(self._to_log)
+            self._to_log = {}
 
 
 def report_blocks(

@@ -11,8 +11,8 @@ from datasets import IterableDataset
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
-from hf_dash.arrivals import in_arrival_order, label_names
-from hf_dash.columns import AnyDataset
+from hf_dash.arrivals import in_arrival_order
+from hf_dash.columns import AnyDataset, label_names
 from hf_dash.examples import ImageExamples, Transform
 from hf_dash.models import model_labels
 from hf_dash.rounds import Round

@@ -20,8 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.augmentation import Augment, AugmentedExamples
 from hf_dash.config import DashConfig
-from hf_dash.examples import ImageExamples as ImageExamples
-from hf_dash.examples import Transform as Transform
+from hf_dash.examples import ImageExamples, Transform
 from hf_dash.stream_loader import StreamLoader
 from hf_dash.streams import StreamedImages, StreamGradientBatches, share_minibatches
 

@@ -27,7 +27,7 @@ from hf_dash.optimizers import (
     restore_optimizer_,
     sharpest_point,
 )
-from hf_dash.training_config import TrainingConfig as TrainingConfig  # also known by this module
+from hf_dash.training_config import TrainingConfig
 
 # Called with the model, wrapped as it is trained, in every step; joins the loss.
 Penalty = Callable[[nn.Module], Tensor]

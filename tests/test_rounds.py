@@ -16,7 +16,7 @@ from hf_dash import (
     train_batches,
     training_stream,
 )
-from hf_dash.rounds import ImageExamples
+from hf_dash.examples import ImageExamples
 
 
 def numbered(count):
