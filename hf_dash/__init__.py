@@ -42,6 +42,7 @@ from hf_dash.models import (
     load_model,
     save_model,
 )
+from hf_dash.named_starts import find_start
 from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
 from hf_dash.promotion import promote, rollback
 from hf_dash.results import export_model, trainer_record, write_model_folder, write_results
@@ -56,7 +57,7 @@ from hf_dash.rounds import (
 from hf_dash.schedule import Schedule, cut_schedule, file_schedule, load_schedules
 from hf_dash.script_arguments import DataTrainingArguments, ModelArguments
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
-from hf_dash.starts import STARTS, Start, StartContext, Started, every_round, find_start
+from hf_dash.starts import STARTS, Start, StartContext, Started, every_round
 from hf_dash.stream_loader import StreamLoader
 from hf_dash.streams import (
     StreamedImages,

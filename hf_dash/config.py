@@ -26,6 +26,12 @@ def check_number(name: str, value: object, allowed: str, low: float, high: float
     return number
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse an argument that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_count(name: str, value: object) -> None:
     """Refuse an argument that is no integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -77,6 +83,7 @@ class DashConfig:
         check_number("lam", self.lam, "[0, 1]", 0.0, 1.0)
         check_number("tolerance", self.tolerance, "[0, 1)", 0.0, 1.0)
         check_count("gradient_batch_size", self.gradient_batch_size)
+        check_flag("include_frozen", self.include_frozen)
         for name in ("num_batches", "micro_batch_size"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -139,3 +146,4 @@ class StartsConfig:
         check_number("perturb_sigma", self.perturb_sigma, "[0, inf)", 0.0, math.inf)
         check_number("l2_init_lam", self.l2_init_lam, "[0, inf)", 0.0, math.inf)
         check_count("fire_steps", self.fire_steps)
+        check_flag("reset_optimizer", self.reset_optimizer)

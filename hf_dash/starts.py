@@ -255,14 +255,3 @@ STARTS: dict[str, Start] = {
     "dash": dash_,
     "fire": fire_,
 }
-
-
-def find_start(name: str) -> Start:
-    """Return the start of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in STARTS:
-        raise ValueError(f"start must be one of {sorted(STARTS)}, got {name!r}")
-    return STARTS[name]

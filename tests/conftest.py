@@ -116,3 +116,9 @@ def two_rounds(digits: Dataset, small_model: nn.Module) -> list[hf_dash.Round]:
     arrived = hf_dash.in_arrival_order(digits, seed=0, num_examples=120)
     transform = hf_dash.image_transform(small_model)
     return list(hf_dash.cut_rounds(arrived, 2, transform, in_memory=True))
+
+
+@pytest.fixture
+def context(two_rounds):
+    dash = hf_dash.DashConfig(gradient_batch_size=30)
+    return hf_dash.StartContext(two_rounds[1], seed=5, dash=dash)

@@ -35,6 +35,7 @@ ROOMS = [
     "dash",
     "orthogonal",
     "starts",
+    "named_starts",
     "sampling",
     "reporting",
     "callback",

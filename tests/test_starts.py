@@ -10,13 +10,6 @@ import hf_dash
 from hf_dash.dash import default_loss
 from hf_dash.reference import reference_factors
 
-
-@pytest.fixture
-def context(two_rounds):
-    dash = hf_dash.DashConfig(gradient_batch_size=30)
-    return hf_dash.StartContext(two_rounds[1], seed=5, dash=dash)
-
-
 NAMES = [
     "cold",
     "dash",
