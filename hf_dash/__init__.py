@@ -20,9 +20,17 @@ from hf_dash.continual import run_rounds
 from hf_dash.convergence import TrainAccuracyStop
 from hf_dash.dash import dash_shrink_
 from hf_dash.evaluation import ClassAccuracy, evaluate_model, predict
+from hf_dash.evidence import (
+    PairedDifference,
+    cost_table,
+    join_histories,
+    paired_difference,
+    paired_table,
+)
 from hf_dash.examples import ImageExamples, flip_labels
 from hf_dash.framework import Simulation, simulate, write_simulations
 from hf_dash.history import (
+    MAY_DIFFER,
     History,
     Promotion,
     RoundRecord,
@@ -75,6 +83,7 @@ from hf_dash.training import TrainingResult, train_round
 from hf_dash.training_config import TrainingConfig
 
 __all__ = [
+    "MAY_DIFFER",
     "STARTS",
     "Arrival",
     "CardInfo",
@@ -89,6 +98,7 @@ __all__ = [
     "ModelArguments",
     "NoEffectWarning",
     "PairedAccuracy",
+    "PairedDifference",
     "Promotion",
     "RandomCropFlip",
     "Round",
@@ -114,6 +124,7 @@ __all__ = [
     "check_label_names",
     "classifier_transform",
     "compare_models",
+    "cost_table",
     "create_model",
     "cut_rounds",
     "cut_schedule",
@@ -131,6 +142,7 @@ __all__ = [
     "grow_head",
     "image_transform",
     "in_arrival_order",
+    "join_histories",
     "label_names",
     "library_versions",
     "list_arrivals",
@@ -146,6 +158,8 @@ __all__ = [
     "newest_examples",
     "only_one",
     "open_history",
+    "paired_difference",
+    "paired_table",
     "plot_factors",
     "plot_rounds",
     "plot_simulations",

@@ -17,6 +17,22 @@ from hf_dash._files import write_text
 FORMAT = 2
 PromotionKind = Literal["promote", "reject", "force", "rollback"]
 
+# Settings of ``recipes/continual_rounds.py`` that say nothing about the rounds recorded: a run goes
+# on with others, and runs that differ in nothing else are one protocol.
+MAY_DIFFER = frozenset(
+    {
+        "output_dir",
+        "starts",
+        "seeds",
+        "num_rounds",
+        "export_start",
+        "save_total_limit",
+        "disable_tqdm",
+        "cache_images",
+        "files_per_round",
+    }
+)
+
 
 @dataclass(frozen=True)
 class RoundRecord:

@@ -21,10 +21,6 @@ from transformers import HfArgumentParser
 
 import hf_dash
 
-# Settings that may be others when a run goes on: they say nothing about the rounds recorded.
-MAY_DIFFER = {"output_dir", "starts", "seeds", "num_rounds", "export_start", "save_total_limit"}
-MAY_DIFFER |= {"disable_tqdm", "cache_images", "files_per_round"}
-
 
 @dataclass
 class RunArguments:
@@ -81,7 +77,7 @@ def compare(accelerator, run, data, training, dash, starts) -> None:
     history = hf_dash.open_history(
         output_dir / "history.json",
         settings,
-        may_differ=MAY_DIFFER,
+        may_differ=hf_dash.MAY_DIFFER,
         read_only=not accelerator.is_main_process,
     )
     with accelerator.main_process_first():

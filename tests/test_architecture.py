@@ -53,6 +53,7 @@ ROOMS = [
     "continual",
     "framework",
     "tables",
+    "evidence",
     "plots",
     "card",
     "results",

@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
 from test_classifiers import tiny_processor, tiny_vit
+from test_history import record
 
 import hf_dash
 
@@ -328,3 +329,23 @@ def test_committed_tables_are_those_of_their_histories(path):
     text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
     assert hf_dash.starts_table(hf_dash.read_history(path).records) in text
     assert f"`{path.parent.name}`" in text
+
+
+def test_starts_are_compared_without_training(tmp_path):
+    for start, gain in (("cold", 0.0), ("dash", 0.1)):
+        records = [
+            record(start, seed=seed, round_index=index, accuracy=0.4 + gain)
+            for seed in (0, 1, 2)
+            for index in (1, 2)
+        ]
+        hf_dash.write_history(tmp_path / f"{start}.json", {"starts": [start]}, records)
+    ledgers = ("--histories", "cold.json", "dash.json", "--skip_seeds", "0")
+    printed = launch("compare_starts.py", tmp_path, *ledgers, "--output_dir", "both").stdout
+    cells = [cell.strip() for cell in printed.split("|")]
+    assert cells[cells.index("dash") :][:3] == ["dash", "2", "50.00 ± 0.00 %"]
+    assert "+10.00 (+10.00 … +10.00)" in printed
+    joined = hf_dash.read_history(tmp_path / "both" / "history.json")
+    assert {(r.start, r.seed) for r in joined.records} == {
+        (start, seed) for start in ("cold", "dash") for seed in (1, 2)
+    }
+    assert (tmp_path / "both" / "rounds.png").stat().st_size > 10_000

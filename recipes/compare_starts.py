@@ -1,0 +1,48 @@
+"""Compare the starts of finished runs over their seeds: tables and a figure, without training.
+
+Launch:  accelerate launch recipes/compare_starts.py --histories runs/x/history.json
+         accelerate launch recipes/compare_starts.py --histories runs/x/history.json \
+             runs/y/history.json --baseline dash --skip_seeds 0 --output_dir runs/compared
+
+The ledgers must be of one protocol: the same data and settings, other starts or seeds. Prints each
+start's mean and spread, its paired difference from the baseline with a confidence interval, and
+what it costs until it is as good as the baseline in the end.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+import hf_dash
+
+
+@dataclass
+class CompareArguments:
+    histories: list[str] = field(metadata={"help": "history.json of one or more runs."})
+    baseline: str = field(default="cold", metadata={"help": "Start to compare the others with."})
+    confidence: float = field(default=0.95, metadata={"help": "Of the intervals, in (0, 1)."})
+    skip_seeds: list[int] = field(
+        default_factory=list, metadata={"help": "Seeds left out: those settings were tuned on."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "For rounds.png and the ledger of all records together."}
+    )
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
+    history = hf_dash.join_histories(args.histories, skip_seeds=args.skip_seeds)
+    print(hf_dash.starts_table(history.records), end="\n\n")
+    paired = hf_dash.paired_table(history.records, args.baseline, confidence=args.confidence)
+    print(paired, end="\n\n")
+    print(hf_dash.cost_table(history.records, args.baseline))
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        hf_dash.write_history(folder / "history.json", history.settings, history.records)
+        hf_dash.plot_rounds(history.records, folder / "rounds.png")
+
+
+if __name__ == "__main__":
+    main()
