@@ -142,6 +142,8 @@ def train_round(
             no length; a key of ``optimizer_state`` is malformed.
     """
     inner = model
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     optimizer: Any = make_optimizer(model, config)
     if optimizer_state:
         restore_optimizer_(model, optimizer, optimizer_state)

@@ -9,6 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from hf_dash.config import check_flag
+
 Optim = Literal["sgd", "adamw"]
 TrainingPreset = Literal["plain", "sota"]
 
@@ -65,6 +67,8 @@ class TrainingConfig:
         augment: crop and flip training images at random; see
             :class:`~hf_dash.augmentation.RandomCropFlip`.
         num_workers: processes that load training images, at least 0.
+        channels_last: keep weights and activations channels last, which convolutions often compute
+            faster; results differ by rounding.
         training_preset: ``"plain"`` (SGD, learning rate 1e-3, momentum 0.9, batches of 128, no
             decay, no augmentation, to 99.9 %; ``max_epochs`` is yours) or ``"sota"`` (learning rate
             0.1, momentum 0.9, decay 5e-4, batches of 128, augmentation, × 0.2 after 60, 120, 160
@@ -93,6 +97,7 @@ class TrainingConfig:
     warmup_epochs: int = 0
     augment: bool = False
     num_workers: int = 0
+    channels_last: bool = False
     training_preset: TrainingPreset | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +107,8 @@ class TrainingConfig:
             raise ValueError(f"optim must be one of {get_args(Optim)}, got {self.optim!r}")
         self._check_kinds()
         self._check_ranges()
+        for name in ("disable_tqdm", "augment", "channels_last"):
+            check_flag(name, getattr(self, name))
 
     def _fill(self, preset: str) -> None:
         if preset not in _PRESETS:

@@ -104,6 +104,8 @@ def test_values_out_of_range_are_refused(field, value, allowed):
         ("max_epochs", 2.5, "an integer"),
         ("num_workers", None, "an integer"),
         ("momentum", None, "a number"),
+        ("augment", "yes", "True or False"),
+        ("channels_last", 1, "True or False"),
         ("lr_milestones", 3, "a list of integers"),
         ("lr_milestones", [1.5], "a list of integers"),
     ],
