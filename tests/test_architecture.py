@@ -53,6 +53,7 @@ ROOMS = [
     "framework",
     "tables",
     "plots",
+    "_card_tables",
     "card",
     "results",
     "hub",
