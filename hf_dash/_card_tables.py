@@ -10,7 +10,7 @@ from typing import Any
 from hf_dash.history import RoundRecord
 from hf_dash.tables import MISSING, Markdown, code_span, markdown_table
 
-NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
+NOT_MEASURED, NOT_RECORDED, NOT_GIVEN = "not measured", "not recorded", "none given"
 FROM_SCRATCH = "cold"
 
 
@@ -61,7 +61,7 @@ def _column(record: RoundRecord | None, model: RoundRecord) -> list[str]:
     comparable = record is model or same_held_out(record, model)
     return [
         f"{record.accuracy:.2%}" if comparable else NOT_MEASURED,
-        record.start,
+        MISSING if record.parent is None else record.start,  # a first round has no start
         str(record.round_index),
         f"{record.num_total:,}",
         f"{record.steps:,}",
@@ -69,19 +69,19 @@ def _column(record: RoundRecord | None, model: RoundRecord) -> list[str]:
     ]
 
 
-def per_class_table(records: Sequence[RoundRecord]) -> Markdown:
-    """Return one row per class, beside the parent's where it was measured on the same images."""
-    record, parent = records[-1], parent_of(records)
-    header, others = ["class", "accuracy"], None
-    if parent is not None and same_held_out(record, parent):
-        header, others = [*header, "of the parent"], parent.per_class_accuracy
-    rows = []
-    for name, accuracy in record.per_class_accuracy.items():
-        row = [name, f"{accuracy:.2%}"]
-        if others is not None:
-            row.append(f"{others[name]:.2%}" if name in others else MISSING)
-        rows.append(row)
-    return markdown_table(header, rows)
+def per_class_table(records: Sequence[RoundRecord], rivals: Sequence[RoundRecord]) -> Markdown:
+    """Return one row per class, beside those of other models measured on the same images."""
+    record = records[-1]
+    others = {"parent": parent_of(records), "from scratch": from_scratch_of(records, rivals)}
+    columns = {"this model": record.per_class_accuracy}
+    for name, other in others.items():
+        if other is not None and other is not record and same_held_out(record, other):
+            columns[name] = other.per_class_accuracy
+    rows = [
+        [name, *(f"{own[name]:.2%}" if name in own else MISSING for own in columns.values())]
+        for name in record.per_class_accuracy
+    ]
+    return markdown_table(["class", *columns], rows)
 
 
 def cost_table(records: Sequence[RoundRecord]) -> Markdown:
@@ -112,7 +112,7 @@ def data_table(
     """Return what the last round was trained and evaluated on."""
     rows = [
         ["dataset", code_span(name)],
-        ["revision", NOT_RECORDED if revision is None else code_span(revision)],
+        ["revision", NOT_GIVEN if revision is None else code_span(revision)],
         ["trained on", f"{record.num_total:,} images, {record.num_new:,} of them new"],
         ["their fingerprint", _fingerprint(record.data_fingerprint)],
         ["held out", f"{num_held_out:,} images: {held_out_split}"],

@@ -178,7 +178,7 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
         timm_load_from=f"hf-hub:{hub_id}" if hub_id else "local-dir:.",
         lineage_table=tables.lineage_table(info.records, info.rivals),
         rounds_table=rounds_table(info.records),
-        per_class_table=tables.per_class_table(info.records),
+        per_class_table=tables.per_class_table(info.records, info.rivals),
         factors_table=tables.factors_table(record),
         cost_table=tables.cost_table(info.records),
         data_table=tables.data_table(

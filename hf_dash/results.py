@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_dash._version import library_versions
 from hf_dash.arrivals import DataConfig
@@ -77,8 +78,8 @@ def export_model(
     own = history.select(start=start, seed=seed)
     if not own:
         raise ValueError(f"history has no record of start {start!r} and seed {seed!r}")
-    settings = {**history.settings, "hardware": own[-1].hardware}
-    settings.pop("output_dir", None)  # somebody's own folders are nobody else's business
+    # Somebody's own folders are nobody else's business.
+    settings = {k: v for k, v in history.settings.items() if k != "output_dir"}
     info = CardInfo(
         model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
         records=own,
@@ -213,7 +214,10 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         entry.name
         for entry in fields(args)
         if not entry.name.startswith(_UNTOLD)
-        and (entry.name in _TOLD or getattr(args, entry.name) not in (entry.default, None, []))
+        and (
+            entry.name in _TOLD
+            or getattr(args, entry.name) not in (entry.default, None, [], AcceleratorConfig())
+        )
     ]
     values = {name: getattr(args, name) for name in names}
     told = {name: str(getattr(value, "value", value)) for name, value in values.items()}

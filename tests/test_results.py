@@ -78,13 +78,16 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
+        "factors.png",
         "history.json",
         "model.safetensors",
         "preprocessor_config.json",
         "rounds.png",
     ]
     assert read_history(tmp_path / "history.json").records == records
-    assert "(rounds.png)" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "(rounds.png)" in text
+    assert "(factors.png)" in text
 
 
 def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path):
