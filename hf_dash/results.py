@@ -116,11 +116,13 @@ def write_model_folder(
     save_classifier(model, folder, image_processor)
     write_history(folder / "history.json", info.settings, info.records)
     plot_rounds(info.records, folder / FIGURE)
-    factors = None
-    if info.record.shrink is not None:
-        factors = FACTORS
+    shrunk = info.record.shrink is not None
+    if shrunk:
         plot_factors(info.record, folder / FACTORS)
-    write_card(folder, model, replace(info, figure=FIGURE, factors_figure=factors))
+    else:  # one of an earlier model would be taken for this one's
+        (folder / FACTORS).unlink(missing_ok=True)
+    figures = replace(info, figure=FIGURE, factors_figure=FACTORS if shrunk else None)
+    write_card(folder, model, figures)
 
 
 def trainer_record(

@@ -86,11 +86,13 @@ def test_an_exported_model_is_held_against_its_rival_from_scratch(history, small
     others = [(1, 2, 0.875), (0, 2, 0.75), (0, 1, 0.625)]
     records += [record("cold", seed, n, accuracy=a, **known) for seed, n, a in others]
     run = History(None, {}, records)
+    (tmp_path / "factors.png").touch()  # of another model, exported here before
     export_model(small_model, tmp_path, run, "dash", 0, DataConfig(dataset_revision="v1"), 360)
     text = (tmp_path / "README.md").read_text()
     assert "| **held-out accuracy** | 25.00% | **50.00%** |       75.00% |" in text
     assert "| `v1` |" in " ".join(text.split())
     assert read_history(tmp_path / "history.json").records == records[:2]
+    assert not (tmp_path / "factors.png").exists()
 
 
 def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
