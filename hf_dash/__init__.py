@@ -53,7 +53,13 @@ from hf_dash.models import (
 from hf_dash.named_starts import find_start
 from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
 from hf_dash.promotion import promote, rollback
-from hf_dash.results import export_model, trainer_record, write_model_folder, write_results
+from hf_dash.results import (
+    export_model,
+    trainer_record,
+    training_settings,
+    write_model_folder,
+    write_results,
+)
 from hf_dash.round_data import RoundData
 from hf_dash.rounds import (
     Round,
@@ -179,6 +185,7 @@ __all__ = [
     "train_batches",
     "train_round",
     "trainer_record",
+    "training_settings",
     "training_stream",
     "write_card",
     "write_history",

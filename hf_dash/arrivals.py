@@ -90,14 +90,19 @@ class DataConfig:
         """Load the images held out.
 
         Raises:
-            ValueError: the dataset is a number of files, which have no splits, and no
-                ``test_dataset_name`` says where the held-out images are.
+            ValueError: no ``test_dataset_name`` says where the held-out images are, and the dataset
+                is a number of files, which have no splits, or its split is the one trained on.
         """
         files = self.arrive_by == "files" or Path(self.dataset_name).suffix in LOADERS
         if self.test_dataset_name is None and files:
             raise ValueError(
                 f"test_dataset_name must be given: the files of {self.dataset_name!r} have no"
                 " split that could be held out"
+            )
+        if self.test_dataset_name is None and self.test_split == self.train_split:
+            raise ValueError(
+                f"test_split must differ from train_split, got {self.test_split!r}: what is trained"
+                " on is not held out"
             )
         return self._load(self.test_dataset_name or self.dataset_name, self.test_split)
 

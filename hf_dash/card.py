@@ -2,9 +2,12 @@
 
 Flow: history and model → YAML metadata and template variables → ``README.md``.
 Every value is given or recorded, none is inferred; a variable the template asks for and nobody
-gives is an error.
+gives is an error. Names and settings come from data: the template is rendered in a sandbox, which
+escapes all that is not made here, and text from data is never a template itself.
 """
 
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,14 @@ import jinja2.sandbox
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from hf_dash import _card_tables as tables
 from hf_dash._files import write_text
-from hf_dash._version import library_versions
+from hf_dash._version import __version__
 from hf_dash.arrivals import is_local
 from hf_dash.classifiers import architecture_of
 from hf_dash.history import RoundRecord
 from hf_dash.models import IMAGE_MODES, is_timm, model_labels
-from hf_dash.tables import markdown_table, rounds_table
+from hf_dash.tables import Markdown, code_span, escape_markdown, rounds_table
 
 TEMPLATE_NAME = "model_card_template.md"
 
@@ -31,17 +35,26 @@ class CardInfo:
 
     Args:
         model_name: title of the card.
-        records: of the run, oldest first; the last one is the round the model comes from.
+        records: of the chain of rounds that led to the model, oldest first, each begun from the one
+            before; the last one is the round the model comes from.
         settings: everything that was set for the run.
         dataset_name: as it was loaded.
         held_out_split: name of the split that was evaluated on.
-        num_held_out: number of held-out images.
+        num_held_out: number of held-out images, at least 1.
         dataset_revision: branch, tag or commit of a Hub dataset.
         parent: what the round started from: a Hub repository, or words; None for a first round.
         base_model: the parent's id on the Hub, where it has one.
         hub_model_id: where the model is to be found on the Hub, where it is.
         license: of the model, an identifier of the Hub's list; None leaves it out.
-        figure: name of a figure beside the card.
+        figure: name of a figure of the rounds beside the card.
+        base_model_revision: exact commit of ``base_model`` that the round started from.
+        rivals: records of other starts, such as ``"cold"``, in the same round.
+        factors_figure: name of a figure of the shrink's factors beside the card.
+
+    Raises:
+        ValueError: there is no record or no held-out image; the accuracy is none of held-out
+            images, as it is no number in [0, 1], or as they are the images or the split trained on;
+            or ``base_model_revision`` is given without ``base_model``.
     """
 
     model_name: str
@@ -57,6 +70,23 @@ class CardInfo:
     license: str | None = None
     figure: str | None = None
     tags: list[str] = field(default_factory=lambda: ["timm", "transformers", "hf_dash"])
+    base_model_revision: str | None = None
+    rivals: list[RoundRecord] = field(default_factory=list)
+    factors_figure: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError("records must hold at least one record, got none")
+        if self.num_held_out < 1:
+            raise ValueError(f"num_held_out must be at least 1, got {self.num_held_out!r}")
+        accuracy = self.record.accuracy
+        if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
+            raise ValueError(f"records must end with an accuracy in [0, 1], got {accuracy!r}")
+        if self.base_model_revision is not None and self.base_model is None:
+            raise ValueError(
+                f"base_model must be given with base_model_revision {self.base_model_revision!r}"
+            )
+        _check_held_out(self)
 
     @property
     def record(self) -> RoundRecord:
@@ -64,12 +94,31 @@ class CardInfo:
         return self.records[-1]
 
 
-def card_metadata(info: CardInfo, library_name: str = "timm") -> ModelCardData:
+def _check_held_out(info: CardInfo) -> None:
+    """Refuse an evaluation on what was trained on, as far as the records and settings tell."""
+    fingerprint = info.record.held_out_fingerprint
+    if fingerprint is not None and fingerprint == info.record.data_fingerprint:
+        raise ValueError(
+            "records must end with an accuracy of held-out images, but these are the images trained"
+            f" on: both have the fingerprint {fingerprint}"
+        )
+    elsewhere = info.settings.get("test_dataset_name") or info.settings.get("validation_dir")
+    if info.held_out_split == info.settings.get("train_split") and not elsewhere:
+        raise ValueError(
+            "held_out_split must not be the split trained on, settings['train_split'], got"
+            f" {info.held_out_split!r}: accuracy on it is no evaluation"
+        )
+
+
+def card_metadata(
+    info: CardInfo, library_name: str = "timm", label_names: list[str] | None = None
+) -> ModelCardData:
     """Return the YAML metadata of a card, with the held-out accuracy as model-index.
 
     Args:
         info: what the card knows.
         library_name: ``"timm"`` for a timm wrapper, else ``"transformers"``.
+        label_names: of the classes, in the order of the logits; None leaves them out.
     """
     result = EvalResult(
         task_type="image-classification",
@@ -96,6 +145,8 @@ def card_metadata(info: CardInfo, library_name: str = "timm") -> ModelCardData:
         base_model=info.base_model,
         metrics=["accuracy"],
         eval_results=[result],
+        base_model_revision=info.base_model_revision,
+        label_names=label_names,
     )
 
 
@@ -109,32 +160,36 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
     Raises:
         jinja2.UndefinedError: the template asks for something that was not given.
     """
-    config, record, hub_id = model.config, info.record, info.hub_model_id
+    record, hub_id = info.record, info.hub_model_id
     channels, size = _input_size(model)
     library_name = "timm" if is_timm(model) else "transformers"
+    label_names = model_labels(model)
     content = _template().render(
-        card_data=card_metadata(info, library_name).to_yaml(),
-        model_name=info.model_name,
+        card_data=Markdown(card_metadata(info, library_name, label_names).to_yaml()),
+        info=info,
+        record=record,
         architecture=architecture_of(model),
         num_parameters=f"{model.num_parameters():,}",
-        num_classes=config.num_labels,
-        label_names=model_labels(model),
+        label_names=label_names,
         image_mode=IMAGE_MODES.get(channels, "RGB"),
         image_size=size,
         library_name=library_name,
         load_from=hub_id or ".",
         timm_load_from=f"hf-hub:{hub_id}" if hub_id else "local-dir:.",
-        parent=info.parent,
-        record=record,
+        lineage_table=tables.lineage_table(info.records, info.rivals),
         rounds_table=rounds_table(info.records),
-        factors_table=_factors_table(record),
-        per_class_table=_per_class_table(record),
-        settings_table=_settings_table(info.settings),
-        dataset_name=info.dataset_name,
-        held_out_split=info.held_out_split,
-        num_held_out=info.num_held_out,
-        figure=info.figure,
-        versions=library_versions(),
+        per_class_table=tables.per_class_table(info.records, info.rivals),
+        factors_table=tables.factors_table(record),
+        cost_table=tables.cost_table(info.records),
+        data_table=tables.data_table(
+            record,
+            info.dataset_name,
+            info.dataset_revision,
+            info.held_out_split,
+            info.num_held_out,
+        ),
+        settings_table=tables.settings_table(info.settings),
+        hf_dash_version=__version__,
     )
     return ModelCard(content)
 
@@ -159,31 +214,17 @@ def _template() -> jinja2.Template:
     # In a wheel the template lies in the package, in a checkout beside it.
     path = next(p / TEMPLATE_NAME for p in (here, here.parent) if (p / TEMPLATE_NAME).exists())
     environment = jinja2.sandbox.SandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # What autoescape does for HTML, for Markdown: no expression gets past it.
+        finalize=lambda value: escape_markdown(value if isinstance(value, str) else str(value)),
     )
+    environment.filters |= {"code": code_span, "python": _python_literal}
     return environment.from_string(path.read_text(encoding="utf-8"))
 
 
-def _factors_table(record: RoundRecord) -> str:
-    if record.shrink is None:
-        return ""
-    header = ["tensor", "vectors", "mean", "min", "max", "at λ"]
-    rows = [
-        [
-            f"`{tensor['name']}`",
-            str(tensor["num_vectors"]),
-            *(f"{tensor[key]:.3f}" for key in ("mean_factor", "min_factor", "max_factor")),
-            f"{tensor['share_at_lam']:.1%}",
-        ]
-        for tensor in record.shrink["tensors"]
-    ]
-    return markdown_table(header, rows)
-
-
-def _per_class_table(record: RoundRecord) -> str:
-    rows = [[name, f"{value:.2%}"] for name, value in record.per_class_accuracy.items()]
-    return markdown_table(["class", "accuracy"], rows)
-
-
-def _settings_table(settings: dict[str, Any]) -> str:
-    return markdown_table(["setting", "value"], [[k, str(v)] for k, v in settings.items()])
+def _python_literal(text: str) -> Markdown:
+    """Return a string of Python's in ASCII, which cannot end itself, its line or its code block."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return Markdown(quoted.encode("ascii", "backslashreplace").decode())

@@ -37,7 +37,7 @@ from hf_dash.examples import ImageExamples
 from hf_dash.history import History, RoundRecord
 from hf_dash.memorisation import measure_round
 from hf_dash.models import black_pixel, grow_head
-from hf_dash.rounds import Round, train_batches
+from hf_dash.rounds import Round, joint_fingerprint, train_batches
 from hf_dash.starts import Start, StartContext, Started
 from hf_dash.training import TrainingResult, train_round
 from hf_dash.training_config import TrainingConfig
@@ -240,6 +240,7 @@ def _record(
         images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),
+        held_out_fingerprint=joint_fingerprint([run.held_out]),
     )
 
 

@@ -63,6 +63,7 @@ class RoundRecord:
         memorisation: what was measured right ``"before"`` and ``"after"`` the start.
         versions: of the libraries, by name.
         hardware: processes, device and precision.
+        held_out_fingerprint: of the images that ``accuracy`` was measured on.
     """
 
     start: str
@@ -88,6 +89,7 @@ class RoundRecord:
     memorisation: dict[str, dict[str, float]] | None = None
     versions: dict[str, str] | None = None
     hardware: str | None = None
+    held_out_fingerprint: str | None = None
 
     @property
     def folder(self) -> str:

@@ -5,23 +5,26 @@ Everything is made from what was recorded, so it can be made again without train
 """
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
+from hf_dash._version import library_versions
 from hf_dash.arrivals import DataConfig
 from hf_dash.card import CardInfo, write_card
 from hf_dash.classifiers import save_classifier
+from hf_dash.distributed import hardware
 from hf_dash.history import History, RoundRecord, write_history
 from hf_dash.models import model_labels
 from hf_dash.plots import plot_factors, plot_rounds
 from hf_dash.reporting import REPORT_NAME
-from hf_dash.rounds import Round
+from hf_dash.rounds import Round, joint_fingerprint
 from hf_dash.tables import memorisation_table, rounds_table, starts_table
 
-FIGURE = "rounds.png"
+FIGURE, FACTORS = "rounds.png", "factors.png"
 
 
 def write_results(history: History, folder: str | Path) -> str:
@@ -42,7 +45,7 @@ def write_results(history: History, folder: str | Path) -> str:
     plot_rounds(records, folder / FIGURE)
     shrunk = [record for record in records if record.shrink is not None]
     if shrunk:
-        plot_factors(shrunk[-1], folder / "factors.png")
+        plot_factors(shrunk[-1], folder / FACTORS)
     tables = [rounds_table(records), starts_table(records)]
     if any(record.memorisation is not None for record in records):
         tables.append(memorisation_table(records))
@@ -75,8 +78,8 @@ def export_model(
     own = history.select(start=start, seed=seed)
     if not own:
         raise ValueError(f"history has no record of start {start!r} and seed {seed!r}")
-    settings = {**history.settings, "hardware": own[-1].hardware}
-    settings.pop("output_dir", None)  # somebody's own folders are nobody else's business
+    # Somebody's own folders are nobody else's business.
+    settings = {k: v for k, v in history.settings.items() if k != "output_dir"}
     info = CardInfo(
         model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
         records=own,
@@ -86,6 +89,7 @@ def export_model(
         num_held_out=num_held_out,
         dataset_revision=data.dataset_revision,
         parent="the model of the round before" if len(own) > 1 else None,
+        rivals=[r for r in history.select(seed=seed) if r.start != start],
     )
     write_model_folder(model, folder, info)
 
@@ -97,7 +101,7 @@ def write_model_folder(
     *,
     image_processor: Any | None = None,
 ) -> None:
-    """Save a model with its card, the ledger of its rounds and a figure of them.
+    """Save a model with its card, the ledger of its rounds, and figures of them and of the shrink.
 
     Args:
         model: an image classifier of transformers; a timm wrapper is saved in timm's layout.
@@ -112,11 +116,23 @@ def write_model_folder(
     save_classifier(model, folder, image_processor)
     write_history(folder / "history.json", info.settings, info.records)
     plot_rounds(info.records, folder / FIGURE)
-    write_card(folder, model, replace(info, figure=FIGURE))
+    shrunk = info.record.shrink is not None
+    if shrunk:
+        plot_factors(info.record, folder / FACTORS)
+    else:  # one of an earlier model would be taken for this one's
+        (folder / FACTORS).unlink(missing_ok=True)
+    figures = replace(info, figure=FIGURE, factors_figure=FACTORS if shrunk else None)
+    write_card(folder, model, figures)
 
 
 def trainer_record(
-    trainer: Trainer, round_: Round, metrics: dict[str, Any], *, train_seconds: float, parent: str
+    trainer: Trainer,
+    round_: Round,
+    metrics: dict[str, Any],
+    *,
+    train_seconds: float,
+    parent: str,
+    held_out: Any | None = None,
 ) -> RoundRecord:
     """Return the record of a round that a ``Trainer`` has trained with ``DashCallback``.
 
@@ -127,6 +143,8 @@ def trainer_record(
             them.
         train_seconds: of training, the shrink included.
         parent: the model the round started from.
+        held_out: the examples that ``metrics`` are of, as ``RoundData.held_out_examples`` returns
+            them; without them no later record can be compared with this one.
 
     Raises:
         FileNotFoundError: the output directory holds no ``dash_report.json``.
@@ -153,4 +171,56 @@ def trainer_record(
         train_seconds=max(0.0, train_seconds - shrink["seconds"]),
         shrink=shrink,
         parent=parent,
+        data_fingerprint=round_.fingerprint,
+        images_read=_images_read(trainer, round_, shrink),
+        versions=library_versions(),
+        hardware=hardware(trainer.accelerator),
+        held_out_fingerprint=None if held_out is None else joint_fingerprint(_parts(held_out)),
     )
+
+
+def _parts(examples: Any) -> list[Any]:
+    """Return the arrivals of which examples were put together."""
+    return list(getattr(examples, "datasets", [examples]))
+
+
+def _images_read(trainer: Trainer, round_: Round, shrink: dict[str, Any]) -> int | None:
+    """Return how many images the shrink and whole epochs read; None where it is not known."""
+    epochs = trainer.state.epoch
+    if round_.streams or epochs != int(epochs) or trainer.args.dataloader_drop_last:
+        return None
+    return int(epochs) * round_.num_total + int(shrink["num_images"])
+
+
+# Of TrainingArguments: places, names, secrets, and what says nothing about how it was trained.
+_UNTOLD = (
+    *("output_dir", "logging_", "log_", "run_name", "project", "trackio_", "report_to", "do_"),
+    *("push_to_hub", "hub_", "disable_tqdm", "resume_from_checkpoint", "local_rank", "deepspeed"),
+)
+_TOLD = (
+    *("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps", "optim"),
+    *("weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16"),
+)
+
+
+def training_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Return the settings of a Trainer to put on record: the main ones, and all but the defaults.
+
+    Args:
+        args: of a Trainer; no token, name of a repository or place on this machine is taken.
+
+    Returns:
+        Plain JSON types by name, ``world_size`` among them.
+    """
+    names = [
+        entry.name
+        for entry in fields(args)
+        if not entry.name.startswith(_UNTOLD)
+        and (
+            entry.name in _TOLD
+            or getattr(args, entry.name) not in (entry.default, None, [], AcceleratorConfig())
+        )
+    ]
+    values = {name: getattr(args, name) for name in names}
+    told = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+    return {**told, "world_size": args.world_size}

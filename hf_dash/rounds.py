@@ -80,8 +80,7 @@ class Round:
     @property
     def fingerprint(self) -> str:
         """A checksum of all labelled images, old and new; the same on every machine."""
-        parts = [arrival.fingerprint for arrival in self.arrivals]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        return joint_fingerprint(self.arrivals)
 
     @property
     def flipped_seen(self) -> "TorchDataset[dict[str, Any]] | None":
@@ -103,6 +102,11 @@ class Round:
                 " train_batches, gradient_batches or newest_examples"
             )
         return ConcatDataset([a for a in arrivals if isinstance(a, ImageExamples)])
+
+
+def joint_fingerprint(parts: Sequence[ImageExamples | StreamedImages]) -> str:
+    """Return one checksum of several sets of labelled images, in their order."""
+    return hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
 
 
 def cut_rounds(

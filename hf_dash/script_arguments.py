@@ -150,7 +150,8 @@ class DataTrainingArguments:
             token: for private datasets.
 
         Raises:
-            ValueError: a column is missing, or a stream has no images held out.
+            ValueError: a column is missing, a stream has no images held out, or the held-out split
+                is the one trained on.
         """
         where: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
         arrivals = [self._load(name, self.train_split, **where) for name in self.seen_dataset_names]
@@ -184,6 +185,11 @@ class DataTrainingArguments:
             split = self.test_split or self._find_split(name, **where)
             if split is not None:
                 new = self.test_dataset_name is None
+                if new and split == self.train_split:
+                    raise ValueError(
+                        f"test_split must differ from train_split, got {split!r}: what is trained"
+                        " on is not held out"
+                    )
                 return split, [self._load(name, split, new=new, **where)]
         return f"{self.train_val_split:.0%} of {self.train_split}", []
 

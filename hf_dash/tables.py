@@ -1,9 +1,11 @@
 """Records and simulations as Markdown tables.
 
 Flow: records of a history, or simulations → rows of numbers → Markdown, for terminals, READMEs and
-cards alike.
+cards alike. Whatever comes from data, such as the names of classes, shows as the text it is.
 """
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -26,9 +28,53 @@ MEASURES = {
 }
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out as a Markdown table, first column left, the others right."""
-    table = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+# What would be markup within a line: also entities, mathematics, addresses that become links,
+# underscores that are not inside a word, and a number sign that would end a heading.
+_MARKUP = re.compile(
+    r"[\\`*\[\]<|~$@]|&(?=#?\w+;)|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])|(?<!\w)#",
+    re.IGNORECASE,
+)
+# They would turn around or hide what stands beside them.
+_BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+class Markdown(str):
+    """Text that is Markdown already, and is not escaped again; in a table it needs ``\\|``."""
+
+
+def escape_markdown(text: str) -> str:
+    """Return text as GitHub's Markdown that shows it as it is, within one line.
+
+    Runs of white space, line breaks among them, become one space; what cannot be shown or written
+    to a file becomes ``\ufffd``. A :class:`Markdown` stays as it is.
+    """
+    if isinstance(text, Markdown):
+        return text
+    return Markdown(_MARKUP.sub(r"\\\g<0>", _one_line(text)))
+
+
+def code_span(text: str) -> Markdown:
+    """Return text as inline code, or escaped where it holds what a code span cannot."""
+    plain = bool(text) and _one_line(text) == text and not re.search(r"[`|\\$]", text)
+    return Markdown(f"`{text}`" if plain else escape_markdown(text))
+
+
+def _one_line(text: str) -> str:
+    return "".join(
+        "\ufffd"
+        if unicodedata.category(character) in ("Cc", "Cs")
+        or unicodedata.bidirectional(character) in _BIDIRECTIONAL
+        else character
+        for character in " ".join(text.split())
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markdown:
+    """Lay rows out as a Markdown table, first column left, the others right.
+
+    Cells are shown as they are (:func:`escape_markdown`) unless they are :class:`Markdown`.
+    """
+    table = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
     lines = []
@@ -38,10 +84,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return Markdown("\n".join(lines))
 
 
-def rounds_table(records: Sequence[RoundRecord]) -> str:
+def rounds_table(records: Sequence[RoundRecord]) -> Markdown:
     """Return one row per record: start, seed, round, sizes, accuracy, steps, seconds."""
     header = ["start", "seed", "round", "images", "accuracy", "steps", "seconds", "of these start"]
     rows = [
@@ -51,7 +97,7 @@ def rounds_table(records: Sequence[RoundRecord]) -> str:
             str(r.round_index),
             str(r.num_total),
             f"{r.accuracy:.2%}",
-            str(r.steps) + ("*" if r.converged is False else ""),
+            Markdown(f"{r.steps}*") if r.converged is False else str(r.steps),
             f"{r.seconds:.1f}",
             f"{r.start_seconds:.2f}",
         ]
@@ -60,10 +106,10 @@ def rounds_table(records: Sequence[RoundRecord]) -> str:
     table = markdown_table(header, rows)
     if all(record.converged is not False for record in records):
         return table
-    return table + "\n\n\\* stopped at the largest number of epochs, before convergence"
+    return Markdown(f"{table}\n\n\\* stopped at the largest number of epochs, before convergence")
 
 
-def starts_table(records: Sequence[RoundRecord]) -> str:
+def starts_table(records: Sequence[RoundRecord]) -> Markdown:
     """Return one row per start: mean ± sample standard deviation over seeds.
 
     The accuracy and the steps are those of the last round and, per seed, the mean over the rounds
@@ -105,7 +151,7 @@ def _images_read(runs: "list[Run]") -> str:
     return _spread(runs, lambda run: sum(r.images_read or 0 for r in run), "{:,.0f}")
 
 
-def memorisation_table(records: Sequence[RoundRecord]) -> str:
+def memorisation_table(records: Sequence[RoundRecord]) -> Markdown:
     """Return one row per start: what it remembered right before → right after the start.
 
     Every number is the mean over the records of rounds from the second on, of all seeds, that have
@@ -131,7 +177,7 @@ def memorisation_table(records: Sequence[RoundRecord]) -> str:
     return markdown_table(["start", *(_measure(name)[0] for name in names)], rows)
 
 
-def simulations_table(simulations: Mapping[str, Sequence[Simulation]]) -> str:
+def simulations_table(simulations: Mapping[str, Sequence[Simulation]]) -> Markdown:
     """Return one row per setting and start: mean ± sample standard deviation over seeds.
 
     Accuracy, learned features and memorised points are those after the last experiment, points with

@@ -65,11 +65,17 @@ def main() -> None:
         metrics,
         train_seconds=result.metrics["train_runtime"],
         parent=source.model_name_or_path,
+        held_out=held_out,
     )
     info = hf_dash.CardInfo(
         model_name=f"{hf_dash.architecture_of(model)} on {Path(data.source).stem}",
         records=[*past, record],
-        settings={**source.settings, **asdict(data), **asdict(dash), **training_settings(args)},
+        settings={
+            **source.settings,
+            **asdict(data),
+            **asdict(dash),
+            **hf_dash.training_settings(args),
+        },
         dataset_name=data.source,
         held_out_split=loaded.held_out_split,
         num_held_out=len(held_out),
@@ -121,12 +127,6 @@ def make_trainer(
     )
     trainer.add_callback(hf_dash.DashCallback(batches=batches, **dash.arguments).bind(trainer))
     return trainer
-
-
-def training_settings(args: TrainingArguments) -> dict[str, Any]:
-    names = ("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps")
-    names += ("optim", "weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16", "world_size")
-    return {name: str(getattr(args, name)) for name in names}
 
 
 def push(args: TrainingArguments, record: hf_dash.RoundRecord) -> None:

@@ -55,6 +55,7 @@ ROOMS = [
     "tables",
     "evidence",
     "plots",
+    "_card_tables",
     "card",
     "results",
     "hub",

@@ -158,6 +158,13 @@ def test_a_glob_needs_another_dataset_to_hold_out(parquet_folder, digits_test):
     assert len(config.load_train("digits")) == 1437
 
 
+def test_what_is_trained_on_is_not_held_out():
+    with pytest.raises(ValueError, match="test_split must differ from train_split, got 'train'"):
+        hf_dash.DataConfig(test_split="train").load_held_out()
+    elsewhere = hf_dash.DataConfig(train_split="test", test_dataset_name="digits")
+    assert len(elsewhere.load_held_out()) == 360
+
+
 def test_a_stream_keeps_images_as_they_are_stored(tmp_path):
     # A JPEG encoded again would be another image.
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -131,6 +131,8 @@ def test_a_record_tells_where_a_round_came_from(two_rounds, accelerator, tmp_pat
     first, second = history.records
     assert (first.parent, second.parent) == (None, "rounds/001/dash_seed0")
     assert second.data_fingerprint == two_rounds[1].fingerprint != first.data_fingerprint
+    # These runs are held against the images of their own first round.
+    assert second.held_out_fingerprint == first.held_out_fingerprint == first.data_fingerprint
     assert second.images_read == second.epochs * 120 + second.shrink["num_images"]
     assert second.hardware == "1 × cpu, fp32"
     assert second.versions == hf_dash.library_versions()

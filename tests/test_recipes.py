@@ -115,6 +115,7 @@ def test_the_exported_folder_is_whole(finished):
     assert sorted(file.name for file in model_folder.iterdir()) == [
         "README.md",
         "config.json",
+        "factors.png",
         "history.json",
         "model.safetensors",
         "rounds.png",

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 from huggingface_hub import ModelCard
 from test_classifiers import tiny_processor, tiny_vit
 from test_history import record
+from torch.utils.data import ConcatDataset
 from transformers import Trainer, TrainingArguments
 
 from hf_dash import (
@@ -10,11 +13,14 @@ from hf_dash import (
     DataConfig,
     History,
     export_model,
+    library_versions,
     read_history,
     trainer_record,
+    training_settings,
     write_model_folder,
     write_results,
 )
+from hf_dash.rounds import joint_fingerprint
 
 SHRINK = {
     "config": {"alpha": 0.3, "lam": 0.3, "grouping": "kernel"},
@@ -67,8 +73,26 @@ def test_a_model_is_exported_with_its_own_records(history, small_model, tmp_path
     card = ModelCard.load(tmp_path / "README.md")
     assert "/home/me" not in str(card) + (tmp_path / "history.json").read_text()
     assert "| hardware | 1 × cpu, fp32 |" in " ".join(str(card).split())
+    assert own.settings == {"lam": 0.3}
     with pytest.raises(ValueError, match="no record of start 'cold' and seed 0"):
         export_model(small_model, tmp_path, history, "cold", 0, DataConfig(), 360)
+
+
+def test_an_exported_model_is_held_against_its_rival_from_scratch(history, small_model, tmp_path):
+    known = {"data_fingerprint": "trained", "held_out_fingerprint": "frozen"}
+    parent = {"parent": "rounds/001/dash_seed0", **known}
+    records = [record("dash", accuracy=0.25, **known), record("dash", 0, 2, accuracy=0.5, **parent)]
+    # Only the second is of the same seed and round.
+    others = [(1, 2, 0.875), (0, 2, 0.75), (0, 1, 0.625)]
+    records += [record("cold", seed, n, accuracy=a, **known) for seed, n, a in others]
+    run = History(None, {}, records)
+    (tmp_path / "factors.png").touch()  # of another model, exported here before
+    export_model(small_model, tmp_path, run, "dash", 0, DataConfig(dataset_revision="v1"), 360)
+    text = (tmp_path / "README.md").read_text()
+    assert "| **held-out accuracy** | 25.00% | **50.00%** |       75.00% |" in text
+    assert "| `v1` |" in " ".join(text.split())
+    assert read_history(tmp_path / "history.json").records == records[:2]
+    assert not (tmp_path / "factors.png").exists()
 
 
 def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
@@ -78,33 +102,70 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
+        "factors.png",
         "history.json",
         "model.safetensors",
         "preprocessor_config.json",
         "rounds.png",
     ]
     assert read_history(tmp_path / "history.json").records == records
-    assert "(rounds.png)" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "(rounds.png)" in text
+    assert "(factors.png)" in text
 
 
-def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path):
+@pytest.mark.parametrize("steps", [2, 6])
+def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path, steps):
     args = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=16,
+        max_steps=steps,
+        per_device_train_batch_size=40,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         seed=7,
     )
-    round_, callback = two_rounds[1], DashCallback()
+    round_, callback = two_rounds[1], DashCallback(num_batches=1)
     trainer = Trainer(small_model, args, train_dataset=round_.examples, callbacks=[callback])
     seconds = trainer.train().metrics["train_runtime"]
     metrics = {"accuracy": 0.5, "per_class_accuracy": {3: 0.25, 0: 0.75}}
-    made = trainer_record(trainer, round_, metrics, train_seconds=seconds, parent="runs/a")
+    held_out = ConcatDataset([two_rounds[0].new])
+    made = trainer_record(
+        trainer, round_, metrics, train_seconds=seconds, parent="runs/a", held_out=held_out
+    )
     assert (made.start, made.seed, made.round_index, made.parent) == ("dash", 7, 2, "runs/a")
-    assert (made.num_new, made.num_total, made.steps) == (60, 120, 2)
+    assert (made.num_new, made.num_total, made.steps) == (60, 120, steps)
     assert made.per_class_accuracy == {"3": 0.25, "0": 0.75}
     assert made.shrink["num_images"] == callback.report.num_images
     assert made.seconds == pytest.approx(seconds)
+    # Two steps are no whole epoch of three, of which alone it is known what they read.
+    report = json.loads((tmp_path / "dash_report.json").read_text())
+    expected = None if steps == 2 else 2 * 120 + report["num_images"]
+    assert made.images_read == expected
+    assert (made.hardware, made.versions) == ("1 × cpu, fp32", library_versions())
+    assert made.data_fingerprint == round_.fingerprint
+    # One arrival or one part of several: the same images are the same.
+    assert made.held_out_fingerprint == joint_fingerprint([two_rounds[0].new])
+
+
+def test_the_settings_of_a_trainer_tell_what_was_changed_and_no_secret(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "home"),
+        hub_token="hf_secret",
+        hub_model_id="user/name",
+        run_name="mine",
+        resume_from_checkpoint=str(tmp_path / "home"),
+        label_smoothing_factor=0.1,
+        optim="sgd",
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+    )
+    settings = training_settings(args)
+    assert settings["label_smoothing_factor"] == "0.1"
+    assert settings["gradient_accumulation_steps"] == "2"
+    assert (settings["optim"], settings["lr_scheduler_type"]) == ("sgd", "linear")
+    assert (settings["learning_rate"], settings["world_size"]) == ("5e-05", 1)
+    assert not {"adam_beta1", "accelerator_config", "max_grad_norm"} & set(settings)
+    assert not [text for text in ("secret", "home", "user/name", "mine") if text in str(settings)]
+    json.dumps(settings)

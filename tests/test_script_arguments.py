@@ -89,6 +89,8 @@ def test_the_datasets_own_split_is_held_out(folders, tmp_path):
     loaded = DataTrainingArguments(dataset_name=str(tmp_path / "both")).load()
     assert (len(loaded.arrivals[0]), len(loaded.held_out[0])) == (12, 8)
     assert loaded.held_out_split == "validation"
+    with pytest.raises(ValueError, match="test_split must differ from train_split, got 'test'"):
+        DataTrainingArguments(dataset_name="digits", train_split="test").load()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
