@@ -116,22 +116,22 @@ class Schedule:
 
 def load_schedules(
     data: DataConfig,
-    num_seeds: int,
+    seeds: Sequence[int],
     num_rounds: int,
     examples_per_round: int | None,
     records: Sequence[RoundRecord],
 ) -> list[Schedule]:
-    """Return the schedule of each seed 0, 1, …; where files arrive, it is the same for all.
+    """Return the schedule of each seed; where files arrive, it is the same for all.
 
     Args:
         data: where the images come from and how they arrive.
-        num_seeds: at least 1.
+        seeds: of the order of arrival, at least one.
         num_rounds: into which one dataset is cut.
         examples_per_round: of one dataset; None shares all out.
         records: of the run so far.
     """
     if data.arrive_by == "files":
-        return [file_schedule(data, records)] * num_seeds
+        return [file_schedule(data, records)] * len(seeds)
     train, held_out = data.load_train(), data.load_held_out()
     return [
         cut_schedule(
@@ -142,7 +142,7 @@ def load_schedules(
             examples_per_round=examples_per_round,
             cache_images=data.cache_images,
         )
-        for seed in range(num_seeds)
+        for seed in seeds
     ]
 
 

@@ -13,6 +13,7 @@ StartsConfig.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,9 @@ class RunArguments:
         default_factory=lambda: ["cold", "warm", "dash"],
         metadata={"help": "Starts to compare, or 'all'."},
     )
-    seeds: int = field(default=1, metadata={"help": "Number of seeds: 0, 1, …"})
+    seeds: str = field(
+        default="1", metadata={"help": "3 for the seeds 0, 1 and 2; 1-5 for these five."}
+    )
     num_rounds: int = field(default=5, metadata={"help": "Rounds one dataset is cut into."})
     examples_per_round: int | None = field(
         default=None, metadata={"help": "Examples in one arrival; by default all are shared out."}
@@ -56,8 +59,15 @@ class RunArguments:
             hf_dash.find_start(start)
         if self.export_start not in self.starts:
             raise ValueError(f"export_start must be among --starts, got {self.export_start!r}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if not re.fullmatch(r"\d+(-\d+)?", self.seeds) or not self.seed_range:
+            raise ValueError(
+                f"seeds must be at least 1, or a range such as 1-5, got {self.seeds!r}"
+            )
+
+    @property
+    def seed_range(self) -> range:
+        first, _, last = self.seeds.partition("-")
+        return range(int(first), int(last) + 1) if last else range(int(first))
 
 
 def main() -> None:
@@ -82,9 +92,9 @@ def compare(accelerator, run, data, training, dash, starts) -> None:
     )
     with accelerator.main_process_first():
         schedules = hf_dash.load_schedules(
-            data, run.seeds, run.num_rounds, run.examples_per_round, history.records
+            data, run.seed_range, run.num_rounds, run.examples_per_round, history.records
         )
-    for seed, schedule in enumerate(schedules):
+    for seed, schedule in zip(run.seed_range, schedules, strict=True):
         fresh = {
             "architecture": run.architecture,
             "label_names": list(schedule.label_names(1)),
@@ -112,7 +122,11 @@ def compare(accelerator, run, data, training, dash, starts) -> None:
                 save_total_limit=run.save_total_limit,
                 measure_memorisation=run.measure_memorisation,
             )
-            if accelerator.is_main_process and start == run.export_start and seed == 0:
+            if (
+                accelerator.is_main_process
+                and start == run.export_start
+                and seed == run.seed_range[0]
+            ):
                 exported = model, output_dir / "model", history, start, seed, data, len(held_out)
                 hf_dash.export_model(*exported)
     if accelerator.is_main_process:

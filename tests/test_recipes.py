@@ -243,6 +243,7 @@ def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test)
     ("flags", "message"),
     [
         (["--alpha", "0"], "alpha must be in (0, 1], got 0.0"),
+        (["--seeds", "4-2"], "seeds must be at least 1, or a range such as 1-5, got '4-2'"),
         (["--label_column_name", "digit"], "label_column 'digit' is not a column"),
         (["--image_mode", "L"], "image mode is 'L', but the model takes 3 channels"),
     ],
