@@ -40,10 +40,10 @@ class PairedDifference:
 
 
 def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] = ()) -> History:
-    """Return the ledgers of one protocol as one, in memory: as if it had been a single run.
+    """Return the ledgers of one protocol as one, in memory, with the settings they share.
 
     Args:
-        paths: of the ledgers, at least one; its settings count where they may differ.
+        paths: of the ledgers, at least one.
         skip_seeds: seeds left out, such as one that settings were tuned on.
 
     Raises:
@@ -52,7 +52,9 @@ def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] =
     if not paths:
         raise ValueError("paths must name at least one ledger, got none")
     first, *others = (read_history(path) for path in paths)
-    joined = History(None, first.settings, may_differ=MAY_DIFFER)
+    # What is not shared, such as somebody's own folders, says nothing about the whole.
+    shared = {name: value for name, value in first.settings.items() if name not in MAY_DIFFER}
+    joined = History(None, shared, may_differ=MAY_DIFFER)
     for ledger in (first, *others):
         joined.check_same_run(ledger)
         for record in ledger.records:

@@ -5,8 +5,8 @@ Launch:  accelerate launch recipes/compare_starts.py --histories runs/x/history.
              runs/y/history.json --baseline dash --skip_seeds 0 --output_dir runs/compared
 
 The ledgers must be of one protocol: the same data and settings, other starts or seeds. Prints each
-start's mean and spread, its paired difference from the baseline with a confidence interval, and
-what it costs until it is as good as the baseline in the end.
+start's mean and spread, with several seeds its paired difference from the baseline and a confidence
+interval, and what it costs until it is as good as the baseline in the end.
 """
 
 from dataclasses import dataclass, field
@@ -34,8 +34,9 @@ def main() -> None:
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
     history = hf_dash.join_histories(args.histories, skip_seeds=args.skip_seeds)
     print(hf_dash.starts_table(history.records), end="\n\n")
-    paired = hf_dash.paired_table(history.records, args.baseline, confidence=args.confidence)
-    print(paired, end="\n\n")
+    if len({record.seed for record in history.records}) > 1:
+        paired = hf_dash.paired_table(history.records, args.baseline, confidence=args.confidence)
+        print(paired, end="\n\n")
     print(hf_dash.cost_table(history.records, args.baseline))
     if args.output_dir is not None:
         folder = Path(args.output_dir)

@@ -117,6 +117,7 @@ def test_ledgers_of_one_protocol_are_joined(tmp_path):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     joined = join_histories(paths)
     assert joined.records == [*COLD, *DASH]
+    assert joined.settings == {"lam": 0.3}
     assert isinstance(joined, History)
     assert joined.path is None
     assert {r.seed for r in join_histories(paths, skip_seeds=[0]).records} == {1, 2}
