@@ -39,6 +39,7 @@ class CardInfo:
         dataset_revision: branch, tag or commit of a Hub dataset.
         parent: what the round started from: a Hub repository, or words; None for a first round.
         base_model: the parent's id on the Hub, where it has one.
+        base_model_revision: the parent's exact commit on the Hub.
         hub_model_id: where the model is to be found on the Hub, where it is.
         license: of the model, an identifier of the Hub's list; None leaves it out.
         figure: name of a figure beside the card.
@@ -53,6 +54,7 @@ class CardInfo:
     dataset_revision: str | None = None
     parent: str | None = None
     base_model: str | None = None
+    base_model_revision: str | None = None
     hub_model_id: str | None = None
     license: str | None = None
     figure: str | None = None

@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
+from hf_dash._files import sha256_of, write_text
 from hf_dash.arrivals import DataConfig
 from hf_dash.card import CardInfo, write_card
+from hf_dash.checkpoints import LEDGER, WEIGHTS
 from hf_dash.classifiers import save_classifier
 from hf_dash.history import History, RoundRecord, write_history
 from hf_dash.models import model_labels
@@ -57,6 +59,10 @@ def export_model(
     seed: int,
     data: DataConfig,
     num_held_out: int,
+    *,
+    hub_model_id: str | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
 ) -> None:
     """Save a model with the card and the ledger of its own rounds.
 
@@ -68,6 +74,9 @@ def export_model(
         seed: of its run.
         data: where the images came from.
         num_held_out: number of held-out examples the records' accuracies are of.
+        hub_model_id: see :class:`~hf_dash.card.CardInfo`.
+        base_model: likewise.
+        base_model_revision: likewise.
 
     Raises:
         ValueError: nothing is recorded of this start and seed.
@@ -86,6 +95,9 @@ def export_model(
         num_held_out=num_held_out,
         dataset_revision=data.dataset_revision,
         parent="the model of the round before" if len(own) > 1 else None,
+        base_model=base_model,
+        base_model_revision=base_model_revision,
+        hub_model_id=hub_model_id,
     )
     write_model_folder(model, folder, info)
 
@@ -97,7 +109,9 @@ def write_model_folder(
     *,
     image_processor: Any | None = None,
 ) -> None:
-    """Save a model with its card, the ledger of its rounds and a figure of them.
+    """Save a model with its card, the ledger of its rounds, the last shrink and a figure.
+
+    Where the last record does not know the checksum of the weights, it is put into the ledger.
 
     Args:
         model: an image classifier of transformers; a timm wrapper is saved in timm's layout.
@@ -110,7 +124,15 @@ def write_model_folder(
     """
     folder = Path(folder)
     save_classifier(model, folder, image_processor)
-    write_history(folder / "history.json", info.settings, info.records)
+    record = info.record
+    if record.weights_sha256 is None and (folder / WEIGHTS).is_file():
+        record = replace(record, weights_sha256=sha256_of(folder / WEIGHTS))
+        info = replace(info, records=[*info.records[:-1], record])
+    write_history(folder / LEDGER, info.settings, info.records)
+    if record.shrink is not None:
+        write_text(folder / REPORT_NAME, json.dumps(record.shrink, indent=1))
+    else:
+        (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier round
     plot_rounds(info.records, folder / FIGURE)
     write_card(folder, model, replace(info, figure=FIGURE))
 
