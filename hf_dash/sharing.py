@@ -8,16 +8,16 @@ import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_dash._hub_calls import MAIN, HubError, check_branch, check_repo_id
+from hf_dash._hub_calls import MAIN, HubError, check_branch, check_repo_id, clean_token
 from hf_dash._round_folder import round_tag
 from hf_dash.arrivals import DataConfig
-from hf_dash.checkpoints import WEIGHTS
-from hf_dash.history import History, RoundRecord
+from hf_dash.checkpoints import LEDGER, WEIGHTS
+from hf_dash.history import History, RoundRecord, read_history
 from hf_dash.hub import HubRound, promote_on_hub, push_round
 from hf_dash.lineage import full_repo_id, published_tags, read_published
 from hf_dash.models import load_model
@@ -31,7 +31,7 @@ class HubArguments:
     """Where rounds are shared; names as in TrainingArguments, the help says what each is.
 
     Raises:
-        ValueError: an id or a branch can be none; nothing is asked of the Hub for that.
+        ValueError: an id, a branch or a token can be none; the Hub is not asked for that.
     """
 
     push_to_hub: bool = field(default=False, metadata={"help": "Share finished rounds."})
@@ -54,6 +54,7 @@ class HubArguments:
         if self.hub_model_id is not None:
             check_repo_id("hub_model_id", self.hub_model_id)
         check_branch("hub_revision", self.hub_revision)
+        clean_token(self.hub_token)
 
     @classmethod
     def taken_from(cls, args: TrainingArguments) -> "HubArguments":
@@ -233,23 +234,28 @@ def _share_rounds(
 
 
 def share_promotion(
-    hub: HubArguments, record: RoundRecord, revision: str, reason: str
+    hub: HubArguments, output_dir: str | Path, folder: str, reason: str
 ) -> HubRound | None:
     """Let ``main`` follow a promotion or a rollback; a failure is told, not raised.
 
     Args:
-        hub: the flags; ``hub_model_id`` is needed.
-        record: of the round that is in use now.
-        revision: where its model is on the Hub: a branch, a pull request or a tag.
+        hub: the flags; ``hub_revision`` is where the model waits on the Hub, by default at the tag
+            of its round.
+        output_dir: of the run, with its ``history.json``.
+        folder: of the round that is in use now, as recorded there.
         reason: of the decision.
 
     Returns:
         The round on the Hub; None where nothing was asked for, or the Hub failed.
     """
-    if not hub.push_to_hub or hub.hub_model_id is None:
+    if not hub.push_to_hub:
         return None
-    repository = hub.hub_model_id
+    records = read_history(Path(output_dir) / LEDGER).records
+    record = next(r for r in records if r.folder == PurePath(folder).as_posix())
+    repository = hub.repository(output_dir)
+    revision = hub.hub_revision or round_tag(record.round_index)
     try:
+        repository = full_repo_id(repository, token=hub.hub_token)
         return _told(
             promote_on_hub(
                 repository,

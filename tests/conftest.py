@@ -113,6 +113,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
     assert double.problems == []
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting before another attempt at the Hub, and little for an answer."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hf_dash._hub_calls.TIMEOUT", 0.5)
+
+
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
     return hf_dash.load_images("digits")

@@ -10,7 +10,6 @@ from test_history import record
 
 import hf_dash
 from hf_dash import HubError, promote_on_hub, push_round
-from hf_dash import _hub_calls as calls
 
 USER_TOKEN, OTHER_TOKEN = TOKENS
 FILES = ["README.md", "config.json", "history.json", "model.safetensors", "rounds.png"]
@@ -48,15 +47,12 @@ def rounds(tmp_path_factory):
     return {index: root / str(index) for index in (1, 2)}
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """No waiting between attempts, and little for an answer."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(calls, "TIMEOUT", 0.5)
-
-
 def content_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def content_of_files(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
 
 
 def log_of(hub, repo="user/model", revision="main"):
@@ -136,10 +132,6 @@ def test_nothing_is_made_of_a_folder_that_is_not_whole(hub, rounds, tmp_path):
     with pytest.raises(ValueError, match="its checksum differs"):
         push_round(folder, "user/model")
     assert hub.requests == []
-
-
-def content_of_files(folder):
-    return {name: (folder / name).read_bytes() for name in FILES}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "user/", "user/na me", "user--x/y", "x.git", "../x", ""])
