@@ -39,10 +39,10 @@ class CardInfo:
         dataset_revision: branch, tag or commit of a Hub dataset.
         parent: what the round started from: a Hub repository, or words; None for a first round.
         base_model: the parent's id on the Hub, where it has one.
-        base_model_revision: the parent's exact commit on the Hub.
         hub_model_id: where the model is to be found on the Hub, where it is.
         license: of the model, an identifier of the Hub's list; None leaves it out.
         figure: name of a figure beside the card.
+        base_model_revision: exact commit of ``base_model`` that the round started from.
     """
 
     model_name: str
@@ -54,11 +54,11 @@ class CardInfo:
     dataset_revision: str | None = None
     parent: str | None = None
     base_model: str | None = None
-    base_model_revision: str | None = None
     hub_model_id: str | None = None
     license: str | None = None
     figure: str | None = None
     tags: list[str] = field(default_factory=lambda: ["timm", "transformers", "hf_dash"])
+    base_model_revision: str | None = None
 
     @property
     def record(self) -> RoundRecord:

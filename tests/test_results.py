@@ -1,3 +1,7 @@
+import hashlib
+import json
+from dataclasses import replace
+
 import pytest
 from huggingface_hub import ModelCard
 from test_classifiers import tiny_processor, tiny_vit
@@ -78,6 +82,7 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
+        "dash_report.json",
         "history.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -85,6 +90,18 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     ]
     assert read_history(tmp_path / "history.json").records == records
     assert "(rounds.png)" in (tmp_path / "README.md").read_text()
+
+
+def test_the_ledger_of_a_folder_knows_its_weights_and_the_last_shrink(small_model, tmp_path):
+    before = [record("dash", shrink=SHRINK, weights_sha256=None)]
+    info = CardInfo("a resnet", before, {}, "digits", "test", 360)
+    write_model_folder(small_model, tmp_path, info)
+    (own,) = read_history(tmp_path / "history.json").records
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert own == replace(before[0], weights_sha256=hashlib.sha256(weights).hexdigest())
+    assert json.loads((tmp_path / "dash_report.json").read_text()) == SHRINK
+    write_model_folder(small_model, tmp_path, replace(info, records=[record()]))
+    assert not (tmp_path / "dash_report.json").exists()
 
 
 def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path):
