@@ -15,7 +15,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 MAIN = "main"
-# Of one read or write without an answer, in seconds; the client itself may wait for ever.
+# Of one read or write without an answer, in seconds; the client itself may wait for ever. Uploads
+# by hf_xet, where it is installed, keep time themselves.
 TIMEOUT = 60.0
 ATTEMPTS = 3
 # The server's trouble, or a branch that moved meanwhile: the next attempt may succeed.

@@ -171,7 +171,8 @@ def share_rounds(
     own = history.select(start, seed)
 
     def export(record: RoundRecord, folder: Path, parent_commit: str | None) -> None:
-        done = replace(history, path=None, records=own[: own.index(record) + 1])
+        later = own[own.index(record) + 1 :]
+        done = replace(history, path=None, records=[r for r in history.records if r not in later])
         export_model(
             load_model(str(output_dir / record.folder)),
             folder,

@@ -121,10 +121,11 @@ def compare(accelerator, run, data, training, dash, starts, hub) -> None:
             if accelerator.is_main_process and start == run.export_start and seed == 0:
                 exported = history, start, seed, data, len(held_out)
                 hf_dash.export_model(model, output_dir / "model", *exported)
-                hf_dash.share_rounds(hub, output_dir, *exported)
     if accelerator.is_main_process:
         print(hf_dash.write_results(history, output_dir), end="\n\n")
         print(f"history, figures and the model of the {run.export_start} start: {output_dir}")
+        # Last of all: no other process waits for a slow Hub.
+        hf_dash.share_rounds(hub, output_dir, *exported)
 
 
 if __name__ == "__main__":

@@ -406,14 +406,6 @@ def refs(self, repo):
     return 200, {**answer, "converts": []}
 
 
-@route("GET", rf"{API}/commits/(?P<revision>[^/]+)")
-def commits(self, repo, revision):
-    return 200, [
-        {"id": c.oid, "title": c.title, "message": c.description, "authors": [], "date": NOW}
-        for c in self.repository(repo).log(revision)
-    ]
-
-
 @route("POST", rf"{API}/branch/(?P<name>[^/]+)")
 def create_branch(self, repo, name):
     found, name = self.repository(repo, write=True), unquote(name)

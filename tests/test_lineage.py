@@ -7,6 +7,8 @@ import timm
 import torch
 from huggingface_hub import HfApi, constants
 from PIL import Image
+from test_classifiers import tiny_processor, tiny_vit
+from test_history import record
 from test_hub import make_round, push_round
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -74,12 +76,12 @@ def test_every_library_computes_the_same_from_the_hub_as_from_the_folder(hub, tm
     started = hf_dash.load_classifier("user/all", revision=parent.commit)
     with torch.no_grad():
         started.timm_model.get_classifier().weight.mul_(0.5)
-    record = dataclasses.replace(
+    second = dataclasses.replace(
         parent.records[0], round_index=2, parent=parent.name, weights_sha256=None
     )
     info = hf_dash.CardInfo(
         model_name="round 2",
-        records=[*parent.records, record],
+        records=[*parent.records, second],
         settings={},
         dataset_name="digits",
         held_out_split="test",
@@ -105,6 +107,19 @@ def test_every_library_computes_the_same_from_the_hub_as_from_the_folder(hub, tm
         scores = classify(image, top_k=10, function_to_apply="none")
         by_label = {one["label"]: one["score"] for one in scores}
         assert by_label == {str(label): one for label, one in enumerate(expected[0].tolist())}
+
+
+def test_a_native_model_brings_its_image_processor(hub, tmp_path):
+    info = hf_dash.CardInfo("a vit", [record(weights_sha256=None)], {}, "digits", "test", 360)
+    hf_dash.write_model_folder(tiny_vit(), tmp_path, info, image_processor=tiny_processor())
+    push_round(tmp_path, "user/vit")
+    assert "preprocessor_config.json" in hub.files("user/vit")
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    both = [
+        pipeline("image-classification", model=name)(image, function_to_apply="none")
+        for name in (str(tmp_path), "user/vit")
+    ]
+    assert both[0] == both[1]
 
 
 def test_the_chain_is_rebuilt_from_the_hub_alone(hub, chain, tmp_path):
