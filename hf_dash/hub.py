@@ -83,7 +83,7 @@ def push_round(
         private: whether a new repository is private.
         hub_revision: a branch for a challenger, made where it does not exist; nothing is tagged
             there, see :func:`promote_on_hub`.
-        create_pr: open a pull request on ``main`` instead.
+        create_pr: open a pull request on ``main`` instead; every call opens another.
 
     Raises:
         ValueError: the folder is not whole, or an argument can be no id, branch or token.

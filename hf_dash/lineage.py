@@ -111,20 +111,31 @@ def rebuild_chain(
     while where is not None:
         repo_id, name = where
         found = read_published(repo_id, name, token=token)
-        records, expected = found.records, found.records and found.records[-1].weights_sha256
+        records = found.records
         if not records:
             if chain and not following:
                 break  # a model that was trained elsewhere
             raise ValueError(f"{repo_id} has no {LEDGER} at {name}: no round was published there")
-        if expected not in (None, found.weights_sha256):
+        if records[-1].weights_sha256 not in (None, found.weights_sha256):
             raise ValueError(f"{repo_id} holds other weights at {name} than its {LEDGER} tells of")
-        if following and records != following:
+        contradicted = following and records != following
+        if contradicted or any(one.commit == found.commit for one in chain):
             raise ValueError(
                 f"{repo_id} tells of other rounds at {name} than {chain[-1]}, which began there"
             )
         chain.append(HubRound(repo_id, found.commit, name, records[-1]))
         following, where = records[:-1], _before(chain[-1])
     return chain[::-1]
+
+
+def _before(one: HubRound) -> tuple[str, str] | None:
+    """Return repository and revision of the round before; None for the first."""
+    match = ON_THE_HUB.fullmatch(one.record.parent or "")
+    if match is not None:
+        return match["repo_id"], match["commit"]
+    if one.record.round_index == 1:
+        return None
+    return one.repo_id, round_tag(one.record.round_index - 1)
 
 
 def full_repo_id(repo_id: str, *, token: str | None = None) -> str:
@@ -183,13 +194,3 @@ def published_tags(repo_id: str, *, token: str | None = None) -> dict[str, str]:
         return {ref.name: ref.target_commit for ref in refs.tags}
 
     return reach(read, token)
-
-
-def _before(one: HubRound) -> tuple[str, str] | None:
-    """Return repository and revision of the round before; None for the first."""
-    match = ON_THE_HUB.fullmatch(one.record.parent or "")
-    if match is not None:
-        return match["repo_id"], match["commit"]
-    if one.record.round_index == 1:
-        return None
-    return one.repo_id, round_tag(one.record.round_index - 1)

@@ -76,6 +76,12 @@ class HubArguments:
         args.push_to_hub, args.hub_token = False, None
         return hub
 
+    @property
+    def card_id(self) -> str | None:
+        """The repository as a card may name it; None where the user is not named."""
+        named = self.hub_model_id is not None and "/" in self.hub_model_id
+        return self.hub_model_id if named else None
+
     def repository(self, folder: str | Path) -> str:
         """Return the repository of a run: as given, or named after its output folder."""
         name = self.hub_model_id or Path(folder).resolve().name

@@ -85,7 +85,7 @@ def main() -> None:
         parent="the model of the round before",
         base_model=parent.repo_id,
         base_model_revision=parent.commit,
-        hub_model_id=hub.hub_model_id,
+        hub_model_id=hub.card_id,
     )
     hf_dash.write_model_folder(model, args.output_dir, info, image_processor=processor)
     print(hf_dash.rounds_table(info.records))

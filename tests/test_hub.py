@@ -5,7 +5,7 @@ import logging
 import pytest
 from conftest import same_state
 from hub_double import TOKENS
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from test_history import record
 
 import hf_dash
@@ -226,7 +226,7 @@ def test_a_branch_that_moved_meanwhile_is_read_again(hub, rounds, quick, monkeyp
             assert commit.oid != kwargs["parent_commit"]
         return real(self, *args, **kwargs)
 
-    operation = hf_dash.hub.CommitOperationAdd("LICENSE", b"mine")
+    operation = CommitOperationAdd("LICENSE", b"mine")
     monkeypatch.setattr(HfApi, "create_commit", slow)
     push_round(rounds[2], "user/model")
     assert [title.partition(":")[0] for title in log_of(hub)][:2] == ["Round 2", "Between"]
@@ -329,8 +329,9 @@ def test_a_pull_request_is_promoted_and_closed(hub, rounds):
 
 def test_the_card_on_the_hub_reads_back(hub, rounds):
     push_round(rounds[2], "user/model")
+    # The client had its metadata checked before it committed anything.
+    assert "POST /api/validate-yaml" in hub.requests
     card = ModelCard.load("user/model")
-    card.validate()
     (result,) = card.data.eval_results
     assert (result.metric_value, result.verified) == (0.52, False)
 

@@ -161,6 +161,14 @@ def test_a_chain_that_contradicts_itself_is_refused(hub, chain):
         rebuild_chain("user/two")
 
 
+def test_a_chain_that_bites_its_tail_is_refused(hub, tmp_path):
+    make_round(tmp_path, 2, parent="rounds/001/dash_seed0")
+    commit = push_round(tmp_path, "user/model").commit
+    hub.repositories["user/model"].tags["round-001"] = commit
+    with pytest.raises(ValueError, match="tells of other rounds at round-001"):
+        rebuild_chain("user/model")
+
+
 def test_a_chain_ends_at_a_model_that_was_trained_elsewhere(hub, tmp_path):
     make_round(tmp_path / "base", 1)
     push_round(tmp_path / "base", "user/base")
