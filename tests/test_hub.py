@@ -1,10 +1,12 @@
 import dataclasses
 import hashlib
 import logging
+import urllib.error
+import urllib.request
 
 import pytest
 from conftest import same_state
-from hub_double import TOKENS
+from hub_double import TOKENS, HubDouble
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from test_history import record
 
@@ -57,6 +59,45 @@ def content_of_files(folder):
 
 def log_of(hub, repo="user/model", revision="main"):
     return [commit.title for commit in hub.repositories[repo].log(revision)]
+
+
+def send(double, method, path, body):
+    """The status of one request that no client of the Hub's would make."""
+    headers = {} if method == "PUT" else {"Authorization": f"Bearer {USER_TOKEN}"}
+    address = f"{double.endpoint}/{path}"
+    request = urllib.request.Request(address, body, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_the_double_does_not_say_yes_to_all():
+    with HubDouble() as double:
+        assert send(double, "POST", "api/repos/create", b'{"name": "model"}') == 200
+        oid = hashlib.sha256(b"weights").hexdigest()
+        assert send(double, "PUT", f"lfs/{oid}?size=7", b"weighty") == 400
+        assert send(double, "PUT", f"lfs/{oid}?size=8", b"weights") == 400
+        commit, header = "api/models/user/model/commit/", b'{"key": "header", "value": %s}\n'
+        titled = header % b'{"summary": "x", "description": ""}'
+        value = b'{"path": "model.safetensors", "oid": "%s"}' % oid.encode()
+        lines = titled + b'{"key": "lfsFile", "value": %s}' % value
+        assert send(double, "POST", commit + "main", lines) == 400
+        assert send(double, "PUT", f"lfs/{oid}?size=7", b"weights") == 200
+        assert send(double, "POST", commit + "other", lines) == 404
+        stale = header % b'{"summary": "x", "description": "", "parentCommit": "%s"}'
+        stale = stale % (b"0" * 40) + lines.partition(b"\n")[2]
+        assert send(double, "POST", commit + "main", stale) == 412
+        assert len(list(double.repositories["user/model"].log())) == 1
+        assert send(double, "POST", commit + "main", lines) == 200
+        assert double.files("user/model")["model.safetensors"] == b"weights"
+    assert [text.partition(" ")[0] for text in double.problems] == [
+        "the",
+        "the",
+        "model.safetensors",
+    ]
 
 
 def test_every_round_is_one_commit_and_one_tag(hub, rounds):
