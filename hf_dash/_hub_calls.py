@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, get_session, get_token
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -126,10 +126,8 @@ def reach(action: Callable[[], Result], token: str | None = None) -> Result:
         # Whatever the client raises, training is worth more; its own text may quote headers.
         except Exception as error:
             status = _status(error)
-            lasting = status not in PASSING
-            if status is None:
-                lasting = isinstance(error, ValueError | TypeError | OfflineModeIsEnabled)
-            if lasting or attempt == ATTEMPTS:
+            passing = status in PASSING or (status is None and _is_lost_connection(error))
+            if not passing or attempt == ATTEMPTS:
                 raise HubError(_explain(error, status, token)) from None
         time.sleep(2.0 ** (attempt - 1))
     raise AssertionError("unreachable")
@@ -146,24 +144,36 @@ def _patience() -> Iterator[None]:
         session.timeout = before
 
 
-def _status(error: BaseException | None) -> int | None:
-    """Return the HTTP status behind an error, which the client may have wrapped."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those behind it: the client wraps what its threads ran into."""
     while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error."""
+    for one in _causes(error):
+        status = getattr(getattr(one, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
-        error = error.__cause__
     return None
 
 
+def _is_lost_connection(error: BaseException) -> bool:
+    # Of httpx, httpx2 or their transports, whichever the client is built on.
+    return any(type(one).__module__.startswith("http") for one in _causes(error))
+
+
 def _explain(error: BaseException, status: int | None, token: str | None) -> str:
-    while error.__cause__ is not None and status is None:
-        error = error.__cause__  # the client wraps what happened in its threads
-    detail = " ".join(f"{type(error).__name__}: {error}".split())
+    *_, first = _causes(error)
+    shown = first if status is None else error
+    detail = " ".join(f"{type(shown).__name__}: {shown}".split())
     for secret in (token, get_token()):
         if secret:
             detail = detail.replace(secret, "<token>")
-    reason = "the Hub failed" if status in PASSING else "it was refused"
-    if status is None:
-        reason = "it could not be done" if isinstance(error, ValueError) else "no connection"
-    return f"{REASONS.get(status or 0, reason)} ({detail})"
+    if status is not None:
+        reason = REASONS.get(status, "the Hub failed" if status in PASSING else "it was refused")
+    else:
+        reason = "no connection" if _is_lost_connection(error) else "it could not be done"
+    return f"{reason} ({detail})"
