@@ -1,5 +1,6 @@
 """hf_dash: direction-aware shrinking for vision models that are retrained on arriving data."""
 
+from hf_dash._hub_calls import HubError
 from hf_dash._version import __version__, library_versions
 from hf_dash.arrivals import DataConfig, in_arrival_order, load_images
 from hf_dash.augmentation import RandomCropFlip
@@ -38,8 +39,9 @@ from hf_dash.history import (
     read_history,
     write_history,
 )
-from hf_dash.hub import push_folder
+from hf_dash.hub import HubRound, promote_on_hub, push_round
 from hf_dash.incoming import Arrival, arrivals_root, list_arrivals, load_arrival, new_arrivals
+from hf_dash.lineage import Parent, find_parent, rebuild_chain
 from hf_dash.memorisation import measure_memorisation
 from hf_dash.models import (
     black_pixel,
@@ -70,6 +72,7 @@ from hf_dash.rounds import (
 )
 from hf_dash.schedule import Schedule, cut_schedule, file_schedule, load_schedules
 from hf_dash.script_arguments import DataTrainingArguments, ModelArguments
+from hf_dash.sharing import HubArguments, share_folder, share_promotion, share_rounds
 from hf_dash.shrink import NoEffectWarning, ShrinkReport
 from hf_dash.starts import STARTS, Start, StartContext, Started, every_round
 from hf_dash.stream_loader import StreamLoader
@@ -100,11 +103,15 @@ __all__ = [
     "DataConfig",
     "DataTrainingArguments",
     "History",
+    "HubArguments",
+    "HubError",
+    "HubRound",
     "ImageExamples",
     "ModelArguments",
     "NoEffectWarning",
     "PairedAccuracy",
     "PairedDifference",
+    "Parent",
     "Promotion",
     "RandomCropFlip",
     "Round",
@@ -141,6 +148,7 @@ __all__ = [
     "every_round",
     "export_model",
     "file_schedule",
+    "find_parent",
     "find_start",
     "fingerprint",
     "flip_labels",
@@ -171,13 +179,18 @@ __all__ = [
     "plot_simulations",
     "predict",
     "promote",
-    "push_folder",
+    "promote_on_hub",
+    "push_round",
     "read_history",
+    "rebuild_chain",
     "rollback",
     "rounds_table",
     "run_rounds",
     "save_classifier",
     "save_model",
+    "share_folder",
+    "share_promotion",
+    "share_rounds",
     "simulate",
     "simulations_table",
     "starts_table",

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written aside, then moved into place."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,6 +37,15 @@ def files_written_aside(folder: Path) -> Iterator[Path]:
         yield Path(aside)
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, folder / file.name)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

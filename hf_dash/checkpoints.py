@@ -6,7 +6,6 @@ A round is finished when its folder is there: whatever kills the process before 
 a folder with a name of its own, which the next run sweeps away.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_dash._files import flush_folder
+from hf_dash._files import flush_folder, sha256_of
 from hf_dash.history import History, RoundRecord, read_history, write_history
 from hf_dash.models import save_model
 
@@ -82,7 +81,7 @@ def save_round(
         save_model(model, aside)
         if optimizer_state:
             save_file(optimizer_state, aside / OPTIMIZER)
-        record = replace(record, weights_sha256=_sha256(aside / WEIGHTS))
+        record = replace(record, weights_sha256=sha256_of(aside / WEIGHTS))
         write_history(aside / LEDGER, settings, [record])
         flush_folder(aside)
         os.rename(aside, target)
@@ -174,7 +173,7 @@ def load_weights_(model: PreTrainedModel, output_dir: str | Path, record: RoundR
     path = Path(output_dir) / record.folder / WEIGHTS
     if not path.exists():
         raise ValueError(f"{path} is gone: the next round cannot start without these weights")
-    if _sha256(path) != record.weights_sha256:
+    if sha256_of(path) != record.weights_sha256:
         raise ValueError(f"{path} is not what was saved there: its checksum differs")
     model.timm_model.load_state_dict(load_file(path))
 
@@ -196,11 +195,3 @@ def prune_rounds(
     for record in records[: max(0, len(records) - keep)]:
         if record.folder != champion:
             shutil.rmtree(Path(output_dir) / record.folder, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_dash._files import files_written_aside
+from hf_dash._safetensors import require_safetensors
 from hf_dash.models import grow_head, image_transform, is_timm, model_labels, save_model
 
 
@@ -52,16 +53,12 @@ def load_classifier(
 
     Raises:
         ValueError: the data have classes unknown to a model that is no timm wrapper, and
-            ``ignore_mismatched_sizes`` is not set.
+            ``ignore_mismatched_sizes`` is not set; or the weights are no safetensors.
         NotImplementedError: the classifier of a timm wrapper cannot grow.
     """
-    options = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "token": token,
-        "use_safetensors": True,
-        "trust_remote_code": False,
-    }
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    require_safetensors(name_or_path, **where)
+    options = {**where, "use_safetensors": True, "trust_remote_code": False}
     model = AutoModelForImageClassification.from_pretrained(name_or_path, **options)
     known = model_labels(model)
     new = [name for name in label_names or () if name not in known]

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from hf_dash._files import files_written_aside
+from hf_dash._safetensors import require_safetensors
 
 # The one PIL mode in which an image has that many channels as timm's transforms read it.
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -121,7 +122,11 @@ def load_model(
         name_or_path: a folder, or the id of a repository.
         revision: branch, tag or commit on the Hub.
         token: for private repositories.
+
+    Raises:
+        ValueError: the weights are no safetensors.
     """
+    require_safetensors(name_or_path, revision=revision, token=token)
     return AutoModelForImageClassification.from_pretrained(
         name_or_path, revision=revision, token=token, use_safetensors=True, trust_remote_code=False
     )

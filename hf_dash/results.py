@@ -12,9 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from hf_dash._files import sha256_of, write_text
 from hf_dash._version import library_versions
 from hf_dash.arrivals import DataConfig
 from hf_dash.card import CardInfo, write_card
+from hf_dash.checkpoints import LEDGER, WEIGHTS
 from hf_dash.classifiers import save_classifier
 from hf_dash.distributed import hardware
 from hf_dash.history import History, RoundRecord, write_history
@@ -60,6 +62,10 @@ def export_model(
     seed: int,
     data: DataConfig,
     num_held_out: int,
+    *,
+    hub_model_id: str | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
 ) -> None:
     """Save a model with the card and the ledger of its own rounds.
 
@@ -71,6 +77,9 @@ def export_model(
         seed: of its run.
         data: where the images came from.
         num_held_out: number of held-out examples the records' accuracies are of.
+        hub_model_id: see :class:`~hf_dash.card.CardInfo`.
+        base_model: likewise.
+        base_model_revision: likewise.
 
     Raises:
         ValueError: nothing is recorded of this start and seed.
@@ -90,6 +99,9 @@ def export_model(
         dataset_revision=data.dataset_revision,
         parent="the model of the round before" if len(own) > 1 else None,
         rivals=[r for r in history.select(seed=seed) if r.start != start],
+        base_model=base_model,
+        base_model_revision=base_model_revision,
+        hub_model_id=hub_model_id,
     )
     write_model_folder(model, folder, info)
 
@@ -101,7 +113,9 @@ def write_model_folder(
     *,
     image_processor: Any | None = None,
 ) -> None:
-    """Save a model with its card, the ledger of its rounds, and figures of them and of the shrink.
+    """Save a model with its card, the ledger of its rounds, the last shrink, and figures of both.
+
+    Where the last record does not know the checksum of the weights, it is put into the ledger.
 
     Args:
         model: an image classifier of transformers; a timm wrapper is saved in timm's layout.
@@ -114,7 +128,15 @@ def write_model_folder(
     """
     folder = Path(folder)
     save_classifier(model, folder, image_processor)
-    write_history(folder / "history.json", info.settings, info.records)
+    record = info.record
+    if record.weights_sha256 is None and (folder / WEIGHTS).is_file():
+        record = replace(record, weights_sha256=sha256_of(folder / WEIGHTS))
+        info = replace(info, records=[*info.records[:-1], record])
+    write_history(folder / LEDGER, info.settings, info.records)
+    if record.shrink is not None:
+        write_text(folder / REPORT_NAME, json.dumps(record.shrink, indent=1))
+    else:
+        (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier round
     plot_rounds(info.records, folder / FIGURE)
     shrunk = info.record.shrink is not None
     if shrunk:

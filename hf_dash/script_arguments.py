@@ -33,7 +33,10 @@ class ModelArguments:
     """
 
     model_name_or_path: str = field(metadata={"help": "Last round's model: a folder or Hub id."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit."})
+    model_revision: str = field(
+        default="main",
+        metadata={"help": "Branch, tag or commit, such as round-002.", "aliases": ["--revision"]},
+    )
     image_processor_name: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub id, if not the model's; timm models need none."},
@@ -42,7 +45,9 @@ class ModelArguments:
         default=False, metadata={"help": "A fresh head where the data have new labels."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "For files of the Hub."})
-    token: str | None = field(default=None, metadata={"help": "For private repositories."})
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "For private repositories."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Refused."})
 
     def __post_init__(self) -> None:

@@ -8,8 +8,9 @@ Launch:  accelerate launch recipes/continual_rounds.py
 
 Every start sees the same rounds in the same order and shares its first round's initial weights per
 seed. The same command goes on where it was stopped or killed, and with files that have arrived
-since. Flags: those below, and the fields of hf_dash's DataConfig, TrainingConfig, DashConfig and
-StartsConfig.
+since. With --push_to_hub --hub_model_id user/name every round of one start goes to the Hub. Flags:
+those below, and the fields of hf_dash's DataConfig, TrainingConfig, DashConfig, StartsConfig and
+HubArguments.
 """
 
 import json
@@ -41,7 +42,7 @@ class RunArguments:
     model_args: str = field(default="{}", metadata={"help": "For timm.create_model, as JSON."})
     image_size: int = field(default=32, metadata={"help": "Height and width of the model's input."})
     export_start: str | None = field(
-        default=None, metadata={"help": "Start whose model is saved; the last of --starts."}
+        default=None, metadata={"help": "Start whose model is saved, shared; the last."}
     )
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Keep the weights of the newest rounds only."}
@@ -72,7 +73,8 @@ class RunArguments:
 
 def main() -> None:
     configs = hf_dash.DataConfig, hf_dash.TrainingConfig, hf_dash.DashConfig, hf_dash.StartsConfig
-    groups = HfArgumentParser((RunArguments, *configs)).parse_args_into_dataclasses()
+    classes = (RunArguments, *configs, hf_dash.HubArguments)
+    groups = HfArgumentParser(classes).parse_args_into_dataclasses()
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return compare(accelerator, *groups)
@@ -80,8 +82,8 @@ def main() -> None:
         compare(accelerator, *groups)
 
 
-def compare(accelerator, run, data, training, dash, starts) -> None:
-    output_dir = Path(run.output_dir)
+def compare(accelerator, run, data, training, dash, starts, hub) -> None:
+    output_dir, first_seed = Path(run.output_dir), run.seed_range[0]
     groups = run, data, training, dash, starts
     settings = {name: value for group in groups for name, value in asdict(group).items()}
     history = hf_dash.open_history(
@@ -122,16 +124,14 @@ def compare(accelerator, run, data, training, dash, starts) -> None:
                 save_total_limit=run.save_total_limit,
                 measure_memorisation=run.measure_memorisation,
             )
-            if (
-                accelerator.is_main_process
-                and start == run.export_start
-                and seed == run.seed_range[0]
-            ):
-                exported = model, output_dir / "model", history, start, seed, data, len(held_out)
-                hf_dash.export_model(*exported)
+            if accelerator.is_main_process and (start, seed) == (run.export_start, first_seed):
+                exported = history, start, seed, data, len(held_out)
+                hf_dash.export_model(model, output_dir / "model", *exported)
     if accelerator.is_main_process:
         print(hf_dash.write_results(history, output_dir), end="\n\n")
         print(f"history, figures and the model of the {run.export_start} start: {output_dir}")
+        # Last of all: no other process waits for a slow Hub.
+        hf_dash.share_rounds(hub, output_dir, *exported)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ Launch:  accelerate launch recipes/promote.py --output_dir runs/x \
              --rollback_to rounds/002/dash_seed0
 
 Challenger and champion predict the held-out images of the dataset; what is decided, and why, goes
-into the run's history.json. Ends with status 1 where the challenger is rejected. Flags: those
-below, and the fields of hf_dash's DataConfig.
+into the run's history.json. Ends with status 1 where the challenger is rejected. With --push_to_hub
+--hub_model_id user/name the Hub's main follows: from the branch --hub_revision, where a challenger
+waits, or to the tag of the round that is gone back to. Flags: those below, and the fields of
+hf_dash's DataConfig and HubArguments.
 """
 
 import sys
@@ -48,14 +50,15 @@ class PromoteArguments:
 
 
 def main() -> None:
-    args, data = HfArgumentParser(
-        (PromoteArguments, hf_dash.DataConfig)
+    args, data, hub = HfArgumentParser(
+        (PromoteArguments, hf_dash.DataConfig, hf_dash.HubArguments)
     ).parse_args_into_dataclasses()
     accelerator = Accelerator()
     if args.rollback_to is not None:
         if accelerator.is_main_process:
             entry = hf_dash.rollback(args.output_dir, args.rollback_to)
             print(f"rollback: {entry.challenger} is the champion in place of {entry.champion}")
+            hf_dash.share_promotion(hub, args.output_dir, entry.challenger, entry.reason)
         return
 
     with accelerator.main_process_first():
@@ -76,6 +79,8 @@ def main() -> None:
         if verdict.comparison is not None:
             print(table(verdict.comparison), end="\n\n")
         print(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
+        if verdict.promote:
+            hf_dash.share_promotion(hub, args.output_dir, args.challenger, verdict.reason)
     sys.exit(0 if verdict.promote else 1)
 
 

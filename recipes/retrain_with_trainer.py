@@ -8,10 +8,11 @@ Flags have the names of transformers' run_image_classification.py (`--train_dir`
 `--validation_dir`, `--max_train_samples`, …, `--help` lists them), with hf_dash's DashConfig and
 TrainingArguments. The model is a timm wrapper or any image classifier of transformers. Without
 `--do_train` and `--do_eval` the recipe does both; with `--do_eval` alone it only evaluates. With
-`--push_to_hub --hub_model_id user/name` the finished folder goes to the Hub.
+`--push_to_hub --hub_model_id user/name` the finished folder goes to the Hub, and from there
+`--model_name_or_path user/name --revision round-002` goes on.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,18 @@ def main() -> None:
         )
     )
     source, data, dash, args = parser.parse_args_into_dataclasses()
-    # The finished folder is pushed once; the Trainer would make the repository and push on the way.
-    push_to_hub, args.push_to_hub = args.push_to_hub, False
+    # The finished folder is pushed once; the Trainer would push on the way, and save the token.
+    hub = hf_dash.HubArguments.taken_from(args)
     args.remove_unused_columns = False
 
-    past = past_records(source.model_name_or_path)
+    parent = hf_dash.find_parent(
+        source.model_name_or_path,
+        revision=source.model_revision,
+        cache_dir=source.cache_dir,
+        token=source.token,
+    )
+    source = replace(source, model_revision=parent.commit or source.model_revision)
+    past = parent.records
     with args.main_process_first(desc="loading images"):
         loaded = data.load(cache_dir=source.cache_dir, token=source.token)
     model = source.load_model(loaded.label_names, seed=args.seed)
@@ -64,7 +72,7 @@ def main() -> None:
         round_,
         metrics,
         train_seconds=result.metrics["train_runtime"],
-        parent=source.model_name_or_path,
+        parent=parent.name,
         held_out=held_out,
     )
     info = hf_dash.CardInfo(
@@ -81,23 +89,13 @@ def main() -> None:
         num_held_out=len(held_out),
         dataset_revision=data.dataset_revision,
         parent="the model of the round before",
-        base_model=hub_id(source.model_name_or_path),
-        hub_model_id=args.hub_model_id,
+        base_model=parent.repo_id,
+        base_model_revision=parent.commit,
+        hub_model_id=hub.card_id,
     )
     hf_dash.write_model_folder(model, args.output_dir, info, image_processor=processor)
     print(hf_dash.rounds_table(info.records))
-    if push_to_hub:
-        push(args, record)
-
-
-def past_records(parent: str) -> list[hf_dash.RoundRecord]:
-    """Return what the ledger beside the parent model says; nothing where there is none."""
-    ledger = Path(parent) / "history.json"
-    return hf_dash.read_history(ledger).records if ledger.is_file() else []
-
-
-def hub_id(name_or_path: str) -> str | None:
-    return None if Path(name_or_path).exists() else name_or_path
+    hf_dash.share_folder(hub, args.output_dir)
 
 
 def make_trainer(
@@ -127,16 +125,6 @@ def make_trainer(
     )
     trainer.add_callback(hf_dash.DashCallback(batches=batches, **dash.arguments).bind(trainer))
     return trainer
-
-
-def push(args: TrainingArguments, record: hf_dash.RoundRecord) -> None:
-    hf_dash.push_folder(
-        args.output_dir,
-        args.hub_model_id or Path(args.output_dir).name,
-        token=args.hub_token,
-        private=args.hub_private_repo,
-        commit_message=f"Round {record.round_index}: accuracy {record.accuracy:.4f}",
-    )
 
 
 if __name__ == "__main__":

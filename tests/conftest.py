@@ -1,8 +1,16 @@
 """Fixtures shared by all tests; nothing here or below reaches the network or needs a GPU."""
 
 import os
+import socket
 import tempfile
 
+# The clients read the Hub's address at import: a port of this process's own, at which nobody
+# listens until a test asks for ``hub``.
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    HUB_ADDRESS = free.getsockname()
+os.environ["HF_ENDPOINT"] = "http://{}:{}".format(*HUB_ADDRESS)
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_dash_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -13,11 +21,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from hub_double import TOKENS, HubDouble
 from torch import Tensor, nn
 
 import hf_dash
@@ -90,6 +100,24 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
+    """A double of the Hub that the real clients find, with the token of its user ``user``."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", next(iter(TOKENS)))
+    with HubDouble(HUB_ADDRESS) as double:
+        yield double
+    huggingface_hub.close_session()
+    assert double.problems == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting before another attempt at the Hub, and little for an answer."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("hf_dash._hub_calls.TIMEOUT", 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ def record(start="warm", seed=0, round_index=1, **changes):
         "steps": 30,
         "start_seconds": 0.5,
         "train_seconds": 2.0,
+        "weights_sha256": "0" * 64,
     }
     return RoundRecord(start=start, seed=seed, round_index=round_index, **{**fields, **changes})
 

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -102,6 +104,7 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
+        "dash_report.json",
         "factors.png",
         "history.json",
         "model.safetensors",
@@ -112,6 +115,18 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "(rounds.png)" in text
     assert "(factors.png)" in text
+
+
+def test_the_ledger_of_a_folder_knows_its_weights_and_the_last_shrink(small_model, tmp_path):
+    before = [record("dash", shrink=SHRINK, weights_sha256=None)]
+    info = CardInfo("a resnet", before, {}, "digits", "test", 360)
+    write_model_folder(small_model, tmp_path, info)
+    (own,) = read_history(tmp_path / "history.json").records
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert own == replace(before[0], weights_sha256=hashlib.sha256(weights).hexdigest())
+    assert json.loads((tmp_path / "dash_report.json").read_text()) == SHRINK
+    write_model_folder(small_model, tmp_path, replace(info, records=[record()]))
+    assert not (tmp_path / "dash_report.json").exists()
 
 
 @pytest.mark.parametrize("steps", [2, 6])

@@ -123,6 +123,13 @@ def test_no_code_of_a_repository_is_run():
         ModelArguments("user/model", trust_remote_code=True)
 
 
+def test_the_revision_has_two_names():
+    for flag in ("--model_revision", "--revision"):
+        flags = ["--model_name_or_path", "user/model", flag, "round-002"]
+        (source,) = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(flags)
+        assert source.model_revision == "round-002"
+
+
 def test_the_record_of_a_model_holds_no_secret():
     source = ModelArguments("user/model", token="hf_secret", cache_dir="/somewhere")
     assert source.settings["model_name_or_path"] == "user/model"
