@@ -271,6 +271,10 @@ def validate_yaml(self):
     for one in [i for given in ids for i in ([given] if isinstance(given, str) else given)]:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", one):
             return 400, {"errors": [{"message": f"{one!r} is no id"}], "warnings": []}
+    for result in [r for model in metadata.get("model-index", []) for r in model["results"]]:
+        value = result["metrics"][0]["value"]
+        if not isinstance(value, float):
+            return 400, {"errors": [{"message": f"{value!r} is no number"}], "warnings": []}
     return 200, {"errors": [], "warnings": []}
 
 
