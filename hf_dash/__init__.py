@@ -43,6 +43,7 @@ from hf_dash.models import (
     save_model,
 )
 from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
+from hf_dash.pretraining import pretrained_epochs, run_pretraining
 from hf_dash.promotion import promote, rollback
 from hf_dash.results import export_model, trainer_record, write_model_folder, write_results
 from hf_dash.round_data import RoundData
@@ -149,11 +150,13 @@ __all__ = [
     "plot_rounds",
     "plot_simulations",
     "predict",
+    "pretrained_epochs",
     "promote",
     "push_folder",
     "read_history",
     "rollback",
     "rounds_table",
+    "run_pretraining",
     "run_rounds",
     "save_classifier",
     "save_model",

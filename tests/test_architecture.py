@@ -50,6 +50,7 @@ ROOMS = [
     "comparison",
     "promotion",
     "continual",
+    "pretraining",
     "framework",
     "tables",
     "plots",
