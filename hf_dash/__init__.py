@@ -42,7 +42,7 @@ from hf_dash.models import (
     load_model,
     save_model,
 )
-from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
+from hf_dash.plots import plot_factors, plot_pretraining, plot_rounds, plot_simulations
 from hf_dash.pretraining import pretrained_epochs, run_pretraining
 from hf_dash.promotion import promote, rollback
 from hf_dash.results import export_model, trainer_record, write_model_folder, write_results
@@ -67,6 +67,7 @@ from hf_dash.streams import (
 from hf_dash.tables import (
     markdown_table,
     memorisation_table,
+    pretraining_table,
     rounds_table,
     simulations_table,
     starts_table,
@@ -147,10 +148,12 @@ __all__ = [
     "only_one",
     "open_history",
     "plot_factors",
+    "plot_pretraining",
     "plot_rounds",
     "plot_simulations",
     "predict",
     "pretrained_epochs",
+    "pretraining_table",
     "promote",
     "push_folder",
     "read_history",

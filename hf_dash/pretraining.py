@@ -1,7 +1,7 @@
 """How long a model may train on part of the data before a warm start from it ends worse.
 
-Flow: half of the data → e epochs → each start → all data, to convergence → the ledger; the same from
-scratch beside it.
+Flow: half of the data → e epochs → each start → all data, to convergence → the ledger; beside it
+the same from scratch.
 Source: the pre-training-length experiment of Shin et al. (arXiv:2410.23495), after Ash & Adams
 (NeurIPS 2020): a warm start does no harm until the network begins to memorise noise.
 Differs: one pre-training is cut into stages, whose ends are the lengths compared, instead of
@@ -83,9 +83,8 @@ def run_pretraining(
     def train(name: str, start: Start, round_: Round, config: TrainingConfig, **more: Any) -> None:
         # What is recorded is done; the weights of a start's earlier rounds need not be there.
         if history.find(name, seed, round_.index) is None:
-            run_rounds(
-                make_model(), [round_], held_out, start, name=name, training=config, **shared, **more
-            )
+            more = {**shared, **more, "training": config}
+            run_rounds(make_model(), [round_], held_out, start, name=name, **more)
 
     train(SCRATCH, cold_, replace(whole, index=1), training)
     stage: RoundRecord | None = None
@@ -117,6 +116,30 @@ def pretrained_epochs(record: RoundRecord, records: Sequence[RoundRecord]) -> fl
         record = by_folder[record.parent]
         epochs += record.epochs
     return epochs
+
+
+def records_by_length(
+    records: Sequence[RoundRecord],
+) -> dict[str, dict[float, list[RoundRecord]]]:
+    """Return by start, and by the epochs behind its weights, rising, the records of all seeds.
+
+    Args:
+        records: as :func:`run_pretraining` made them; its stages are left out.
+
+    Raises:
+        ValueError: no start came after a pre-training, or there is none from scratch.
+    """
+    found: dict[str, dict[float, list[RoundRecord]]] = {}
+    for record in records:
+        if record.start != PRETRAINING:
+            lengths = found.setdefault(record.start, {})
+            lengths.setdefault(pretrained_epochs(record, records), []).append(record)
+    if list(found.get(SCRATCH, {})) != [0] or len(found) < 2:
+        raise ValueError(
+            f"records must be of run_pretraining, with {SCRATCH!r} from scratch and another start,"
+            f" got {list(found)}"
+        )
+    return {start: dict(sorted(lengths.items())) for start, lengths in found.items()}
 
 
 def _check(compared: Mapping[str, Start], pretrain_epochs: Sequence[int]) -> None:
