@@ -91,33 +91,34 @@ def plot_pretraining(records: Sequence[RoundRecord], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     scratch = runs.pop(SCRATCH)[0]
-    measures = {"accuracy_old": "Old labels known", "flipped_reproduced": "Wrong labels reproduced"}
-    measures = {name: title for name, title in measures.items() if _has(records, name)}
-    figure = Figure(figsize=(4 + 3.6 * len(measures), 3.6), layout="constrained")
+    titles = {"accuracy_old": "Old labels known", "flipped_reproduced": "Wrong ones reproduced"}
+    measures = [name for name in titles if _has(records, name)]
+    figure = Figure(figsize=(4 + 3.6 * len(measures), 4), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(measures), squeeze=False)[0]
     lengths = sorted({epochs for by_length in runs.values() for epochs in by_length})
     accuracies = [[100 * record.accuracy for record in scratch]] * len(lengths)
     _draw_line(left, 0, f"{SCRATCH}, from scratch", lengths, accuracies, "--")
     for number, (start, by_length) in enumerate(runs.items(), start=1):
-        epochs, groups = list(by_length), list(by_length.values())
+        groups = list(by_length.values())
         values = [[100 * record.accuracy for record in group] for group in groups]
-        _draw_line(left, number, start, epochs, values)
+        _draw_line(left, number, start, list(by_length), values)
         for axes, name in zip(others, measures, strict=True):
-            if number == 1:
-                before = [_measured(group, "before", name) for group in groups]
-                _draw_line(axes, len(COLOURS) - 1, "before any start", epochs, before, "--")
             after = [_measured(group, "after", name) for group in groups]
-            _draw_line(axes, number, f"after {start}", epochs, after)
-    left.set(title="Held-out accuracy after training on all", ylabel="accuracy (%)")
-    for axes, title in zip(others, measures.values(), strict=True):
-        axes.set(title=title, ylabel="share of them (%)", ylim=(-3, 103))
+            _draw_line(axes, number, start, list(by_length), after)
+    for axes, name in zip(others, measures, strict=True):
+        # The same for every start. Drawn last: the warm start changes nothing and lies below.
+        before = [_measured(group, "before", name) for group in groups]
+        _draw_line(axes, len(COLOURS) - 1, "before any start", list(by_length), before, ":")
+        axes.set(title=titles[name], ylabel="right after the start (%)", ylim=(-4, 104))
+    left.set(title="Held-out accuracy", ylabel="trained on all data (%)")
     for axes in (left, *others):
         axes.set_xscale("log")
         axes.set_xticks(lengths, [f"{epochs:g}" for epochs in lengths])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("epochs of pre-training on half")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    lines = [*left.lines, *(axes.lines[-1] for axes in others[:1])]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4)
     _save(figure, path)
 
 
