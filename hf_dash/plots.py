@@ -110,7 +110,7 @@ def plot_pretraining(records: Sequence[RoundRecord], path: str | Path) -> None:
         before = [_measured(group, "before", name) for group in groups]
         _draw_line(axes, len(COLOURS) - 1, "before any start", list(by_length), before, ":")
         axes.set(title=titles[name], ylabel="right after the start (%)", ylim=(-4, 104))
-    left.set(title="Held-out accuracy", ylabel="trained on all data (%)")
+    left.set(title="Held-out accuracy", ylabel="accuracy, trained on all (%)")
     for axes in (left, *others):
         axes.set_xscale("log")
         axes.set_xticks(lengths, [f"{epochs:g}" for epochs in lengths])

@@ -37,7 +37,7 @@ class Arguments:
         default_factory=lambda: [1, 4, 16],
         metadata={"help": "Lengths of pre-training, rising."},
     )
-    num_examples: int = field(default=600, metadata={"help": "In all; half of them come first."})
+    num_examples: int = field(default=400, metadata={"help": "In all; half of them come first."})
     label_noise: float = field(default=0.1, metadata={"help": "Share of wrong training labels."})
     architecture: str = field(default="test_resnet", metadata={"help": "A name timm knows."})
     model_args: str = field(default="{}", metadata={"help": "For timm.create_model, as JSON."})
