@@ -309,10 +309,12 @@ def test_lengths_of_pretraining_are_compared(tmp_path):
 
 def test_the_framework_benchmark_compares_with_the_plain_loops(tmp_path):
     flags = ["--num_experiments", "2", "--loop_experiments", "1", "--repeats", "1"]
+    flags += ["--figure_seeds", "1"]
     done = launch("benchmarks/framework.py", tmp_path, *flags, "--num_test_points", "100")
     lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     names = [line[1].strip() for line in lines]
     assert names[2:] == ["random", "warm", "ideal", "partial"]
+    assert "\n1 seeds of all starts with figure: " in done.stdout
 
 
 SIMULATIONS = sorted(
