@@ -134,7 +134,8 @@ def records_by_length(
         if record.start != PRETRAINING:
             lengths = found.setdefault(record.start, {})
             lengths.setdefault(pretrained_epochs(record, records), []).append(record)
-    if list(found.get(SCRATCH, {})) != [0] or len(found) < 2:
+    from_fresh_weights = [start for start, lengths in found.items() if 0 in lengths]
+    if from_fresh_weights != [SCRATCH] or len(found) < 2 or len(found[SCRATCH]) > 1:
         raise ValueError(
             f"records must be of run_pretraining, with {SCRATCH!r} from scratch and another start,"
             f" got {list(found)}"
