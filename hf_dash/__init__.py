@@ -53,7 +53,8 @@ from hf_dash.models import (
     save_model,
 )
 from hf_dash.named_starts import find_start
-from hf_dash.plots import plot_factors, plot_rounds, plot_simulations
+from hf_dash.plots import plot_factors, plot_pretraining, plot_rounds, plot_simulations
+from hf_dash.pretraining import pretrained_epochs, run_pretraining
 from hf_dash.promotion import promote, rollback
 from hf_dash.results import (
     export_model,
@@ -84,6 +85,7 @@ from hf_dash.streams import (
 from hf_dash.tables import (
     markdown_table,
     memorisation_table,
+    pretraining_table,
     rounds_table,
     simulations_table,
     starts_table,
@@ -175,9 +177,12 @@ __all__ = [
     "paired_difference",
     "paired_table",
     "plot_factors",
+    "plot_pretraining",
     "plot_rounds",
     "plot_simulations",
     "predict",
+    "pretrained_epochs",
+    "pretraining_table",
     "promote",
     "promote_on_hub",
     "push_round",
@@ -185,6 +190,7 @@ __all__ = [
     "rebuild_chain",
     "rollback",
     "rounds_table",
+    "run_pretraining",
     "run_rounds",
     "save_classifier",
     "save_model",

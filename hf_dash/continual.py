@@ -90,12 +90,13 @@ def run_rounds(
     output_dir: str | Path | None = None,
     save_total_limit: int | None = None,
     measure_memorisation: bool = False,
+    parent: RoundRecord | None = None,
 ) -> PreTrainedModel:
     """Take a model through all rounds; go on where an earlier call on the same folder ended.
 
     Args:
         model: freshly initialised with ``seed``; the first round trains it as it is.
-        rounds: in order, from the first.
+        rounds: in order, from the first, or from the one after ``parent``.
         held_out: examples never trained on; a label the model does not know yet counts as wrong.
         start: called before every round but the first; before the first too if its attribute
             ``every_round`` is true.
@@ -111,6 +112,8 @@ def run_rounds(
             None keeps all.
         measure_memorisation: measure right before and after every start what the model remembers
             (:func:`~hf_dash.memorisation.measure_round`); not counted in the seconds.
+        parent: a round of any start, saved below ``output_dir``, whose weights the first of
+            ``rounds`` starts from; None begins with the model as it is.
 
     Returns:
         The model, trained on the last round: the given one, unless new labels made it grow.
@@ -121,6 +124,8 @@ def run_rounds(
     """
     if save_total_limit is not None and save_total_limit < 1:
         raise ValueError(f"save_total_limit must be at least 1, got {save_total_limit!r}")
+    if parent is not None and output_dir is None:
+        raise ValueError("output_dir must be given with parent, whose weights lie below it")
     run = _Run(
         held_out,
         start,
@@ -136,7 +141,6 @@ def run_rounds(
         measure_memorisation,
     )
     model.to(accelerator.device)
-    parent: RoundRecord | None = None
     kept: dict[str, Tensor] = {}
     trained = False
     for round_ in rounds:
@@ -247,10 +251,7 @@ def _record(
 def _start(
     run: _Run, model: PreTrainedModel, round_: Round, seed: int, rows: dict[str, Tensor]
 ) -> tuple[Started, float]:
-    """Call the start where the round has one; rows of new classes stay as fresh as they are.
-
-    Returns what the start has to tell, and its seconds.
-    """
+    """Call the start where the round has one, and time it; rows of new classes stay fresh."""
     if round_.index == 1 and not getattr(run.start, "every_round", False):
         return Started(), 0.0
     synchronise(run.accelerator.device)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ PROBABILITIES, POINTS, TEST_POINTS, COINS, FORGETTING = range(5)
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Features = NDArray[np.bool_] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,27 +125,27 @@ def simulate(
 
 
 def learn_(
-    points: Bools,
-    holders: Sequence[Sequence[Integers]],
+    points: Features,
+    columns: Bools,
     nonzero: Bools,
     learned: Bools,
-    counts: Integers,
+    counts: NDArray[np.integer[Any]],
     gamma: int,
     tau: int,
 ) -> None:
     """Train until no feature is left to learn; changes ``nonzero``, ``learned`` and ``counts``.
 
     Args:
-        points: [C, M, K] which features each point has.
-        holders: of class c and feature k the indices of the points that have it, ``holders_of``;
-            those of points beyond M are ignored.
+        points: [C, M, K] 1 where a point has the feature, 0 where not; of any type, but float32
+            is the fastest.
+        columns: [C, K, M] the same by feature.
         nonzero: [C, M] which points have a gradient; each has fewer than τ learned features.
         learned: [C, K] which features are learned.
         counts: [C, M] learned features of each point, with a gradient or not.
         gamma: γ, points with a gradient that it takes to learn a feature, at least 1.
         tau: τ, learned features that take a point its gradient, at least 1.
     """
-    classes, total, features = points.shape
+    classes, _, features = points.shape
     frequency = np.stack(
         [_occurrences(points[c], np.flatnonzero(nonzero[c])) for c in range(classes)]
     )
@@ -155,17 +156,12 @@ def learn_(
             return
         learned[c, k] = True
         frequency[c, k] = -1
-        having = holders[c][k][: np.searchsorted(holders[c][k], total)]
-        counts[c, having] += 1
-        explained = having[nonzero[c, having] & (counts[c, having] >= tau)]
+        counts[c] += columns[c, k]
+        # Among all points, not only those that have k: going through bytes in order is faster.
+        explained = np.flatnonzero(nonzero[c] & (counts[c] >= tau))
         nonzero[c, explained] = False
         # What is learned falls further below γ, which does no harm.
         frequency[c] -= _occurrences(points[c], explained)
-
-
-def holders_of(points: Bools) -> list[list[Integers]]:
-    """Return, of every class and feature, the indices of the points [C, M, K] that have it."""
-    return [[np.flatnonzero(one) for one in np.ascontiguousarray(own.T)] for own in points]
 
 
 def write_simulations(simulations: Mapping[str, Sequence[Simulation]], path: str | Path) -> None:
@@ -207,9 +203,9 @@ def _check_sizes(
             raise ValueError(f"{name} must be a multiple of num_classes={classes}, got {value!r}")
 
 
-def _occurrences(points: Bools, which: Integers) -> Integers:
-    # A product of ones is many times faster than a sum of booleans; float64 counts exactly.
-    counted = np.ones(len(which)) @ points.take(which, axis=0).astype(np.float64)
+def _occurrences(points: Features, which: Integers) -> Integers:
+    # A product is many times faster than a sum of booleans; float32 counts exactly up to 2²⁴.
+    counted = np.ones(len(which), np.float32) @ points.take(which, axis=0)
     return counted.astype(np.int64)
 
 
@@ -239,10 +235,10 @@ def _run(
     """Return [J, C, K] what is learned, [J] points with a gradient, [J] points memorised."""
     classes, total, features = points.shape
     arriving = total // experiments
-    holders = holders_of(points)
+    numbers, columns = points.astype(np.float32), points.transpose(0, 2, 1).copy()
     forgetting = np.random.default_rng([seed, FORGETTING])
     learned = np.zeros((classes, features), bool)
-    counts = np.zeros((classes, total), np.int64)
+    counts = np.zeros((classes, total), np.min_scalar_type(features))
     memorised = np.zeros((classes, total), bool)
     history = np.zeros((experiments, classes, features), bool)
     nonzero_points, memorised_points = (np.zeros(experiments, np.int64) for _ in range(2))
@@ -258,7 +254,7 @@ def _run(
         counts[:, new] = (points[:, new] & learned[:, None]).sum(2)
         nonzero = ~memorised[:, seen] & (counts[:, seen] < tau)
         nonzero_points[j] = nonzero.sum()
-        learn_(points[:, seen], holders, nonzero, learned, counts[:, seen], gamma, tau)
+        learn_(numbers[:, seen], columns[:, :, seen], nonzero, learned, counts[:, seen], gamma, tau)
         memorised[:, seen] |= nonzero
         history[j], memorised_points[j] = learned, memorised.sum()
     return history, nonzero_points, memorised_points

@@ -1,7 +1,7 @@
 """Figures of a history, and of the paper's learning framework.
 
-Flow: records → mean and spread over seeds per round, or factors per tensor → one PNG; simulations
-→ mean and spread over seeds per experiment → one PNG.
+Flow: records → mean and spread over seeds per round or length of pre-training, or factors per
+tensor → one PNG; simulations → mean and spread over seeds per experiment → one PNG.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ import numpy as np
 from hf_dash._files import write_bytes
 from hf_dash.framework import Simulation
 from hf_dash.history import RoundRecord, starts_of
+from hf_dash.pretraining import SCRATCH, records_by_length
 from hf_dash.shrink import ShrinkReport
 
 # Of Okabe and Ito, for readers who see fewer colours; grey instead of yellow, pale on white.
@@ -68,6 +69,65 @@ def plot_rounds(records: Sequence[RoundRecord], path: str | Path) -> None:
     else:
         left.legend(title="start")
     _save(figure, path)
+
+
+def plot_pretraining(records: Sequence[RoundRecord], path: str | Path) -> None:
+    """Draw what each start makes of ever longer pre-training on the old half of the data.
+
+    Panels: held-out accuracy after training on all data, beside training from scratch; how many of
+    the old half's labels, and of the wrong ones among them where there are any, the model answers
+    right before any start and right after each. With several seeds a line is their mean and the
+    band around it ± one sample standard deviation.
+
+    Args:
+        records: as :func:`~hf_dash.pretraining.run_pretraining` made them.
+        path: of the PNG file to write.
+
+    Raises:
+        ValueError: they are others.
+        ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+    """
+    runs = records_by_length(records)
+    from matplotlib.figure import Figure
+
+    scratch = runs.pop(SCRATCH)[0]
+    titles = {"accuracy_old": "Old labels known", "flipped_reproduced": "Wrong ones reproduced"}
+    measures = [name for name in titles if _has(records, name)]
+    figure = Figure(figsize=(4 + 3.6 * len(measures), 4), layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(measures), squeeze=False)[0]
+    lengths = sorted({epochs for by_length in runs.values() for epochs in by_length})
+    accuracies = [[100 * record.accuracy for record in scratch]] * len(lengths)
+    _draw_line(left, 0, f"{SCRATCH}, from scratch", lengths, accuracies, "--")
+    for number, (start, by_length) in enumerate(runs.items(), start=1):
+        groups = list(by_length.values())
+        values = [[100 * record.accuracy for record in group] for group in groups]
+        _draw_line(left, number, start, list(by_length), values)
+        for axes, name in zip(others, measures, strict=True):
+            after = [_measured(group, "after", name) for group in groups]
+            _draw_line(axes, number, start, list(by_length), after)
+    for axes, name in zip(others, measures, strict=True):
+        # The same for every start. Drawn last: the warm start changes nothing and lies below.
+        before = [_measured(group, "before", name) for group in groups]
+        _draw_line(axes, len(COLOURS) - 1, "before any start", list(by_length), before, ":")
+        axes.set(title=titles[name], ylabel="right after the start (%)", ylim=(-4, 104))
+    left.set(title="Held-out accuracy", ylabel="accuracy, trained on all (%)")
+    for axes in (left, *others):
+        axes.set_xscale("log")
+        axes.set_xticks(lengths, [f"{epochs:g}" for epochs in lengths])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("epochs of pre-training on half")
+        axes.grid(alpha=0.3)
+    lines = [*left.lines, *(axes.lines[-1] for axes in others[:1])]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+def _has(records: Sequence[RoundRecord], name: str) -> bool:
+    return any(name in side for r in records for side in (r.memorisation or {}).values())
+
+
+def _measured(records: Sequence[RoundRecord], side: str, name: str) -> list[float]:
+    return [100 * (record.memorisation or {})[side][name] for record in records]
 
 
 def plot_factors(shrink: RoundRecord | ShrinkReport | Mapping[str, Any], path: str | Path) -> None:
@@ -209,7 +269,7 @@ def _draw_line(
     axes: Any,
     number: int,
     label: str,
-    rounds: list[int],
+    rounds: Sequence[float],
     by_round: list[list[float]],
     style: str = "-",
 ) -> None:

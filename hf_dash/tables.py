@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_dash.framework import Simulation
 from hf_dash.history import RoundRecord, starts_of
+from hf_dash.pretraining import records_by_length
 
 MISSING = "–"
 
@@ -175,6 +176,33 @@ def memorisation_table(records: Sequence[RoundRecord]) -> Markdown:
         sides = [r.memorisation or {} for r in measured if r.start == start]
         rows.append([start, *(_before_and_after(sides, name) for name in names)])
     return markdown_table(["start", *(_measure(name)[0] for name in names)], rows)
+
+
+def pretraining_table(records: Sequence[RoundRecord]) -> Markdown:
+    """Return one row per start and length of pre-training: mean ± sample deviation over seeds.
+
+    The last columns are means of what the model knew right before → right after the start, of the
+    labels and of the wrong labels it was pre-trained on; "–" where nothing was measured.
+
+    Raises:
+        ValueError: the records are not those of ``run_pretraining``.
+    """
+    header = ["start", "epochs before", "seeds", "accuracy, held out", "steps"]
+    header += ["old labels known", "wrong labels reproduced"]
+    rows = []
+    for start, by_length in records_by_length(records).items():
+        for epochs, own in by_length.items():
+            sides = [record.memorisation or {} for record in own]
+            cells = [
+                _mean_and_spread([100 * record.accuracy for record in own], "{:.2f}", " %"),
+                _mean_and_spread([record.steps for record in own], "{:.0f}"),
+                *(
+                    _before_and_after(sides, name)
+                    for name in ("accuracy_old", "flipped_reproduced")
+                ),
+            ]
+            rows.append([start, f"{epochs:g}", str(len(own)), *cells])
+    return markdown_table(header, rows)
 
 
 def simulations_table(simulations: Mapping[str, Sequence[Simulation]]) -> Markdown:

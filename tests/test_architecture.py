@@ -53,6 +53,7 @@ ROOMS = [
     "comparison",
     "promotion",
     "continual",
+    "pretraining",
     "framework",
     "tables",
     "evidence",

@@ -179,6 +179,27 @@ def test_only_the_newest_rounds_are_kept(two_rounds, accelerator, tmp_path):
         saved_run(tmp_path / "none", two_rounds, accelerator, save_total_limit=0)
 
 
+def test_another_start_branches_off_a_finished_round(two_rounds, accelerator, tmp_path):
+    straight, _ = saved_run(tmp_path / "straight", two_rounds, accelerator)
+    saved_run(tmp_path / "branch", two_rounds[:1], accelerator, start="warm")
+    first = hf_dash.read_history(tmp_path / "branch" / "history.json").records[0]
+    branch, history = saved_run(tmp_path / "branch", two_rounds[1:], accelerator, parent=first)
+    assert same_state(state_of(branch), state_of(straight))
+    assert (history.records[-1].start, history.records[-1].parent) == ("dash", first.folder)
+    with pytest.raises(ValueError, match="output_dir must be given with parent"):
+        hf_dash.run_rounds(
+            branch,
+            two_rounds[1:],
+            two_rounds[0].new,
+            hf_dash.find_start("dash"),
+            name="dash",
+            seed=0,
+            history=history,
+            accelerator=accelerator,
+            parent=first,
+        )
+
+
 def growing_rounds(digits, transform):
     """Two rounds of digits: 0 to 6 first, then all ten."""
     labels = np.array(digits["label"][:])

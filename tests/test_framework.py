@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_dash import simulate, write_simulations
-from hf_dash.framework import FrameworkStart, _expected_accuracy, holders_of, learn_
+from hf_dash.framework import FrameworkStart, _expected_accuracy, learn_
 from hf_dash.reference import SIMULATED, reference_simulation
 
 STARTS = get_args(FrameworkStart)
@@ -71,7 +71,7 @@ def learn(points, gamma, tau, nonzero=None, learned=None):
     nonzero = np.ones(points.shape[:2], bool) if nonzero is None else nonzero
     learned = np.zeros((len(points), points.shape[2]), bool) if learned is None else learned
     counts = (points & learned[:, None]).sum(2)
-    learn_(points, holders_of(points), nonzero, learned, counts, gamma, tau)
+    learn_(points, points.transpose(0, 2, 1), nonzero, learned, counts, gamma, tau)
     assert counts.tolist() == (points & learned[:, None]).sum(2).tolist()
     return nonzero.tolist(), learned.tolist()
 

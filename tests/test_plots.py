@@ -8,6 +8,7 @@ from hf_dash import (
     DashConfig,
     ShrinkReport,
     plot_factors,
+    plot_pretraining,
     plot_rounds,
     plot_simulations,
     plots,
@@ -101,6 +102,51 @@ def test_rounds_are_whole_numbers(figures):
     plot_rounds(some_records(["cold"], (1, 2)), "unused.png")
     low, high = figures[0].axes[0].get_xlim()
     assert [tick for tick in figures[0].axes[0].get_xticks() if low <= tick <= high] == [1, 2]
+
+
+def some_pretraining(names):
+    """Records of two seeds, pre-trained for 2 and 5 epochs, two starts after either."""
+    records = []
+    for seed in (0, 1):
+        parent = None
+        records.append(record("cold", seed, accuracy=0.5 + 0.2 * seed))
+        for index, epochs in ((1, 2), (2, 3)):
+            records.append(record("pretraining", seed, index, epochs=epochs, parent=parent))
+            parent = records[-1].folder
+            for start, share in (("warm", 1.0), ("dash", 0.5)):
+                known = dict.fromkeys(names, 0.4 * index)
+                sides = {"before": known, "after": {name: share * known[name] for name in names}}
+                parts = {"parent": parent, "accuracy": 0.1 * index, "memorisation": sides}
+                records.append(record(start, seed, index + 1, **parts))
+    return records
+
+
+def test_lengths_of_pretraining_are_drawn_beside_training_from_scratch(figures):
+    plot_pretraining(some_pretraining(["accuracy_old", "flipped_reproduced"]), "unused.png")
+    accuracy, old, wrong = (
+        [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+        for axes in figures[0].axes
+    )
+    assert accuracy[0] == ([2, 5], pytest.approx([60, 60]))
+    assert accuracy[1:] == [([2, 5], pytest.approx([10, 20]))] * 2
+    assert old == wrong
+    warm, dash, before = old
+    assert warm == before == ([2, 5], pytest.approx([40, 80]))
+    assert dash == ([2, 5], pytest.approx([20, 40]))
+    names = [text.get_text() for text in legend_of(figures[0]).get_texts()]
+    assert names == ["cold, from scratch", "warm", "dash", "before any start"]
+    assert all(len(axes.collections) == len(axes.lines) for axes in figures[0].axes), "the bands"
+
+
+def test_without_wrong_labels_there_is_no_panel_of_them(figures, tmp_path):
+    plot_pretraining(some_pretraining(["accuracy_old"]), "unused.png")
+    assert [axes.get_title() for axes in figures[0].axes] == [
+        "Held-out accuracy",
+        "Old labels known",
+    ]
+    with pytest.raises(ValueError, match="records must be of run_pretraining"):
+        plot_pretraining(some_records(["cold", "dash"], (1, 2)), tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_factors_are_drawn_in_the_order_of_the_model(figures):

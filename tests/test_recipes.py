@@ -399,19 +399,41 @@ def test_the_learning_framework_is_swept(tmp_path):
     assert "sweep must be one of ['num_classes', " in wrong.stderr
 
 
+def test_lengths_of_pretraining_are_compared(tmp_path):
+    flags = ["--num_examples", "80", "--pretrain_epochs", "1", "2", "--starts", "warm", *QUICK]
+    done = launch("memorisation.py", tmp_path, *flags)
+    output = tmp_path / "runs" / "memorisation"
+    records = hf_dash.read_history(output / "history.json").records
+    lengths = [hf_dash.pretrained_epochs(r, records) for r in records if r.start == "warm"]
+    assert lengths == [1, 2]
+    assert [r.num_total for r in records if r.start == "pretraining"] == [40, 40]
+    assert hf_dash.pretraining_table(records) in done.stdout
+    assert (output / "pretraining.png").stat().st_size > 10_000
+    assert "flipped_reproduced" in records[-1].memorisation["after"]
+    wrong = launch("memorisation.py", tmp_path, "--num_examples", "3", check=False)
+    assert "num_examples must be even, at least 2, got 3" in wrong.stderr
+
+
 def test_the_framework_benchmark_compares_with_the_plain_loops(tmp_path):
     flags = ["--num_experiments", "2", "--loop_experiments", "1", "--repeats", "1"]
+    flags += ["--figure_seeds", "1"]
     done = launch("benchmarks/framework.py", tmp_path, *flags, "--num_test_points", "100")
     lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     names = [line[1].strip() for line in lines]
     assert names[2:] == ["random", "warm", "ideal", "partial"]
+    assert "\n1 seeds of all starts with figure: " in done.stdout
 
 
-def test_the_committed_simulations_are_those_of_their_csv():
-    folder = REPOSITORY / "recipes" / "results" / "learning_framework"
+SIMULATIONS = sorted(
+    (REPOSITORY / "recipes" / "results" / "learning_framework").rglob("simulations.csv")
+)
+
+
+@pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.parent.name)
+def test_the_committed_simulations_are_those_of_their_csv(path):
     simulations = {}
     names = ("accuracy", "learned_features", "nonzero_points", "memorised_points")
-    with (folder / "simulations.csv").open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         by_run = itertools.groupby(
             csv.DictReader(file), lambda row: (row["setting"], row["start"], row["seed"])
         )
@@ -419,10 +441,13 @@ def test_the_committed_simulations_are_those_of_their_csv():
             lines = [[float(row[name]) for name in names] for row in own]
             one = hf_dash.Simulation(start, int(seed), *np.array(lines).T)
             simulations.setdefault(setting, []).append(one)
-    text = (folder.parent / "README.md").read_text()
+    text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
     assert hf_dash.simulations_table(simulations) in text
-    again = hf_dash.simulate("partial", seed=9)
-    ((_, group),) = simulations.items()
+    # The last run once more: C, K, N, γ and τ are in the setting's name.
+    setting, group = list(simulations.items())[-1]
+    flags = ("num_classes", "num_features", "num_points", "gamma", "tau")
+    sizes = (int(part.split("=")[1]) for part in setting.split())
+    again = hf_dash.simulate("partial", seed=group[-1].seed, **dict(zip(flags, sizes, strict=True)))
     for name in names:
         assert getattr(group[-1], name).tolist() == getattr(again, name).tolist()
 
@@ -433,7 +458,10 @@ RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
 def test_committed_tables_are_those_of_their_histories(path):
     text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
-    assert hf_dash.starts_table(hf_dash.read_history(path).records) in text
+    records = hf_dash.read_history(path).records
+    lengths = any(record.start == "pretraining" for record in records)
+    table = hf_dash.pretraining_table if lengths else hf_dash.starts_table
+    assert table(records) in text
     assert f"`{path.parent.name}`" in text
 
 

@@ -9,6 +9,7 @@ from test_history import record
 from hf_dash import (
     Simulation,
     memorisation_table,
+    pretraining_table,
     rounds_table,
     simulations_table,
     starts_table,
@@ -167,6 +168,30 @@ def test_memorisation_is_averaged_over_seeds_and_rounds_that_have_a_start():
 def test_no_measurements_make_no_table(records):
     with pytest.raises(ValueError, match="records must hold measurements of memorisation"):
         memorisation_table(records)
+
+
+def test_every_length_of_pretraining_is_averaged_over_seeds():
+    def measured(seed, index, accuracy, known):
+        sides = {"before": {"accuracy_old": known}, "after": {"accuracy_old": known / 2}}
+        stage = f"rounds/{index - 1:03d}/pretraining_seed{seed}"
+        parts = {"parent": stage, "accuracy": accuracy, "memorisation": sides}
+        return record("dash", seed, index, **parts)
+
+    records = [record("cold", 0, accuracy=0.5), record("cold", 1, accuracy=0.7)]
+    for seed in (0, 1):
+        records += [
+            record("pretraining", seed, 1, epochs=2),
+            record("pretraining", seed, 2, epochs=3, parent=f"rounds/001/pretraining_seed{seed}"),
+            measured(seed, 3, 0.3, 1.0),
+            measured(seed, 2, 0.2 + seed / 10, 0.25 + seed / 2),
+        ]
+    table = cells_of(pretraining_table(records))
+    assert table[0][:5] == ["start", "epochs before", "seeds", "accuracy, held out", "steps"]
+    assert table[1:] == [
+        ["cold", "0", "2", "60.00 ± 14.14 %", "30 ± 0", "–", "–"],
+        ["dash", "2", "2", "25.00 ± 7.07 %", "30 ± 0", "50.00 → 25.00 %", "–"],
+        ["dash", "5", "2", "30.00 ± 0.00 %", "30 ± 0", "100.00 → 50.00 %", "–"],
+    ]
 
 
 def test_simulations_are_averaged_over_seeds():

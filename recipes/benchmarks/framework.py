@@ -6,12 +6,14 @@ Launch:  accelerate launch recipes/benchmarks/framework.py
 (a) ``hf_dash.simulate`` at the paper's size; (b) the same with fewer experiments; (c) plain loops
 with as many as (b), whose time grows with the square of the experiments. All take turns; medians
 over the repeats, in seconds of this process alone, whatever else the machine does. Every number of
-(b) and (c) must be equal.
+(b) and (c) must be equal. Last, the whole figure: all starts with (a)'s sizes, CSV and PNG.
 """
 
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import HfArgumentParser
 
@@ -25,6 +27,10 @@ class Arguments:
     loop_experiments: int = 5
     num_test_points: int = 10_000
     repeats: int = 5
+    figure_seeds: int = 10
+
+
+STARTS = ("random", "warm", "ideal", "partial")
 
 
 def timed(function, *args, **kwargs):
@@ -33,10 +39,18 @@ def timed(function, *args, **kwargs):
     return result, time.process_time() - started
 
 
+def draw(args, folder):
+    sizes = {"num_experiments": args.num_experiments, "num_test_points": args.num_test_points}
+    seeds = range(args.figure_seeds)
+    runs = [hf_dash.simulate(start, seed=seed, **sizes) for start in STARTS for seed in seeds]
+    hf_dash.write_simulations({"": runs}, Path(folder) / "simulations.csv")
+    hf_dash.plot_simulations({"": runs}, Path(folder) / "simulations.png")
+
+
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     rows = []
-    for start in ("random", "warm", "ideal", "partial"):
+    for start in STARTS:
         seconds = []
         for seed in range(args.repeats):
             sizes = {"seed": seed, "num_test_points": args.num_test_points}
@@ -54,6 +68,9 @@ def main():
     counts = args.num_experiments, args.loop_experiments, args.loop_experiments
     names = [f"({w}) {n} experiments" for w, n in zip("abc", counts, strict=True)]
     print(hf_dash.markdown_table(["start", *names, "c / b"], rows))
+    with tempfile.TemporaryDirectory() as folder:
+        _, whole = timed(draw, args, folder)
+    print(f"\n{args.figure_seeds} seeds of all starts with figure: {whole:.1f} s")
 
 
 if __name__ == "__main__":
