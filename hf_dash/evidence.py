@@ -17,9 +17,7 @@ import numpy as np
 
 from hf_dash.comparison import check_confidence
 from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history, starts_of
-from hf_dash.tables import MISSING, markdown_table
-
-Run = list[RoundRecord]
+from hf_dash.tables import MISSING, Run, markdown_table, mean_accuracy, mean_steps
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,11 @@ def paired_table(records: Sequence[RoundRecord], baseline: str, *, confidence: f
         def compare(value: Callable[[Run], float], start: str = start) -> PairedDifference:
             return paired_difference(records, start, baseline, value, confidence=confidence)
 
-        points = [compare(lambda run: 100 * run[-1].accuracy), compare(_mean_accuracy)]
-        ratios = [compare(lambda run: math.log(run[-1].steps)), compare(_log_of_mean_steps)]
+        points = [compare(lambda run: 100 * run[-1].accuracy), compare(mean_accuracy)]
+        ratios = [
+            compare(lambda run: math.log(run[-1].steps)),
+            compare(lambda run: math.log(mean_steps(run))),
+        ]
         cells = [f"{p.mean:+.2f} ({p.low:+.2f} … {p.high:+.2f})" for p in points]
         cells += [
             "× {:.2f} ({:.2f} … {:.2f})".format(*map(math.exp, (r.mean, r.low, r.high)))
@@ -215,11 +216,3 @@ def _price(runs: Sequence[Run], num_rounds: int) -> tuple[float, float, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-
-
-def _mean_accuracy(run: Run) -> float:
-    return 100 * _mean([record.accuracy for record in run if record.round_index > 1])
-
-
-def _log_of_mean_steps(run: Run) -> float:
-    return math.log(_mean([record.steps for record in run if record.round_index > 1]))

@@ -136,9 +136,9 @@ def starts_table(records: Sequence[RoundRecord]) -> Markdown:
             start,
             str(len(runs)),
             _spread(runs, lambda run: 100 * run[-1].accuracy, "{:.2f}", " %"),
-            _spread(runs, lambda run: 100 * _mean(run, lambda r: r.accuracy), "{:.2f}", " %"),
+            _spread(runs, mean_accuracy, "{:.2f}", " %"),
             _spread(runs, lambda run: run[-1].steps, "{:.0f}"),
-            _spread(runs, lambda run: _mean(run, lambda r: r.steps), "{:.0f}"),
+            _spread(runs, mean_steps, "{:.0f}"),
             _spread(runs, lambda run: sum(r.seconds for r in run), "{:.1f}"),
             _spread(runs, lambda run: sum(r.start_seconds for r in run), "{:.2f}"),
         ]
@@ -260,9 +260,18 @@ def _runs(records: Sequence[RoundRecord]) -> list[Run]:
     return [[record for record in records if record.seed == seed] for seed in seeds]
 
 
-def _mean(run: Run, value: Callable[[RoundRecord], float]) -> float:
-    started = [record for record in run if record.round_index > 1] or run
-    return float(np.mean([value(record) for record in started]))
+def mean_accuracy(run: Run) -> float:
+    """Return the mean accuracy, in percent, of the rounds that have a start: all but the first."""
+    return 100 * float(np.mean([record.accuracy for record in _started(run)]))
+
+
+def mean_steps(run: Run) -> float:
+    """Return the mean number of steps of the rounds that have a start: all but the first."""
+    return float(np.mean([record.steps for record in _started(run)]))
+
+
+def _started(run: Run) -> Run:
+    return [record for record in run if record.round_index > 1] or run
 
 
 def _spread(runs: list[Run], value: Callable[[Run], float], form: str, unit: str = "") -> str:

@@ -22,8 +22,6 @@ from transformers import HfArgumentParser
 
 import hf_dash
 
-MAY_DIFFER = {"output_dir", "starts", "seeds", "disable_tqdm", "cache_images"}
-
 
 @dataclass
 class Arguments:
@@ -72,7 +70,7 @@ def compare(accelerator, run, data, training, dash, starts) -> None:
     history = hf_dash.open_history(
         output_dir / "history.json",
         {name: value for group in groups for name, value in asdict(group).items()},
-        may_differ=MAY_DIFFER,
+        may_differ=hf_dash.MAY_DIFFER,
         read_only=not accelerator.is_main_process,
     )
     with accelerator.main_process_first():
