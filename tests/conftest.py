@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 
 # The clients read the Hub's address at import: a port of this process's own, at which nobody
@@ -79,6 +81,26 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Tell whether two states are bit-identical."""
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+# For recipes: one epoch a round.
+QUICK = ["--max_epochs", "1", "--disable_tqdm"]
+
+
+def launch(
+    recipe: str, folder: Path, *flags: str, check: bool = True, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a recipe as a user does and return what it printed."""
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch"]
+    return subprocess.run(
+        [*command, str(REPOSITORY / "recipes" / recipe), *flags],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=check,
+    )
 
 
 @pytest.fixture

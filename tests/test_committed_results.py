@@ -1,0 +1,50 @@
+"""What is committed as evidence: tables are those of their data."""
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+import hf_dash
+
+SIMULATIONS = sorted(
+    (REPOSITORY / "recipes" / "results" / "learning_framework").rglob("simulations.csv")
+)
+
+
+@pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.parent.name)
+def test_the_committed_simulations_are_those_of_their_csv(path):
+    simulations = {}
+    names = ("accuracy", "learned_features", "nonzero_points", "memorised_points")
+    with path.open(encoding="utf-8", newline="") as file:
+        by_run = itertools.groupby(
+            csv.DictReader(file), lambda row: (row["setting"], row["start"], row["seed"])
+        )
+        for (setting, start, seed), own in by_run:
+            lines = [[float(row[name]) for name in names] for row in own]
+            one = hf_dash.Simulation(start, int(seed), *np.array(lines).T)
+            simulations.setdefault(setting, []).append(one)
+    text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
+    assert hf_dash.simulations_table(simulations) in text
+    # The last run once more: C, K, N, γ and τ are in the setting's name.
+    setting, group = list(simulations.items())[-1]
+    flags = ("num_classes", "num_features", "num_points", "gamma", "tau")
+    sizes = (int(part.split("=")[1]) for part in setting.split())
+    again = hf_dash.simulate("partial", seed=group[-1].seed, **dict(zip(flags, sizes, strict=True)))
+    for name in names:
+        assert getattr(group[-1], name).tolist() == getattr(again, name).tolist()
+
+
+RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_tables_are_those_of_their_histories(path):
+    text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
+    records = hf_dash.read_history(path).records
+    lengths = any(record.start == "pretraining" for record in records)
+    table = hf_dash.pretraining_table if lengths else hf_dash.starts_table
+    assert table(records) in text
+    assert f"`{path.parent.name}`" in text
