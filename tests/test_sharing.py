@@ -1,6 +1,7 @@
 import dataclasses
 import logging
 import shlex
+import typing
 
 import pytest
 from hub_double import TOKENS
@@ -44,9 +45,10 @@ def share(run, hub_arguments=ON):
 
 
 def test_the_flags_are_those_of_training_arguments():
-    theirs = {one.name: one.type for one in dataclasses.fields(TrainingArguments)}
-    for one in dataclasses.fields(HubArguments):
-        assert one.type == theirs[one.name], one.name
+    # Not the fields' types, into which HfArgumentParser writes.
+    theirs = typing.get_type_hints(TrainingArguments)
+    for name, kind in typing.get_type_hints(HubArguments).items():
+        assert kind == theirs[name], name
     flags = ["--push_to_hub", "--hub_model_id", "user/model", "--hub_private_repo", "false"]
     (hub,) = HfArgumentParser(HubArguments).parse_args_into_dataclasses(flags)
     assert hub == HubArguments(True, "user/model", None, False, None)
