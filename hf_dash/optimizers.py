@@ -83,10 +83,11 @@ def kept_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         optimizer: torch's own.
 
     Returns:
-        Tensors by ``"<parameter name>::<entry>"``, such as ``"fc.weight::momentum_buffer"``.
+        Contiguous tensors by ``"<parameter name>::<entry>"``, such as
+        ``"fc.weight::momentum_buffer"``.
     """
     return {
-        f"{name}{SEPARATOR}{entry}": whole(value.detach()).to("cpu", copy=True)
+        f"{name}{SEPARATOR}{entry}": whole(value.detach()).to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
         for entry, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)

@@ -174,6 +174,9 @@ def train_round(
     seconds = time.perf_counter() - started
     # Takes the precision wrapper off the model's forward, or the next round would wrap it again.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if config.channels_last:
+        # So that the next start computes the same on this model as on its saved weights.
+        inner.to(memory_format=torch.contiguous_format)
     accelerator.free_memory()
     converged = None if goal is None else accuracy >= goal
     kept = kept_state(inner, plain_optimizer)

@@ -67,8 +67,8 @@ class TrainingConfig:
         augment: crop and flip training images at random; see
             :class:`~hf_dash.augmentation.RandomCropFlip`.
         num_workers: processes that load training images, at least 0.
-        channels_last: keep weights and activations channels last, which convolutions often compute
-            faster; results differ by rounding.
+        channels_last: train with weights and activations channels last, which convolutions often
+            compute faster; results differ by rounding. The model comes back contiguous.
         training_preset: ``"plain"`` (SGD, learning rate 1e-3, momentum 0.9, batches of 128, no
             decay, no augmentation, to 99.9 %; ``max_epochs`` is yours) or ``"sota"`` (learning rate
             0.1, momentum 0.9, decay 5e-4, batches of 128, augmentation, × 0.2 after 60, 120, 160

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +106,9 @@ def names_of(count):
     return tuple(str(digit) for digit in range(count))
 
 
-def saved_run(folder, rounds, accelerator, settings=None, start="dash", **options):
+def saved_run(
+    folder, rounds, accelerator, settings=None, start="dash", training=TRAINING, **options
+):
     """A run that keeps its rounds on disk, as the recipes make it."""
     history = hf_dash.open_history(folder / "history.json", settings or {})
     names = rounds[0].label_names or names_of(10)
@@ -118,7 +121,7 @@ def saved_run(folder, rounds, accelerator, settings=None, start="dash", **option
         seed=0,
         history=history,
         accelerator=accelerator,
-        training=TRAINING,
+        training=training,
         dash=hf_dash.DashConfig(gradient_batch_size=30),
         output_dir=folder,
         **options,
@@ -138,11 +141,16 @@ def test_a_record_tells_where_a_round_came_from(two_rounds, accelerator, tmp_pat
     assert second.versions == hf_dash.library_versions()
 
 
-def test_rounds_go_on_where_an_earlier_call_ended(two_rounds, accelerator, tmp_path):
-    whole, expected = saved_run(tmp_path / "whole", two_rounds, accelerator)
-    saved_run(tmp_path / "parts", two_rounds[:1], accelerator)
-    parts, found = saved_run(tmp_path / "parts", two_rounds, accelerator)
-    again, _ = saved_run(tmp_path / "parts", two_rounds, accelerator)
+@pytest.mark.parametrize("changes", [{}, {"channels_last": True}], ids=["plain", "channels_last"])
+@pytest.mark.parametrize("start", ["dash", "warm"])
+def test_rounds_go_on_where_an_earlier_call_ended(
+    two_rounds, accelerator, tmp_path, start, changes
+):
+    how = {"start": start, "training": dataclasses.replace(TRAINING, **changes)}
+    whole, expected = saved_run(tmp_path / "whole", two_rounds, accelerator, **how)
+    saved_run(tmp_path / "parts", two_rounds[:1], accelerator, **how)
+    parts, found = saved_run(tmp_path / "parts", two_rounds, accelerator, **how)
+    again, _ = saved_run(tmp_path / "parts", two_rounds, accelerator, **how)
     assert same_state(state_of(whole), state_of(parts))
     assert same_state(state_of(whole), state_of(again))
     assert [r.weights_sha256 for r in found.records] == [r.weights_sha256 for r in expected.records]
