@@ -48,3 +48,11 @@ def test_committed_tables_are_those_of_their_histories(path):
     table = hf_dash.pretraining_table if lengths else hf_dash.starts_table
     assert table(records) in text
     assert f"`{path.parent.name}`" in text
+
+
+def test_the_committed_comparison_is_that_of_its_history():
+    folder = REPOSITORY / "recipes" / "results"
+    text = (folder / "README.md").read_text()
+    records = hf_dash.read_history(folder / "cifar10_small" / "history.json").records
+    assert hf_dash.paired_table(records, "cold") in text
+    assert hf_dash.cost_table(records, "cold") in text
