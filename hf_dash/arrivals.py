@@ -24,6 +24,15 @@ DIGITS_TEST_SHARE = 0.2
 LOADERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
+def check_split(test_split: str, train_split: str) -> None:
+    """Refuse to hold out the split of a dataset that is trained on."""
+    if test_split == train_split:
+        raise ValueError(
+            f"test_split must differ from train_split, got {test_split!r}: what is trained on is"
+            " not held out"
+        )
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from; the fields are those of :func:`load_images`.
@@ -99,11 +108,8 @@ class DataConfig:
                 f"test_dataset_name must be given: the files of {self.dataset_name!r} have no"
                 " split that could be held out"
             )
-        if self.test_dataset_name is None and self.test_split == self.train_split:
-            raise ValueError(
-                f"test_split must differ from train_split, got {self.test_split!r}: what is trained"
-                " on is not held out"
-            )
+        if self.test_dataset_name is None:
+            check_split(self.test_split, self.train_split)
         return self._load(self.test_dataset_name or self.dataset_name, self.test_split)
 
     def _load(self, name: str, split: str) -> AnyDataset:

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import IterableDataset, get_dataset_split_names
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_dash.arrivals import DIGITS, LOADERS, load_images
+from hf_dash.arrivals import DIGITS, LOADERS, check_split, load_images
 from hf_dash.classifiers import load_classifier
 from hf_dash.columns import AnyDataset
 from hf_dash.models import is_timm
@@ -190,11 +190,8 @@ class DataTrainingArguments:
             split = self.test_split or self._find_split(name, **where)
             if split is not None:
                 new = self.test_dataset_name is None
-                if new and split == self.train_split:
-                    raise ValueError(
-                        f"test_split must differ from train_split, got {split!r}: what is trained"
-                        " on is not held out"
-                    )
+                if new:
+                    check_split(split, self.train_split)
                 return split, [self._load(name, split, new=new, **where)]
         return f"{self.train_val_split:.0%} of {self.train_split}", []
 
