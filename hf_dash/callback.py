@@ -26,7 +26,7 @@ from hf_dash._trainer_checks import (
     refuse_incomplete,
 )
 from hf_dash.batches import Batch
-from hf_dash.config import DashConfig, Grouping
+from hf_dash.config import DashConfig, Grouping, Variant
 from hf_dash.dash import dash_shrink_
 from hf_dash.gradients import LossFn
 from hf_dash.reporting import DeferredLog, log_through, tag_model, write_report
@@ -94,6 +94,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         num_batches: int | None = None,
         micro_batch_size: int | None = None,
         include_frozen: bool = False,
+        variant: Variant | None = None,
         reset_optimizer: bool = True,
     ) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             num_batches=num_batches,
             micro_batch_size=micro_batch_size,
             include_frozen=include_frozen,
+            variant=variant,
         )
         check_schedule(when, every_n_epochs)
         if batches is not None and gradient_dataset is not None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 Grouping = Literal["kernel", "filter", "auto"]
 Preset = Literal["paper"]
+Variant = Literal["orthogonal"]
 
 
 def check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:
@@ -62,6 +63,9 @@ class DashConfig:
             for memory; the result is the same.
         include_frozen: shrink tensors that do not require gradients too.
         preset: ``"paper"`` uses one arrival per minibatch and reads all of them, as the authors do.
+        variant: None is the paper's method. ``"orthogonal"`` then replaces every weight matrix by
+            its nearest scaled orthogonal one, as FIRE does; see
+            :func:`~hf_dash.orthogonal.orthogonal_shrink_`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -77,6 +81,7 @@ class DashConfig:
     micro_batch_size: int | None = None
     include_frozen: bool = False
     preset: Preset | None = None
+    variant: Variant | None = None
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, "(0, 1]", 0.0, 1.0)
@@ -91,6 +96,8 @@ class DashConfig:
             raise ValueError(f"grouping must be one of {get_args(Grouping)}, got {self.grouping!r}")
         if self.preset is not None and self.preset not in get_args(Preset):
             raise ValueError(f"preset must be None or 'paper', got {self.preset!r}")
+        if self.variant is not None and self.variant not in get_args(Variant):
+            raise ValueError(f"variant must be None or 'orthogonal', got {self.variant!r}")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -103,6 +110,7 @@ class DashConfig:
             "num_batches": self.num_batches,
             "micro_batch_size": self.micro_batch_size,
             "include_frozen": self.include_frozen,
+            "variant": self.variant,
         }
 
     @property

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_dash.batches import Batch, check_labels, newest_batches, split_labels
-from hf_dash.config import DashConfig, Grouping
+from hf_dash.config import DashConfig, Grouping, Variant
 from hf_dash.distributed import (
     deepspeed_engine,
     is_main_process,
@@ -25,8 +25,9 @@ from hf_dash.distributed import (
     synchronise,
 )
 from hf_dash.gradients import LossFn, average_gradients
+from hf_dash.orthogonal import orthogonal_shrink_
 from hf_dash.shrink import ShrinkReport, all_factors, report_tensors, shrink_
-from hf_dash.tensors import find_shrinkable
+from hf_dash.tensors import ShrinkableTensor, find_shrinkable, is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +47,7 @@ def dash_shrink_(
     num_batches: int | None = None,
     micro_batch_size: int | None = None,
     include_frozen: bool = False,
+    variant: Variant | None = None,
     accelerator: "Accelerator | None" = None,
     dry_run: bool = False,
     disable_tqdm: bool | None = None,
@@ -71,6 +73,8 @@ def dash_shrink_(
         micro_batch_size: images to compute at a time, where a minibatch is too large for memory;
             the result is the same.
         include_frozen: shrink tensors that do not require gradients too.
+        variant: None is the paper's method; ``"orthogonal"`` makes the shrunk matrices orthogonal,
+            not under FSDP2; see :class:`~hf_dash.config.DashConfig`.
         accelerator: where it is given, the forward passes run under its autocast.
         dry_run: report what the shrink would do and change nothing.
         disable_tqdm: show no progress bar; by default there is one on a terminal.
@@ -93,25 +97,22 @@ def dash_shrink_(
         num_batches=num_batches,
         micro_batch_size=micro_batch_size,
         include_frozen=include_frozen,
+        variant=variant,
     )
     refuse_unsupported(model)
-    engine = deepspeed_engine(model)
-    module = _inner_module(model)
-    tensors, untouched = find_shrinkable(module, grouping, include_frozen=include_frozen)
-    device = tensors[0].parameter.device
+    engine, module = deepspeed_engine(model), _inner_module(model)
+    tensors, untouched = _find(module, config)
     newest = newest_batches(batches, config.newest)
     if loss_fn is None:
         loss_fn, newest = default_loss, _labels_checked(newest, module)
-    if accelerator is not None:
-        loss_fn = _under_autocast(loss_fn, accelerator)
 
-    synchronise(device)
+    synchronise(tensors[0].parameter.device)
     started = time.perf_counter()
     average = average_gradients(
         module,
         tensors,
         newest,
-        loss_fn,
+        _under_autocast(loss_fn, accelerator),
         alpha=alpha,
         micro_batch_size=micro_batch_size,
         disable_tqdm=disable_tqdm,
@@ -119,10 +120,13 @@ def dash_shrink_(
     )
     factors = all_factors(tensors, average, lam)
     if not dry_run:
-        shrink_(tensors, factors)
+        if variant is None:
+            shrink_(tensors, factors)
+        else:
+            orthogonal_shrink_(module, tensors, factors)
         if engine is not None:
             refresh_master_weights_(engine)
-    synchronise(device)
+    synchronise(tensors[0].parameter.device)
     report = ShrinkReport(
         tensors=report_tensors(tensors, factors, lam),
         untouched=tuple(untouched),
@@ -135,6 +139,17 @@ def dash_shrink_(
     if is_main_process():
         logger.info("%s", str(report).partition("\n")[0])
     return report
+
+
+def _find(module: nn.Module, config: DashConfig) -> tuple[list[ShrinkableTensor], list[str]]:
+    """Find what shrinks and what stays; refuse what a variant cannot change."""
+    found = find_shrinkable(module, config.grouping, include_frozen=config.include_frozen)
+    if config.variant is not None and is_sharded(found[0]):
+        raise NotImplementedError(
+            f"variant {config.variant!r} needs whole matrices, but FSDP2 shards them: shrink before"
+            " the model is sharded, or without a variant"
+        )
+    return found
 
 
 def _inner_module(model: nn.Module) -> nn.Module:
@@ -181,7 +196,10 @@ def _labels_checked(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batc
         yield batch
 
 
-def _under_autocast(loss_fn: LossFn, accelerator: "Accelerator") -> LossFn:
+def _under_autocast(loss_fn: LossFn, accelerator: "Accelerator | None") -> LossFn:
+    if accelerator is None:
+        return loss_fn
+
     def loss_under_autocast(model: nn.Module, batch: Batch) -> Tensor:
         with accelerator.autocast():
             return loss_fn(model, batch)

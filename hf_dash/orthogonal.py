@@ -1,4 +1,4 @@
-"""The orthogonal matrix nearest to a weight, for the FIRE start.
+"""The orthogonal matrix nearest to a weight, for the FIRE start and DASH's orthogonal variant.
 
 Flow: weight → one matrix per kernel position and group → Newton-Schulz steps → polar factors, each
 times √(d_out / d_in) / k² → the weight again.
@@ -10,9 +10,16 @@ Symbols: k², the number of kernel positions, 1 for a linear layer.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from hf_dash.tensors import ShrinkableTensor
+
+# Newton-Schulz steps that FIRE takes.
+STEPS = 10
 
 
 def polar_factors(matrices: Tensor, steps: int) -> Tensor:
@@ -76,3 +83,56 @@ def orthogonal_weight(
     # The way back: the position that each dimension of ``grouped`` went to.
     back = [to_matrices.index(dim) for dim in range(4)]
     return factors.permute(back).reshape(weight.shape).to(weight.dtype)
+
+
+@torch.no_grad()
+def orthogonal_weights(
+    model: nn.Module, tensors: list[ShrinkableTensor], values: Sequence[Tensor], steps: int = STEPS
+) -> list[Tensor]:
+    """Return what the tensors of a model are to be, made orthogonal where they are matrices.
+
+    Args:
+        model: whose layers tell groups and transposed convolutions.
+        tensors: some of its linear and convolution layers' weights and biases.
+        values: what to make orthogonal in place of each tensor's own, in the parameter's shape.
+        steps: of Newton-Schulz, at least 1.
+
+    Returns:
+        One tensor each; biases come back as they are. A fused query-key-value projection is one
+        matrix.
+    """
+    layers = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    return [
+        value
+        if value.ndim < 2
+        else orthogonal_weight(
+            value,
+            steps,
+            groups=getattr(layers[id(tensor.parameter)], "groups", 1),
+            transposed=isinstance(layers[id(tensor.parameter)], _ConvTransposeNd),
+        )
+        for tensor, value in zip(tensors, values, strict=True)
+    ]
+
+
+@torch.no_grad()
+def orthogonal_shrink_(
+    model: nn.Module, tensors: list[ShrinkableTensor], factors: list[Tensor]
+) -> None:
+    """Multiply every vector by its factor, then make every matrix orthogonal, in place.
+
+    The shrink decides which directions lead, the orthogonal matrix gives all of them the same
+    scale: w ← polar(s·w)·√(out / in) / k². Biases are shrunk alone. All is computed before anything
+    is changed, which takes as much memory as the tensors once more.
+
+    Args:
+        model: whose tensors they are.
+        tensors: what to change; none may be sharded.
+        factors: of each, as :func:`~hf_dash.shrink.all_factors` returns them.
+    """
+    shrunk = [
+        (tensor.view(tensor.parameter) * factor).view_as(tensor.parameter)
+        for tensor, factor in zip(tensors, factors, strict=True)
+    ]
+    for tensor, weight in zip(tensors, orthogonal_weights(model, tensors, shrunk), strict=True):
+        tensor.parameter.copy_(weight)

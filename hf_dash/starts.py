@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from transformers import PreTrainedModel
 
 from hf_dash.batches import Batch
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.dash import dash_shrink_
 from hf_dash.models import fresh_state, timm_model_of
-from hf_dash.orthogonal import orthogonal_weight
+from hf_dash.orthogonal import orthogonal_weights
 from hf_dash.rounds import Round, gradient_batches
 from hf_dash.shrink import ShrinkReport
 from hf_dash.tensors import find_shrinkable
@@ -229,19 +228,11 @@ def fire_(model: PreTrainedModel, context: StartContext) -> Started:
 
     Source: Han et al., ICLR 2026 (arXiv:2602.08040).
     """
-    layers = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    for tensor in find_shrinkable(model)[0]:
-        weight = tensor.parameter
-        if weight.ndim < 2:
-            continue
-        layer = layers[id(weight)]
-        orthogonal = orthogonal_weight(
-            weight,
-            context.starts.fire_steps,
-            groups=getattr(layer, "groups", 1),
-            transposed=isinstance(layer, _ConvTransposeNd),
-        )
-        weight.copy_(orthogonal)
+    tensors = find_shrinkable(model)[0]
+    weights = [tensor.parameter for tensor in tensors]
+    orthogonal = orthogonal_weights(model, tensors, weights, context.starts.fire_steps)
+    for weight, replacement in zip(weights, orthogonal, strict=True):
+        weight.copy_(replacement)
     return Started(keep_optimizer=not context.starts.reset_optimizer)
 
 

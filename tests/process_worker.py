@@ -57,11 +57,14 @@ def shrink(case, accelerator, folder):
         mesh = init_device_mesh("cpu", (world,))
         parallelize_module(model, mesh, {"head": ColwiseParallel()})
     before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
-    grouping = "filter" if "filter" in case else "kernel"
+    settings = {
+        "grouping": "filter" if "filter" in case else "kernel",
+        "variant": "orthogonal" if "variant" in case else None,
+    }
     REDUCES.clear()
     result = {"world": world}
     try:
-        report = hf_dash.dash_shrink_(prepared, batches, tolerance=0.0, grouping=grouping)
+        report = hf_dash.dash_shrink_(prepared, batches, tolerance=0.0, **settings)
         result["report"] = report.to_dict()
     except (ValueError, RuntimeError, ArithmeticError) as error:
         result["error"] = f"{type(error).__name__}: {error}"

@@ -196,6 +196,39 @@ def test_lam_one_changes_nothing_and_says_so(every_layer):
     assert same_state(before, state_of(every_layer))
 
 
+def test_the_orthogonal_variant_makes_what_the_reference_shrinks_orthogonal(every_layer):
+    expected = copy.deepcopy(every_layer)
+    batches = random_pairs(5)
+    factors = reference_factors(every_layer, batches, pair_loss)
+    report = hf_dash.dash_shrink_(
+        every_layer, batches, pair_loss, tolerance=0.0, variant="orthogonal"
+    )
+    assert report.config.variant == "orthogonal"
+    weight = expected.head.weight.double() * factors["head.weight"]
+    shrunk_alone = expected.head.bias.double() * factors["head.bias"]
+    torch.testing.assert_close(every_layer.head.bias.double(), shrunk_alone, rtol=0, atol=1e-6)
+    found = every_layer.head.weight.double()
+    # The same singular vectors, the leading ones of equal size: √(out / in).
+    u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+    inner = u.mT @ found @ vh.mT
+    torch.testing.assert_close(inner, inner.diagonal().diag(), rtol=0, atol=1e-4)
+    assert inner[0, 0].item() == pytest.approx(math.sqrt(10 / 4), rel=1e-3)
+
+
+def test_the_orthogonal_variant_changes_nothing_where_the_shrink_fails(every_layer):
+    before = state_of(every_layer)
+    hf_dash.dash_shrink_(
+        every_layer, random_pairs(2), pair_loss, variant="orthogonal", dry_run=True
+    )
+    assert same_state(state_of(every_layer), before)
+    with torch.no_grad():
+        every_layer.head.weight[0, 0] = float("inf")
+    before = state_of(every_layer)
+    with pytest.raises(FloatingPointError):
+        hf_dash.dash_shrink_(every_layer, random_pairs(2), pair_loss, variant="orthogonal")
+    assert same_state(state_of(every_layer), before)
+
+
 def test_it_works_without_gradients_enabled(every_layer):
     other = copy.deepcopy(every_layer)
     hf_dash.dash_shrink_(other, random_pairs(2))

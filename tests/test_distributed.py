@@ -24,8 +24,17 @@ from hf_dash.distributed import (
 
 TESTS = Path(__file__).parent
 FAILING = ["uneven_count", "uneven_size", "broken", "fsdp_uneven_count", "fsdp_broken"]
-FAILING += ["fsdp_filter_groups", "tensor_parallel"]
-TWO = ["bare", "ddp", "ddp_no_batch_norm", "fsdp", "fsdp_filter", "trainer", *FAILING]
+FAILING += ["fsdp_filter_groups", "fsdp_variant", "tensor_parallel"]
+TWO = [
+    "bare",
+    "ddp",
+    "ddp_variant",
+    "ddp_no_batch_norm",
+    "fsdp",
+    "fsdp_filter",
+    "trainer",
+    *FAILING,
+]
 TWO_ONLY = ["memorisation", "predict", "sam", "rounds", "accuracy_bound", "accuracy_unbound"]
 TWO_ONLY += ["undisturbed", "undisturbed_stream"]
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
@@ -81,7 +90,10 @@ def in_this_process(case):
     torch.manual_seed(0)
     model = EveryLayer(norm="batch_norm" not in case, groups=1 if "filter" in case else 2)
     grouping = "filter" if "filter" in case else "kernel"
-    report = hf_dash.dash_shrink_(model, random_pairs(6), tolerance=0.0, grouping=grouping)
+    variant = "orthogonal" if "variant" in case else None
+    report = hf_dash.dash_shrink_(
+        model, random_pairs(6), tolerance=0.0, grouping=grouping, variant=variant
+    )
     return model, report
 
 
@@ -148,6 +160,8 @@ def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
         errors = ["NotImplementedError: hf_dash cannot shrink 'head.weight', sharded as"] * 2
     elif case == "fsdp_filter_groups":
         errors = ["NotImplementedError: hf_dash cannot cut 'transposed.weight' into filters"] * 2
+    elif case == "fsdp_variant":
+        errors = ["NotImplementedError: variant 'orthogonal' needs whole matrices, but FSDP2"] * 2
     else:
         errors = ["ValueError: every rank must pass the same number of batches"] * 2
     for rank, error in zip(results[2][case], errors, strict=True):

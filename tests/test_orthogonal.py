@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from hf_dash.orthogonal import orthogonal_weight, polar_factors
+from hf_dash.orthogonal import orthogonal_shrink_, orthogonal_weight, polar_factors
+from hf_dash.tensors import find_shrinkable
 
 
 def conditioned(rows, columns, low=0.5, seed=0):
@@ -85,3 +86,41 @@ def test_depthwise_kernels_and_zero_weights_stay_as_they_are():
     plain = orthogonal_weight(depthwise[:1], 10)
     torch.testing.assert_close(plain, depthwise[:1].sign() / 9)
     assert torch.equal(orthogonal_weight(torch.zeros(4, 2, 3, 3), 10), torch.zeros(4, 2, 3, 3))
+
+
+def by_svd(matrix, steps):
+    """Newton-Schulz on the singular values alone, one after the other, in double precision."""
+    u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    size = math.sqrt(sum(float(value) ** 2 for value in values))
+    grown = []
+    for value in values:
+        x = float(value) / size
+        for _ in range(steps):
+            x = 1.5 * x - 0.5 * x**3
+        grown.append(x)
+    return u @ torch.tensor(grown, dtype=torch.float64).diag() @ vh
+
+
+def test_orthogonal_shrink_is_the_shrink_and_then_newton_schulz(every_layer):
+    tensors = find_shrinkable(every_layer)[0]
+    torch.manual_seed(1)
+    factors = []
+    for tensor in tensors:
+        shape = [1 if dim in tensor.dims else size for dim, size in enumerate(tensor.shape)]
+        factors.append(torch.rand(shape) * 0.7 + 0.3)
+    before = {tensor.name: tensor.parameter.detach().clone() for tensor in tensors}
+    orthogonal_shrink_(every_layer, tensors, factors)
+    by_name = dict(zip([tensor.name for tensor in tensors], factors, strict=True))
+
+    shrunk = before["conv.weight"] * by_name["conv.weight"]
+    for row in range(3):
+        for column in range(3):
+            found = every_layer.conv.weight[:, :, row, column].double()
+            expected = by_svd(shrunk[:, :, row, column], 10) * math.sqrt(8 / 3) / 9
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    expected = by_svd(before["head.weight"] * by_name["head.weight"], 10) * math.sqrt(10 / 4)
+    torch.testing.assert_close(every_layer.head.weight.double(), expected, rtol=0, atol=1e-5)
+    # A bias is no matrix, a depthwise kernel keeps nothing but a sign: both are shrunk alone.
+    for name in ("head.bias", "depthwise.weight"):
+        found = every_layer.get_parameter(name)
+        torch.testing.assert_close(found, before[name] * by_name[name])
