@@ -1,6 +1,6 @@
 """Every timm family: the fast shrink against the plain loops, on the smallest model of each.
 
-``pytest -m slow -s tests/test_families.py`` runs all of them and prints the table.
+``pytest -m slow -n 0 -s tests/test_families.py`` runs all of them and prints the table.
 """
 
 import gc
