@@ -113,11 +113,12 @@ class ShrinkReport:
 
     def __str__(self) -> str:
         did = "would shrink" if self.dry_run else "shrank"
+        variant = "" if self.config.variant is None else f", {self.config.variant} variant"
         lines = [
             f"DASH {did} {self.num_vectors} vectors in {len(self.tensors)} tensors: mean factor"
             f" {self.mean_factor:.3f}, {self.share_at_lam:.1%} at λ = {self.config.lam}"
             f" (α = {self.config.alpha}, {self.num_batches} minibatches, {self.num_images} images,"
-            f" {self.seconds:.2f} s; {len(self.untouched)} parameters untouched)",
+            f" {self.seconds:.2f} s; {len(self.untouched)} parameters untouched{variant})",
         ]
         width = max(len(tensor.name) for tensor in self.tensors)
         lines.append(f"{'tensor':<{width}}  vectors   mean    min    max   at λ")

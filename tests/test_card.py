@@ -319,6 +319,14 @@ def test_a_card_without_a_shrink_says_so(small_model):
     assert "direction-aware" not in text.split("## Limits")[0]
 
 
+def test_a_variant_is_named_where_there_was_one(small_model):
+    assert "variant" not in str(render_card(small_model, info(records=[SECOND])))
+    shrink = {**SHRINK, "config": {**SHRINK["config"], "variant": "orthogonal"}}
+    one = record("dash", 0, 2, shrink=shrink)
+    text = str(render_card(small_model, info(records=[one])))
+    assert "grouping = kernel, variant = orthogonal; 20 minibatches" in text
+
+
 def test_the_citations_are_whole(small_model):
     entries = re.findall(r"```bibtex\n(.*?)```", str(render_card(small_model, info())), re.DOTALL)
     cff = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
@@ -381,6 +389,7 @@ def test_names_from_data_break_nothing():
         shrink={**SHRINK, "tensors": tensors, "config": {**SHRINK["config"], "grouping": joined}},
         versions={joined: joined},
     )
+    last.shrink["config"]["variant"] = joined
     names = ("model_name", "dataset_name", "dataset_revision", "held_out_split", "parent")
     names += ("base_model", "base_model_revision", "license")
     given = dict.fromkeys(names, joined)

@@ -204,6 +204,7 @@ def test_the_orthogonal_variant_makes_what_the_reference_shrinks_orthogonal(ever
         every_layer, batches, pair_loss, tolerance=0.0, variant="orthogonal"
     )
     assert report.config.variant == "orthogonal"
+    assert "orthogonal variant)" in str(report).splitlines()[0]
     weight = expected.head.weight.double() * factors["head.weight"]
     shrunk_alone = expected.head.bias.double() * factors["head.bias"]
     torch.testing.assert_close(every_layer.head.bias.double(), shrunk_alone, rtol=0, atol=1e-6)
