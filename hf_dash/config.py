@@ -65,7 +65,9 @@ class DashConfig:
         preset: ``"paper"`` uses one arrival per minibatch and reads all of them, as the authors do.
         variant: None is the paper's method. ``"orthogonal"`` then replaces every weight matrix by
             its nearest scaled orthogonal one, as FIRE does; see
-            :func:`~hf_dash.orthogonal.orthogonal_shrink_`.
+            :func:`~hf_dash.orthogonal.orthogonal_shrink_`. Measured on CIFAR-10 with 5 seeds
+            (recipes/results): on an MLP 2.5 points above plain DASH (2.2 … 2.8), on a ResNet level
+            with it. One network of two is too little to leave the paper: the default is None.
 
     Raises:
         TypeError: an argument is of the wrong kind.

@@ -50,9 +50,31 @@ def test_committed_tables_are_those_of_their_histories(path):
     assert f"`{path.parent.name}`" in text
 
 
-def test_the_committed_comparison_is_that_of_its_history():
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [
+        ("cifar10_small", "cold"),
+        ("cifar10_small", "dash"),
+        ("cifar10_narrow", "cold"),
+        ("mlp", "cold"),
+        ("mlp", "dash"),
+    ],
+)
+def test_the_committed_comparisons_are_those_of_their_histories(name, baseline):
     folder = REPOSITORY / "recipes" / "results"
     text = (folder / "README.md").read_text()
-    records = hf_dash.read_history(folder / "cifar10_small" / "history.json").records
-    assert hf_dash.paired_table(records, "cold") in text
-    assert hf_dash.cost_table(records, "cold") in text
+    records = hf_dash.read_history(folder / name / "history.json").records
+    assert hf_dash.paired_table(records, baseline) in text
+
+
+@pytest.mark.parametrize("name", ["cifar10_small", "cifar10_narrow"])
+def test_the_committed_prices_are_those_of_their_histories(name):
+    folder = REPOSITORY / "recipes" / "results"
+    records = hf_dash.read_history(folder / name / "history.json").records
+    assert hf_dash.cost_table(records, "cold") in (folder / "README.md").read_text()
+
+
+def test_the_table_in_front_is_that_of_its_history():
+    path = REPOSITORY / "recipes" / "results" / "cifar10_small" / "history.json"
+    records = hf_dash.read_history(path).records
+    assert hf_dash.paired_table(records, "cold") in (REPOSITORY / "README.md").read_text()
