@@ -66,8 +66,8 @@ class DashConfig:
         variant: None is the paper's method. ``"orthogonal"`` then replaces every weight matrix by
             its nearest scaled orthogonal one, as FIRE does; see
             :func:`~hf_dash.orthogonal.orthogonal_shrink_`. Measured on CIFAR-10 with 5 seeds
-            (recipes/results): on an MLP 2.5 points above plain DASH (2.2 … 2.8), on a ResNet level
-            with it. One network of two is too little to leave the paper: the default is None.
+            (recipes/results): on an MLP 2.5 points above plain DASH (2.2 … 2.8), where FIRE alone
+            is no worse; on a ResNet level with it. Too little to leave the paper.
 
     Raises:
         TypeError: an argument is of the wrong kind.
