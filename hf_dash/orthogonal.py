@@ -86,23 +86,22 @@ def orthogonal_weight(
 
 
 @torch.no_grad()
-def orthogonal_weights(
+def make_orthogonal_(
     model: nn.Module, tensors: list[ShrinkableTensor], values: Sequence[Tensor], steps: int = STEPS
-) -> list[Tensor]:
-    """Return what the tensors of a model are to be, made orthogonal where they are matrices.
+) -> None:
+    """Give tensors of a model new values, made orthogonal where they are matrices, in place.
+
+    All is computed before anything is changed. Biases get their values as they are; a fused
+    query-key-value projection is one matrix.
 
     Args:
         model: whose layers tell groups and transposed convolutions.
         tensors: some of its linear and convolution layers' weights and biases.
-        values: what to make orthogonal in place of each tensor's own, in the parameter's shape.
+        values: of each, in the parameter's shape.
         steps: of Newton-Schulz, at least 1.
-
-    Returns:
-        One tensor each; biases come back as they are. A fused query-key-value projection is one
-        matrix.
     """
     layers = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    return [
+    replacements = [
         value
         if value.ndim < 2
         else orthogonal_weight(
@@ -113,6 +112,8 @@ def orthogonal_weights(
         )
         for tensor, value in zip(tensors, values, strict=True)
     ]
+    for tensor, replacement in zip(tensors, replacements, strict=True):
+        tensor.parameter.copy_(replacement)
 
 
 @torch.no_grad()
@@ -134,5 +135,4 @@ def orthogonal_shrink_(
         (tensor.view(tensor.parameter) * factor).view_as(tensor.parameter)
         for tensor, factor in zip(tensors, factors, strict=True)
     ]
-    for tensor, weight in zip(tensors, orthogonal_weights(model, tensors, shrunk), strict=True):
-        tensor.parameter.copy_(weight)
+    make_orthogonal_(model, tensors, shrunk)

@@ -20,7 +20,7 @@ from hf_dash.batches import Batch
 from hf_dash.config import DashConfig, StartsConfig
 from hf_dash.dash import dash_shrink_
 from hf_dash.models import fresh_state, timm_model_of
-from hf_dash.orthogonal import orthogonal_weights
+from hf_dash.orthogonal import make_orthogonal_
 from hf_dash.rounds import Round, gradient_batches
 from hf_dash.shrink import ShrinkReport
 from hf_dash.tensors import find_shrinkable
@@ -230,9 +230,7 @@ def fire_(model: PreTrainedModel, context: StartContext) -> Started:
     """
     tensors = find_shrinkable(model)[0]
     weights = [tensor.parameter for tensor in tensors]
-    orthogonal = orthogonal_weights(model, tensors, weights, context.starts.fire_steps)
-    for weight, replacement in zip(weights, orthogonal, strict=True):
-        weight.copy_(replacement)
+    make_orthogonal_(model, tensors, weights, context.starts.fire_steps)
     return Started(keep_optimizer=not context.starts.reset_optimizer)
 
 
