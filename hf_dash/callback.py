@@ -266,6 +266,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
                 batches,
                 self.loss_fn or own_loss,
                 disable_tqdm=args.disable_tqdm or None,
+                seed=args.seed,
                 **self.config.arguments,
             )
         if self.reset_optimizer and optimizer is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 Grouping = Literal["kernel", "filter", "auto"]
 Preset = Literal["paper"]
-Variant = Literal["orthogonal"]
+Variant = Literal["fill", "orthogonal"]
 
 
 def check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:
@@ -99,7 +99,9 @@ class DashConfig:
         if self.preset is not None and self.preset not in get_args(Preset):
             raise ValueError(f"preset must be None or 'paper', got {self.preset!r}")
         if self.variant is not None and self.variant not in get_args(Variant):
-            raise ValueError(f"variant must be None or 'orthogonal', got {self.variant!r}")
+            raise ValueError(
+                f"variant must be None or one of {get_args(Variant)}, got {self.variant!r}"
+            )
 
     @property
     def arguments(self) -> dict[str, Any]:

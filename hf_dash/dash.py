@@ -24,6 +24,7 @@ from hf_dash.distributed import (
     refuse_unsupported,
     synchronise,
 )
+from hf_dash.filling import check_fillable, filled_shrink_
 from hf_dash.gradients import LossFn, average_gradients
 from hf_dash.orthogonal import orthogonal_shrink_
 from hf_dash.shrink import ShrinkReport, all_factors, report_tensors, shrink_
@@ -48,6 +49,7 @@ def dash_shrink_(
     micro_batch_size: int | None = None,
     include_frozen: bool = False,
     variant: Variant | None = None,
+    seed: int = 0,
     accelerator: "Accelerator | None" = None,
     dry_run: bool = False,
     disable_tqdm: bool | None = None,
@@ -73,8 +75,10 @@ def dash_shrink_(
         micro_batch_size: images to compute at a time, where a minibatch is too large for memory;
             the result is the same.
         include_frozen: shrink tensors that do not require gradients too.
-        variant: None is the paper's method; ``"orthogonal"`` makes the shrunk matrices orthogonal,
-            not under FSDP2; see :class:`~hf_dash.config.DashConfig`.
+        variant: None is the paper's method; ``"fill"`` fills what is shrunk with fresh weights of
+            a timm wrapper, ``"orthogonal"`` makes the shrunk matrices orthogonal; neither under
+            FSDP2. See :class:`~hf_dash.config.DashConfig`.
+        seed: of the fresh weights, read by ``"fill"`` alone; the same on every process.
         accelerator: where it is given, the forward passes run under its autocast.
         dry_run: report what the shrink would do and change nothing.
         disable_tqdm: show no progress bar; by default there is one on a terminal.
@@ -101,7 +105,7 @@ def dash_shrink_(
     )
     refuse_unsupported(model)
     engine, module = deepspeed_engine(model), _inner_module(model)
-    tensors, untouched = _find(module, config)
+    tensors, untouched = _find(module, config, seed)
     newest = newest_batches(batches, config.newest)
     if loss_fn is None:
         loss_fn, newest = default_loss, _labels_checked(newest, module)
@@ -120,10 +124,7 @@ def dash_shrink_(
     )
     factors = all_factors(tensors, average, lam)
     if not dry_run:
-        if variant is None:
-            shrink_(tensors, factors)
-        else:
-            orthogonal_shrink_(module, tensors, factors)
+        _change_(module, tensors, factors, variant, seed)
         if engine is not None:
             refresh_master_weights_(engine)
     synchronise(tensors[0].parameter.device)
@@ -141,15 +142,34 @@ def dash_shrink_(
     return report
 
 
-def _find(module: nn.Module, config: DashConfig) -> tuple[list[ShrinkableTensor], list[str]]:
+def _find(
+    module: nn.Module, config: DashConfig, seed: int
+) -> tuple[list[ShrinkableTensor], list[str]]:
     """Find what shrinks and what stays; refuse what a variant cannot change."""
+    if config.variant == "fill":
+        check_fillable(module, seed)
     found = find_shrinkable(module, config.grouping, include_frozen=config.include_frozen)
     if config.variant is not None and is_sharded(found[0]):
         raise NotImplementedError(
-            f"variant {config.variant!r} needs whole matrices, but FSDP2 shards them: shrink before"
+            f"variant {config.variant!r} needs whole tensors, but FSDP2 shards them: shrink before"
             " the model is sharded, or without a variant"
         )
     return found
+
+
+def _change_(
+    module: nn.Module,
+    tensors: list[ShrinkableTensor],
+    factors: list[Tensor],
+    variant: Variant | None,
+    seed: int,
+) -> None:
+    if variant is None:
+        shrink_(tensors, factors)
+    elif variant == "fill":
+        filled_shrink_(module, tensors, factors, seed)
+    else:
+        orthogonal_shrink_(module, tensors, factors)
 
 
 def _inner_module(model: nn.Module) -> nn.Module:

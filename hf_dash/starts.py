@@ -214,6 +214,7 @@ def dash_(model: PreTrainedModel, context: StartContext) -> Started:
         context.gradient_batches(),
         accelerator=context.accelerator,
         disable_tqdm=True,
+        seed=context.seed,
         **context.dash.arguments,
     )
     return Started(report, keep_optimizer=not context.starts.reset_optimizer)

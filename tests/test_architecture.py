@@ -33,6 +33,7 @@ ROOMS = [
     "script_arguments",
     "tensors",
     "orthogonal",
+    "filling",
     "gradients",
     "shrink",
     "dash",

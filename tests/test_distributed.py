@@ -161,7 +161,7 @@ def test_what_goes_wrong_on_one_rank_stops_all_unchanged(results, case):
     elif case == "fsdp_filter_groups":
         errors = ["NotImplementedError: hf_dash cannot cut 'transposed.weight' into filters"] * 2
     elif case == "fsdp_variant":
-        errors = ["NotImplementedError: variant 'orthogonal' needs whole matrices, but FSDP2"] * 2
+        errors = ["NotImplementedError: variant 'orthogonal' needs whole tensors, but FSDP2"] * 2
     else:
         errors = ["ValueError: every rank must pass the same number of batches"] * 2
     for rank, error in zip(results[2][case], errors, strict=True):
