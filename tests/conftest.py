@@ -31,6 +31,7 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from hub_double import TOKENS, HubDouble
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import hf_dash
 
@@ -59,6 +60,17 @@ class EveryLayer(nn.Module):
         x = self.pointwise(self.depthwise(x)).relu()
         x = self.transposed(self.frozen(x))
         return self.head(self.dropout(x.mean((2, 3))))
+
+
+def make_tiny_timm() -> PreTrainedModel:
+    """Return a timm wrapper of a few hundred vectors, for images of 8×8."""
+    return hf_dash.create_model(
+        "resnet10t",
+        label_names=[str(label) for label in range(10)],
+        model_args={"layers": [1, 1, 0, 0], "channels": [4, 8, 8, 8], "stem_width": 4},
+        image_size=32,
+        seed=0,
+    )
 
 
 def random_pairs(count: int, size: int = 8, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -101,6 +113,11 @@ def launch(
         timeout=500,
         check=check,
     )
+
+
+@pytest.fixture
+def tiny_timm() -> PreTrainedModel:
+    return make_tiny_timm()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import EveryLayer, random_pairs, same_state, state_of
+from conftest import EveryLayer, make_tiny_timm, random_pairs, same_state, state_of
 from datasets import ClassLabel, Features, IterableDataset, Value
 from test_undisturbed import SETUPS, Noisy, numbers_of
 from test_undisturbed import train as train_noisy
@@ -42,6 +42,8 @@ def shrink(case, accelerator, folder):
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     model = EveryLayer(norm="batch_norm" not in case, groups=1 if case.endswith("filter") else 2)
+    if "fill" in case:
+        model = make_tiny_timm()
     batches = share(rank, world)
     if "uneven_count" in case and rank == 1:
         batches = batches[1:]
@@ -59,7 +61,7 @@ def shrink(case, accelerator, folder):
     before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
     settings = {
         "grouping": "filter" if "filter" in case else "kernel",
-        "variant": "orthogonal" if "variant" in case else None,
+        "variant": "fill" if "fill" in case else "orthogonal" if "variant" in case else None,
     }
     REDUCES.clear()
     result = {"world": world}

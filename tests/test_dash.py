@@ -13,6 +13,7 @@ from torch import nn
 
 import hf_dash
 from hf_dash.dash import default_loss
+from hf_dash.models import fresh_state
 from hf_dash.reference import published_pass_, reference_factors
 
 
@@ -227,6 +228,31 @@ def test_the_orthogonal_variant_changes_nothing_where_the_shrink_fails(every_lay
     before = state_of(every_layer)
     with pytest.raises(FloatingPointError):
         hf_dash.dash_shrink_(every_layer, random_pairs(2), pair_loss, variant="orthogonal")
+    assert same_state(state_of(every_layer), before)
+
+
+def test_the_fill_variant_fills_what_the_reference_shrinks(tiny_timm):
+    batches = random_pairs(4)
+    factors = reference_factors(tiny_timm, batches, default_loss)
+    before, fresh = state_of(tiny_timm), fresh_state(tiny_timm, 5)
+    report = hf_dash.dash_shrink_(tiny_timm, batches, tolerance=0.0, variant="fill", seed=5)
+    assert "fill variant)" in str(report).splitlines()[0]
+    for name, tensor in state_of(tiny_timm).items():
+        wanted = before[name].double()
+        if name in factors:
+            s, new = factors[name], fresh[name.removeprefix("timm_model.")]
+            wanted = s * wanted + (1 - s**2) ** 0.5 * new
+        torch.testing.assert_close(tensor.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_the_fill_variant_refuses_other_models_before_any_batch_is_read(every_layer):
+    def no_batches():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    before = state_of(every_layer)
+    with pytest.raises(TypeError, match="variant 'fill' needs a timm model"):
+        hf_dash.dash_shrink_(every_layer, no_batches(), variant="fill")
     assert same_state(state_of(every_layer), before)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EveryLayer, random_pairs
+from conftest import EveryLayer, make_tiny_timm, random_pairs
 from process_worker import memorisation, train_by_sam
 from torch import nn
 
@@ -29,6 +29,7 @@ TWO = [
     "bare",
     "ddp",
     "ddp_variant",
+    "ddp_fill",
     "ddp_no_batch_norm",
     "fsdp",
     "fsdp_filter",
@@ -91,6 +92,8 @@ def in_this_process(case):
     model = EveryLayer(norm="batch_norm" not in case, groups=1 if "filter" in case else 2)
     grouping = "filter" if "filter" in case else "kernel"
     variant = "orthogonal" if "variant" in case else None
+    if "fill" in case:
+        model, variant = make_tiny_timm(), "fill"
     report = hf_dash.dash_shrink_(
         model, random_pairs(6), tolerance=0.0, grouping=grouping, variant=variant
     )
