@@ -80,6 +80,15 @@ def test_it_does_what_dash_shrink_does_with_the_same_batches(tmp_path, two_round
     assert same_state(state_of(model), spy.after)
 
 
+def test_the_fill_variant_draws_by_the_seed_of_the_training(tmp_path, two_rounds):
+    batches = list(hf_dash.gradient_batches(two_rounds[0], hf_dash.DashConfig()))
+    spy = Spy(variant="fill", batches=batches)
+    trained(tmp_path, two_rounds[0], [spy], seed=5)
+    model = make_trainer(tmp_path, two_rounds[0]).model
+    hf_dash.dash_shrink_(model, batches, variant="fill", seed=5)
+    assert same_state(state_of(model), spy.after)
+
+
 def test_a_loss_function_is_used(tmp_path, two_rounds):
     calls = []
 
