@@ -41,7 +41,7 @@ def plot_rounds(records: Sequence[RoundRecord], path: str | Path) -> None:
 
     The cost is in seconds and includes the starts, the gradient pass among them. With several seeds
     a line is their mean and the band around it ± one sample standard deviation. Colours and markers
-    tell eight starts apart; of more than four the legend stands below the panels.
+    tell eight starts apart, dashes eight more; of more than four the legend is below the panels.
 
     Args:
         records: of one or more starts and seeds.
@@ -276,10 +276,10 @@ def _draw_line(
     """Draw the mean of every round's values, and a band where each has several."""
     mean = np.array([np.mean(values) for values in by_round])
     colour = COLOURS[number % len(COLOURS)]
-    marker = MARKERS[number % len(MARKERS)]
+    line = "--" if number >= len(COLOURS) else style
     every = -(-len(rounds) // MARKERS_PER_LINE)
-    marks = {"marker": marker, "markersize": 5, "markevery": every}
-    axes.plot(rounds, mean, color=colour, linestyle=style, label=label, **marks)
+    marks = {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "markevery": every}
+    axes.plot(rounds, mean, color=colour, linestyle=line, label=label, **marks)
     if all(len(values) > 1 for values in by_round):
         spread = np.array([np.std(values, ddof=1) for values in by_round])
         band = {"color": colour, "alpha": 0.15, "linewidth": 0}

@@ -92,6 +92,12 @@ def test_eight_starts_are_told_apart_and_named_outside_the_panels(figures):
     assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
 
 
+def test_a_ninth_start_is_dashed(figures):
+    plot_rounds(some_records([*EIGHT, "ninth"], (1, 2)), "unused.png")
+    for axes in figures[0].axes:
+        assert [line.get_linestyle() for line in axes.lines] == ["-"] * 8 + ["--"]
+
+
 def test_few_starts_are_named_inside(figures):
     plot_rounds(some_records(EIGHT[:4], (1, 2)), "unused.png")
     assert not figures[0].legends
