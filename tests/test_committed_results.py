@@ -69,6 +69,17 @@ def test_committed_comparisons_are_those_of_the_history_in_their_heading(section
             assert table.strip() == hf_dash.cost_table(records, "cold")
 
 
+def test_the_table_of_grounds_repeats_their_own():
+    (table,) = re.findall(r"^\| DASH beside cold on.*\n(?:^\|.*\n)+", README, re.MULTILINE)
+    for line in table.splitlines()[2:]:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        path = REPOSITORY / "recipes" / "results" / name.strip("`") / "history.json"
+        own = hf_dash.paired_table(hf_dash.read_history(path).records, "cold").splitlines()
+        assert ["dash", *cells] in [
+            [cell.strip() for cell in row.strip("|").split("|")] for row in own
+        ]
+
+
 def test_the_table_in_front_is_that_of_its_history():
     path = REPOSITORY / "recipes" / "results" / "cifar10_small" / "history.json"
     records = hf_dash.read_history(path).records
