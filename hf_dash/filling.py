@@ -45,20 +45,20 @@ def filled_shrink_(
         factors: of each, in [0, 1], as :func:`~hf_dash.shrink.all_factors` returns them.
         seed: of the fresh weights.
 
+    All is computed before anything is changed, which takes as much memory as the tensors once more.
+
     Raises:
         ValueError: a tensor is none of timm's, or of another shape there; nothing was changed.
     """
     drawn = fresh_state(model, seed)
-    fresh = []
-    for tensor in tensors:
+    added = []
+    for tensor, factor in zip(tensors, factors, strict=True):
         new = drawn.get(tensor.name.removeprefix("timm_model."))
         if new is None or new.shape != tensor.parameter.shape:
             raise ValueError(
                 f"variant 'fill' finds no fresh {tensor.name!r} of shape"
                 f" {tuple(tensor.parameter.shape)} among what timm draws for this architecture"
             )
-        fresh.append(new)
-    for tensor, factor, new in zip(tensors, factors, fresh, strict=True):
-        weight = tensor.view(tensor.parameter)
-        added = tensor.view(new.to(weight)) * (1 - factor.square()).sqrt()
-        weight.mul_(factor).add_(added)
+        added.append(tensor.view(new.to(tensor.parameter)) * (1 - factor.square()).sqrt())
+    for tensor, factor, share in zip(tensors, factors, added, strict=True):
+        tensor.view(tensor.parameter).mul_(factor).add_(share)
