@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from hf_dash.config import StartsConfig
 from hf_dash.tensors import ShrinkableTensor
-
-# Newton-Schulz steps that FIRE takes.
-STEPS = 10
 
 
 def polar_factors(matrices: Tensor, steps: int) -> Tensor:
@@ -87,7 +85,7 @@ def orthogonal_weight(
 
 @torch.no_grad()
 def make_orthogonal_(
-    model: nn.Module, tensors: list[ShrinkableTensor], values: Sequence[Tensor], steps: int = STEPS
+    model: nn.Module, tensors: list[ShrinkableTensor], values: Sequence[Tensor], steps: int
 ) -> None:
     """Give tensors of a model new values, made orthogonal where they are matrices, in place.
 
@@ -135,4 +133,4 @@ def orthogonal_shrink_(
         (tensor.view(tensor.parameter) * factor).view_as(tensor.parameter)
         for tensor, factor in zip(tensors, factors, strict=True)
     ]
-    make_orthogonal_(model, tensors, shrunk)
+    make_orthogonal_(model, tensors, shrunk, StartsConfig.fire_steps)
