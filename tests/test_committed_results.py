@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 
 import hf_dash
 
+README = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
 SIMULATIONS = sorted(
     (REPOSITORY / "recipes" / "results" / "learning_framework").rglob("simulations.csv")
 )
@@ -27,8 +28,7 @@ def test_the_committed_simulations_are_those_of_their_csv(path):
             lines = [[float(row[name]) for name in names] for row in own]
             one = hf_dash.Simulation(start, int(seed), *np.array(lines).T)
             simulations.setdefault(setting, []).append(one)
-    text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
-    assert hf_dash.simulations_table(simulations) in text
+    assert hf_dash.simulations_table(simulations) in README
     # The last run once more: C, K, N, γ and τ are in the setting's name.
     setting, group = list(simulations.items())[-1]
     flags = ("num_classes", "num_features", "num_points", "gamma", "tau")
@@ -43,15 +43,13 @@ RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
 def test_committed_tables_are_those_of_their_histories(path):
-    text = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
     records = hf_dash.read_history(path).records
     lengths = any(record.start == "pretraining" for record in records)
     table = hf_dash.pretraining_table if lengths else hf_dash.starts_table
-    assert table(records) in text
-    assert f"`{path.parent.name}`" in text
+    assert table(records) in README
+    assert f"`{path.parent.name}`" in README
 
 
-README = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
 COMPARED = [part for part in re.split(r"(?m)^(?=## )", README) if "| beside " in part]
 
 

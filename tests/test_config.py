@@ -44,7 +44,7 @@ def test_number_of_newest_minibatches(arguments, newest):
         (
             {"variant": "best"},
             ValueError,
-            "variant must be None or one of .*, got 'best'",
+            r"variant .* one of \('fill', 'orthogonal'\), got 'best'",
         ),
     ],
 )
