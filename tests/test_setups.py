@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import EveryLayer, random_pairs, same_state, state_of
+from conftest import EveryLayer, make_tiny_timm, random_pairs, same_state, state_of
 from torch import Tensor, nn
 
 import hf_dash
@@ -42,6 +42,25 @@ def test_bfloat16_autocast_gives_nearly_the_same_factors(how):
 def test_float16_autocast_gives_nearly_the_same_factors():
     # By the loss function: Accelerate gives the CPU no float16.
     assert 0 < autocast_distance("loss_fn", torch.float16) <= 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grouping": "filter"}, {"variant": "fill", "seed": 3}, {"variant": "orthogonal"}],
+    ids=str,
+)
+def test_a_gpu_shrinks_as_the_cpu_does(options):
+    device = "cuda"
+    on_cpu = make_tiny_timm()
+    before, on_gpu = copy.deepcopy(on_cpu), copy.deepcopy(on_cpu).to(device)
+    pairs = random_pairs(4, size=32)
+    batches = [{"pixel_values": images, "labels": labels} for images, labels in pairs]
+    moved = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    hf_dash.dash_shrink_(on_cpu, batches, **options)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        hf_dash.dash_shrink_(on_gpu, moved, **options)
+    assert distance(on_gpu.to("cpu"), on_cpu, before) <= 1e-5
 
 
 def autocast_distance(how, dtype):
