@@ -59,11 +59,13 @@ def reference_factors(
     result = {}
     for name, tensor in theta.items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        where = _vectors(owner, name, tensor, grouping)
-        if sample is not None and len(where) > sample:
-            where = random.Random(0).sample(where, sample)
+        count, where = _vectors(owner, name, tensor, grouping)
+        numbers: Iterable[int] = range(count)
+        if sample is not None and count > sample:
+            numbers = random.Random(0).sample(range(count), sample)
         factors = torch.full(tensor.shape, math.nan, dtype=torch.float64)
-        for vector in where:
+        for number in numbers:
+            vector = where(number)
             g, w = G[name][vector].flatten().tolist(), tensor.detach()[vector].flatten().tolist()
             factors[vector] = max(lam, min(1.0, _cosine(g, w)))
         result[name] = factors
@@ -187,20 +189,24 @@ def reference_tensors(model: nn.Module) -> dict[str, Tensor]:
     return theta
 
 
-def _vectors(module: nn.Module, name: str, theta: Tensor, grouping: str) -> list[Any]:
-    """Return where in its tensor each vector is."""
+def _vectors(
+    module: nn.Module, name: str, theta: Tensor, grouping: str
+) -> tuple[int, Callable[[int], Any]]:
+    """Return how many vectors a tensor has, and where in it the n-th of them is."""
     if name.endswith("bias"):
-        return [...]
+        return 1, lambda n: ...
     if not isinstance(module, CONVOLUTIONS):
-        return list(range(theta.shape[0]))
+        return theta.shape[0], lambda n: n
     if grouping == "kernel" or (grouping == "auto" and max(theta.shape[2:]) > 1):
-        return [(o, i) for o in range(theta.shape[0]) for i in range(theta.shape[1])]
+        return theta.shape[0] * theta.shape[1], lambda n: divmod(n, theta.shape[1])
     if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return list(range(theta.shape[0]))
+        return theta.shape[0], lambda n: n
     # Transposed: [in, out / groups, *k]; the inputs of one group make its output channels.
-    step = theta.shape[0] // module.groups
-    starts = range(0, theta.shape[0], step)
-    return [(slice(begin, begin + step), o) for begin in starts for o in range(theta.shape[1])]
+    step, outputs = theta.shape[0] // module.groups, theta.shape[1]
+    return module.groups * outputs, lambda n: (
+        slice(n // outputs * step, n // outputs * step + step),
+        n % outputs,
+    )
 
 
 def _cosine(g: list[float], w: list[float]) -> float:

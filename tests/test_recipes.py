@@ -1,4 +1,4 @@
-"""The recipes as a user starts them: by ``accelerate launch``, in an empty folder."""
+"""The recipes as a user starts them, each by ``accelerate launch`` once, in an empty folder."""
 
 import json
 import shutil
@@ -6,19 +6,19 @@ import shutil
 import pytest
 from conftest import QUICK, REPOSITORY, launch
 from huggingface_hub import ModelCard
-from test_classifiers import tiny_processor, tiny_vit
 from test_history import record
 
 import hf_dash
 
+SMALL = ["--num_rounds", "2", "--examples_per_round", "100", *QUICK]
 CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The comparison on digits, two rounds, one epoch each."""
+    """The comparison on digits, two small rounds, one epoch each."""
     folder = tmp_path_factory.mktemp("recipes")
-    done = launch("continual_rounds.py", folder, "--num_rounds", "2", *QUICK)
+    done = launch("continual_rounds.py", folder, *SMALL)
     return folder, done
 
 
@@ -41,14 +41,14 @@ def test_the_same_command_finds_everything_done(finished):
     folder, done = finished
     output = folder / "runs" / "continual_rounds"
     before = {path: path.read_bytes() for path in output.rglob("*.*") if path.suffix != ".lock"}
-    again = launch("continual_rounds.py", folder, "--num_rounds", "2", *QUICK)
+    again = launch("continual_rounds.py", folder, *SMALL, launcher=False)
     assert again.stdout == done.stdout
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_another_runs_folder_is_refused(finished):
-    flags = ["--num_rounds", "2", "--lam", "0.1", *QUICK]
-    done = launch("continual_rounds.py", finished[0], *flags, check=False)
+    flags = [*SMALL, "--lam", "0.1"]
+    done = launch("continual_rounds.py", finished[0], *flags, check=False, launcher=False)
     assert done.returncode != 0
     assert "belongs to a run with other settings (lam was 0.3, is 0.1)" in done.stderr
 
@@ -62,12 +62,12 @@ def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
     for index, day in enumerate(["monday", "tuesday"]):
         part = digits.select(range(60 * index, 60 * index + 60))
         part.to_parquet(tmp_path / "incoming" / f"{day}.parquet")
-        launch("continual_rounds.py", tmp_path, *flags)
+        launch("continual_rounds.py", tmp_path, *flags, launcher=False)
         last = hf_dash.read_history(history).records[-1]
         assert (last.round_index, last.files) == (index + 1, [f"{day}.parquet"])
         assert (last.num_new, last.num_total) == (60, 60 * (index + 1))
     whole = history.read_bytes()
-    done = launch("continual_rounds.py", tmp_path, *flags)
+    done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     assert "nothing new in incoming since round 2: no new round" in done.stderr
     assert history.read_bytes() == whole
 
@@ -75,7 +75,7 @@ def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
 def test_all_starts_run_on_noisy_labels(tmp_path):
     flags = ["--starts", "all", "--num_rounds", "2", "--examples_per_round", "40", *QUICK]
     flags += ["--label_noise", "0.2", "--measure_memorisation", "--export_start", "dash"]
-    done = launch("continual_rounds.py", tmp_path, *flags)
+    done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
     assert [r.start for r in records if r.round_index == 2] == list(hf_dash.STARTS)
     assert hf_dash.memorisation_table(records) in done.stdout
@@ -130,92 +130,10 @@ def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, dig
 
     whole = (tmp_path / "child" / "model.safetensors").read_bytes()
     flags += ["--resume_from_checkpoint", "child/checkpoint-30"]
-    launch("retrain_with_trainer.py", tmp_path, *flags)
+    launch("retrain_with_trainer.py", tmp_path, *flags, launcher=False)
     resumed = hf_dash.read_history(tmp_path / "child" / "history.json").records[-1]
     assert resumed.shrink == last.shrink
     assert (tmp_path / "child" / "model.safetensors").read_bytes() == whole
-
-
-RETRAIN = ["--num_train_epochs", "1", "--disable_tqdm", "true", "--report_to", "none"]
-RETRAIN += ["--save_strategy", "no", "--per_device_train_batch_size", "8"]
-
-
-def test_a_native_model_is_retrained_on_folders(tmp_path, digits):
-    for number, row in enumerate(range(60)):
-        example = digits[row]
-        name = "even" if example["label"] % 2 == 0 else "odd"
-        folder = tmp_path / ("held_out" if number % 3 == 0 else "images") / name
-        folder.mkdir(parents=True, exist_ok=True)
-        example["image"].save(folder / f"{number}.png")
-    # The model knows the labels in the other order.
-    hf_dash.save_classifier(tiny_vit(("odd", "even")), tmp_path / "vit", tiny_processor())
-    flags = ["--model_name_or_path", "vit", "--validation_dir", "held_out", *RETRAIN]
-    train = ["--train_dir", "images", "--do_train", "--do_eval", "--label_smoothing_factor", "0.1"]
-    done = launch("retrain_with_trainer.py", tmp_path, *flags, *train, "--output_dir", "child")
-    (record,) = hf_dash.read_history(tmp_path / "child" / "history.json").records
-    assert (record.num_total, record.round_index, record.parent) == (40, 1, "vit")
-    assert set(record.per_class_accuracy) == {"odd", "even"}
-    assert hf_dash.rounds_table([record]) in done.stdout
-    card = ModelCard.load(tmp_path / "child" / "README.md")
-    assert card.data.library_name == "transformers"
-    assert card.data.eval_results[0].dataset_split == "validation"
-    child = hf_dash.load_classifier(str(tmp_path / "child"))
-    assert child.config.id2label == {0: "odd", 1: "even"}
-
-    flags[1] = "child"
-    flags += ["--do_eval", "--train_dir", "images", "--output_dir", "evaluated"]
-    launch("retrain_with_trainer.py", tmp_path, *flags)
-    results = json.loads((tmp_path / "evaluated" / "eval_results.json").read_text())
-    assert results == {"eval_accuracy": record.accuracy}
-    assert not (tmp_path / "evaluated" / "history.json").exists()
-
-
-def test_a_stream_with_a_new_label_is_retrained_on(tmp_path, digits):
-    names = [str(digit) for digit in range(9)]
-    model = hf_dash.create_model("test_resnet", label_names=names, image_size=32)
-    hf_dash.save_model(model, tmp_path / "parent")
-    for name, rows in (("old", range(40)), ("new", range(40, 100)), ("test", range(100, 130))):
-        digits.select(rows).to_parquet(tmp_path / f"{name}.parquet")
-    flags = ["--model_name_or_path", "parent", "--seen_dataset_names", "old.parquet", *RETRAIN]
-    flags += ["--dataset_name", "new.parquet", "--test_dataset_name", "test.parquet"]
-    launch("retrain_with_trainer.py", tmp_path, *flags, "--streaming", "--output_dir", "child")
-    (record,) = hf_dash.read_history(tmp_path / "child" / "history.json").records
-    # 100 images in batches of 8 make 13 steps.
-    assert (record.num_new, record.num_total, record.steps) == (60, 100, 13)
-    assert record.shrink["num_images"] == 100
-    child = hf_dash.load_model(str(tmp_path / "child"))
-    assert list(child.config.id2label.values()) == [*names, "9"]
-
-
-def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test):
-    source = hf_dash.read_history(REPOSITORY / "recipes" / "results" / "digits" / "history.json")
-    history = hf_dash.History(tmp_path / "run" / "history.json", source.settings)
-    history.path.parent.mkdir()
-    # The champion knows no digit, so it is right on none; any answer of the challenger is better.
-    for index, names in ((1, ["cat", "dog"]), (2, hf_dash.label_names(digits_test))):
-        history.append(next(r for r in source.records if r.round_index == index))
-        model = hf_dash.create_model("test_resnet", label_names=names, image_size=32)
-        hf_dash.save_model(model, tmp_path / "run" / history.records[-1].folder)
-    first, second = (record.folder for record in history.records)
-    entry = hf_dash.Promotion("promote", first, None, "first champion", "")
-    history.append_promotion(entry)
-    flags = ["--output_dir", "run", "--challenger"]
-
-    done = launch("promote.py", tmp_path, *flags, second)
-    assert "promote: not worse overall, and no class drops" in done.stdout
-    # A header, its rule, all examples, ten classes.
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(table) == 13
-    refused = launch("promote.py", tmp_path, *flags, first, check=False)
-    assert refused.returncode == 1
-    assert "reject: significantly worse overall" in refused.stdout
-    launch("promote.py", tmp_path, "--output_dir", "run", "--rollback_to", first)
-    back = hf_dash.read_history(history.path)
-    assert [p.kind for p in back.promotions] == ["promote", "promote", "reject", "rollback"]
-    assert back.promotions[1].num_held_out == 360
-    assert f" {back.promotions[1].accuracy:.2%} |" in table[2]
-    assert back.champion == first
-    assert back.records == history.records
 
 
 @pytest.mark.parametrize(
@@ -228,7 +146,7 @@ def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test)
     ],
 )
 def test_bad_flags_end_with_a_clear_message(tmp_path, flags, message):
-    done = launch("continual_rounds.py", tmp_path, *flags, check=False)
+    done = launch("continual_rounds.py", tmp_path, *flags, check=False, launcher=False)
     assert done.returncode != 0
     assert message in done.stderr
 
@@ -237,7 +155,7 @@ def test_bad_flags_end_with_a_clear_message(tmp_path, flags, message):
 def test_cifar10_streams_through_the_comparison(tmp_path):
     flags = ["--dataset_name", str(CIFAR10), "--streaming", "--num_rounds", "3"]
     flags += ["--examples_per_round", "100", "--starts", "warm", "dash", *QUICK]
-    launch("continual_rounds.py", tmp_path, *flags)
+    launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
     assert [r.num_total for r in records] == [100, 200, 300] * 2
     assert set(records[0].per_class_accuracy) >= {"airplane", "truck"}
@@ -269,7 +187,9 @@ def test_the_learning_framework_is_swept(tmp_path):
     output = tmp_path / "out"
     assert (output / "simulations.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
     assert (output / "simulations.png").stat().st_size > 10_000
-    wrong = launch("learning_framework.py", tmp_path, "--sweep", "delta", "1", check=False)
+    wrong = launch(
+        "learning_framework.py", tmp_path, "--sweep", "delta", "1", check=False, launcher=False
+    )
     assert wrong.returncode != 0
     assert "sweep must be one of ['num_classes', " in wrong.stderr
 
@@ -285,7 +205,7 @@ def test_lengths_of_pretraining_are_compared(tmp_path):
     assert hf_dash.pretraining_table(records) in done.stdout
     assert (output / "pretraining.png").stat().st_size > 10_000
     assert "flipped_reproduced" in records[-1].memorisation["after"]
-    wrong = launch("memorisation.py", tmp_path, "--num_examples", "3", check=False)
+    wrong = launch("memorisation.py", tmp_path, "--num_examples", "3", check=False, launcher=False)
     assert "num_examples must be even, at least 2, got 3" in wrong.stderr
 
 

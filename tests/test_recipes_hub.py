@@ -1,4 +1,4 @@
-"""Rounds shared by the recipes, as a user starts them, on a double of the Hub."""
+"""Rounds shared by the recipes on a double of the Hub."""
 
 import json
 import shlex
@@ -21,17 +21,18 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     with HubDouble() as hub:
         online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
+        alone = {**online, "launcher": False}
         rounds = ["--num_rounds", "2", "--examples_per_round", "60", "--starts", "dash", *QUICK]
         push = ["--push_to_hub", "--hub_model_id", "user/digits"]
         done = [
-            launch("continual_rounds.py", folder, *rounds, *push, **online, HF_TOKEN=TOKEN),
+            launch("continual_rounds.py", folder, *rounds, *push, **alone, HF_TOKEN=TOKEN),
             launch(
                 "retrain_with_trainer.py",
                 folder,
                 *("--model_name_or_path", "user/digits", "--revision", "round-002"),
                 *("--token", TOKEN, "--hub_token", TOKEN, "--output_dir", "child", *push, *FAST),
                 *("--dataset_name", "digits", "--max_train_samples", "60"),
-                **online,
+                **alone,
             ),
         ]
         yield folder, hub, done, {**online, "HF_TOKEN": TOKEN}
@@ -87,7 +88,7 @@ def test_what_was_not_pushed_is_published_later(shared):
     folder, hub, _, environment = shared
     hub.fail("POST .*/user/later/commit/", 403)
     flags = ["--model_dir", "child", "--hub_model_id", "user/later", "--hub_private_repo", "false"]
-    failed = launch("publish.py", folder, *flags, check=False, **environment)
+    failed = launch("publish.py", folder, *flags, check=False, launcher=False, **environment)
     assert failed.returncode == 1
     assert "not pushed to user/later: the token does not allow this" in failed.stderr
     assert TOKEN not in failed.stdout + failed.stderr
@@ -106,6 +107,6 @@ def test_main_follows_a_promotion(shared):
     folder, hub, _, environment = shared
     flags = ["--output_dir", "runs/continual_rounds", "--challenger", "rounds/001/dash_seed0"]
     flags += ["--dataset_name", "digits", "--push_to_hub", "--hub_model_id", "user/digits"]
-    done = launch("promote.py", folder, *flags, **environment)
+    done = launch("promote.py", folder, *flags, launcher=False, **environment)
     assert "promote: first champion\nshared round 1: user/digits at main" in done.stdout
     assert hub.files("user/digits") == hub.files("user/digits", "round-001")
