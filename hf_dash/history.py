@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hf_dash._files import write_text
+from hf_dash.utils.files import write_text
 
 FORMAT = 2
+
 PromotionKind = Literal["promote", "reject", "force", "rollback"]
 
 # Settings of ``recipes/continual_rounds.py`` that say nothing about the rounds recorded: a run goes
@@ -56,11 +57,11 @@ class RoundRecord:
         parent: where the start's weights came from: a round's folder below the output directory,
             or a name or path outside it; None for a first round.
         weights_sha256: of the final weights' file.
-        data_fingerprint: of the labelled images trained on, old and new.
+        data_fingerprint: of the labeled images trained on, old and new.
         files: names of the files that arrived in this round, where arrivals are files.
         skipped: corrupt images among these that were left out, as ``"file:row"``.
         images_read: by the start's pass and the training together.
-        memorisation: what was measured right ``"before"`` and ``"after"`` the start.
+        memorization: what was measured right ``"before"`` and ``"after"`` the start.
         versions: of the libraries, by name.
         hardware: processes, device and precision.
         held_out_fingerprint: of the images that ``accuracy`` was measured on.
@@ -86,7 +87,7 @@ class RoundRecord:
     files: list[str] | None = None
     skipped: list[str] | None = None
     images_read: int | None = None
-    memorisation: dict[str, dict[str, float]] | None = None
+    memorization: dict[str, dict[str, float]] | None = None
     versions: dict[str, str] | None = None
     hardware: str | None = None
     held_out_fingerprint: str | None = None
@@ -238,6 +239,11 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _respelled(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with its fields as they are spelled since version 0.2."""
+    return {{"memorisation": "memorization"}.get(name, name): v for name, v in record.items()}
+
+
 def read_history(path: str | Path) -> History:
     """Read a ledger back.
 
@@ -251,7 +257,7 @@ def read_history(path: str | Path) -> History:
             raise ValueError(f"format {content['format']!r} is not {FORMAT}")
         if content.pop("digest") != _digest(content):
             raise ValueError("it was changed by something else; restore it from a copy")
-        records = [RoundRecord(**record) for record in content["records"]]
+        records = [RoundRecord(**_respelled(record)) for record in content["records"]]
         # Ledgers written before there were promotions have none.
         promotions = [Promotion(**entry) for entry in content.get("promotions", [])]
         return History(path, content["settings"], records, promotions)

@@ -1,9 +1,11 @@
-"""timm models in the transformers wrapper: made, loaded, saved.
+"""Image classifiers of timm and transformers: created, loaded, saved, given more classes.
 
 Flow: architecture and label names → ``TimmWrapperForImageClassification`` with timm's own
-initialisation → a folder that transformers, its pipeline and timm all load.
+initialization → a folder that transformers, its pipeline and timm all load. Any other image
+classifier of transformers is loaded and saved in the layout of transformers.
 Differs from ``TimmWrapperForImageClassification(config)``: transformers fills every convolution and
-linear layer with N(0, 0.02); here timm's own initialisation is put back.
+linear layer with N(0, 0.02); here timm's own initialization is put back. Only safetensors are
+loaded: weights of any other kind are refused before they are read.
 """
 
 import copy
@@ -15,6 +17,8 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,8 +29,48 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from hf_dash._files import files_written_aside
-from hf_dash._safetensors import require_safetensors
+from hf_dash.utils.files import files_written_aside
+
+NAMES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def require_safetensors(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Check that a model's weights are safetensors; those of a repository are downloaded by it.
+
+    Asked before transformers, which would have another service convert a repository's weights.
+
+    Args:
+        name_or_path: a folder, or the id of a repository.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where files of the Hub are kept.
+        token: for private repositories.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if Path(name_or_path).is_dir():
+        if any((Path(name_or_path) / name).is_file() for name in NAMES):
+            return
+    else:
+        for name in NAMES:
+            try:
+                hf_hub_download(
+                    name_or_path, name, revision=revision, cache_dir=cache_dir, token=token
+                )
+                return
+            except RemoteEntryNotFoundError:
+                continue
+    raise ValueError(
+        f"{name_or_path!r} holds no {NAMES[0]}: only safetensors are loaded, because weights of"
+        " other kinds, such as pytorch_model.bin, can run code; save the model as safetensors first"
+    )
+
 
 # The one PIL mode in which an image has that many channels as timm's transforms read it.
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -47,7 +91,7 @@ def create_model(
         label_names: one name per class, all different; they go into the config.
         model_args: for ``timm.create_model``, such as ``{"in_chans": 1}``.
         image_size: height and width of the input in pixels; the architecture's own by default.
-        seed: of the initialisation; the global random state is left alone.
+        seed: of the initialization; the global random state is left alone.
 
     Raises:
         ValueError: an unknown architecture, no or repeated label names, or ``num_classes`` among
@@ -80,7 +124,7 @@ def create_model(
             # Nothing is cropped: the model is trained on whole images.
             "crop_pct": 1.0,
             "crop_mode": "center",
-            **_normalisation(defaults, model_args.get("in_chans", 3)),
+            **_normalization(defaults, model_args.get("in_chans", 3)),
         },
     )
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +133,7 @@ def create_model(
     return model
 
 
-def _normalisation(defaults: Any, channels: int) -> dict[str, list[float]]:
+def _normalization(defaults: Any, channels: int) -> dict[str, list[float]]:
     mean, std = (getattr(defaults, name, (0.5, 0.5, 0.5)) for name in ("mean", "std"))
     if len(mean) != channels:
         mean, std = (0.5,) * channels, (0.5,) * channels
@@ -97,11 +141,11 @@ def _normalisation(defaults: Any, channels: int) -> dict[str, list[float]]:
 
 
 def fresh_state(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """Return the weights of a new timm model of the same make, as timm initialises it.
+    """Return the weights of a new timm model of the same make, as timm initializes it.
 
     Args:
         model: a timm wrapper; only its config is read.
-        seed: of the initialisation; the global random state is left alone.
+        seed: of the initialization; the global random state is left alone.
     """
     config = model.config
     with torch.random.fork_rng(devices=[]):
@@ -111,25 +155,6 @@ def fresh_state(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = fresh.state_dict()
     return state
-
-
-def load_model(
-    name_or_path: str, *, revision: str | None = None, token: str | bool | None = None
-) -> PreTrainedModel:
-    """Load an image classifier from a local folder or the Hub; only safetensors are read.
-
-    Args:
-        name_or_path: a folder, or the id of a repository.
-        revision: branch, tag or commit on the Hub.
-        token: for private repositories.
-
-    Raises:
-        ValueError: the weights are no safetensors.
-    """
-    require_safetensors(name_or_path, revision=revision, token=token)
-    return AutoModelForImageClassification.from_pretrained(
-        name_or_path, revision=revision, token=token, use_safetensors=True, trust_remote_code=False
-    )
 
 
 def model_labels(model: PreTrainedModel) -> list[str]:
@@ -151,17 +176,6 @@ def timm_model_of(model: PreTrainedModel) -> Any:
     if not is_timm(model):
         raise TypeError(f"model must be a timm wrapper, got {type(model).__name__}")
     return model.timm_model
-
-
-def check_label_names(model: PreTrainedModel, label_names: list[str]) -> None:
-    """Check that data have the classes of a model, in the model's order.
-
-    Raises:
-        ValueError: they have not.
-    """
-    known = model_labels(model)
-    if known != label_names:
-        raise ValueError(f"label_names must be the model's, {known}, got {label_names}")
 
 
 def grow_head(
@@ -210,41 +224,119 @@ def grow_head(
     return grown.to(model.device).train(model.training), rows
 
 
-def save_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Save a timm wrapper in timm's own layout, which transformers and timm both load.
-
-    The files are written aside and moved into place when they are whole.
+def black_pixel(model: PreTrainedModel) -> tuple[float, ...]:
+    """Return black as the model sees it: the value of 0 per channel after its normalization.
 
     Args:
-        model: a timm wrapper.
-        folder: made where it does not exist; other files in it stay.
+        model: a timm wrapper whose config has a ``pretrained_cfg``.
+
+    Raises:
+        ValueError: it has none.
     """
-    timm_model = timm_model_of(model)
+    data_config = timm.data.resolve_data_config(_pretrained_cfg(model))
+    return tuple(-m / s for m, s in zip(data_config["mean"], data_config["std"], strict=True))
+
+
+def architecture_of(model: PreTrainedModel) -> str:
+    """Return timm's name of a wrapped architecture, else the model type, such as ``"vit"``."""
     config = model.config
-    native = {
-        "architecture": config.architecture,
-        "num_classes": config.num_labels,
-        "num_features": timm_model.num_features,
-        "label_names": model_labels(model),
-        "model_args": config.model_args or {},
-        "pretrained_cfg": config.pretrained_cfg,
-    }
-    state = {name: tensor.contiguous() for name, tensor in timm_model.state_dict().items()}
-    with files_written_aside(Path(folder)) as aside:
-        (aside / "config.json").write_text(json.dumps(native, indent=2), encoding="utf-8")
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+    return str(config.architecture if is_timm(model) else config.model_type)
 
 
-def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
-    """Return the model's evaluation transform: resize, crop, scale, normalise; no augmentation.
+def load_model(
+    name_or_path: str,
+    label_names: Sequence[str] | None = None,
+    *,
+    ignore_mismatched_sizes: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Load an image classifier that knows all classes of some data; only safetensors are read.
 
-    The transform raises ``ValueError`` for an image whose mode does not have the channels the
-    model takes, instead of converting it unasked.
+    Known classes keep their places. Where the data have more, a timm wrapper's head grows by
+    :func:`~hf_dash.models.grow_head`; with ``ignore_mismatched_sizes`` any model gets a head of
+    the new size instead, all of it fresh, as in transformers' scripts. That head knows the old
+    classes too, unless the model knows none of the data's: then it knows the data's alone, and
+    where the sizes happen to agree, its weights stay and only the names change.
+
+    Args:
+        name_or_path: a folder, or the id of a repository.
+        label_names: of the data, by which classes are matched; None asks for nothing.
+        ignore_mismatched_sizes: see above.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where files of the Hub are kept.
+        token: for private repositories.
+        seed: of grown rows.
+
+    Raises:
+        ValueError: the data have classes unknown to a model that is no timm wrapper, and
+            ``ignore_mismatched_sizes`` is not set; or the weights are no safetensors.
+        NotImplementedError: the classifier of a timm wrapper cannot grow.
     """
-    pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
-    if pretrained_cfg is None:
-        raise ValueError("the model's config has no pretrained_cfg to make a transform from")
-    data_config = timm.data.resolve_data_config(pretrained_cfg)
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    require_safetensors(name_or_path, **where)
+    options = {**where, "use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForImageClassification.from_pretrained(name_or_path, **options)
+    known = model_labels(model)
+    new = [name for name in label_names or () if name not in known]
+    if not new:
+        return model
+    if not ignore_mismatched_sizes:
+        if not is_timm(model):
+            raise ValueError(
+                f"label_names has {new}, which the {architecture_of(model)} model"
+                f" {name_or_path!r} does not know; set ignore_mismatched_sizes for a fresh head"
+            )
+        return grow_head(model, new, seed=seed)[0]
+    names = new if len(new) == len(label_names or ()) else [*known, *new]
+    return AutoModelForImageClassification.from_pretrained(
+        name_or_path,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+
+
+def image_transform(
+    model: PreTrainedModel, image_processor: Any | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """Return the evaluation transform of a model: resize, crop, scale, normalize; no augmentation.
+
+    Args:
+        model: a timm wrapper, whose config tells the transform, or any other image classifier.
+        image_processor: of a model that is no timm wrapper.
+
+    The transform raises ``ValueError`` for an image whose mode has not the channels the model
+    takes, instead of converting it unasked.
+
+    Raises:
+        ValueError: the model needs an image processor and none is given.
+    """
+    if is_timm(model):
+        return _timm_transform(model)
+    if image_processor is None:
+        raise ValueError(
+            f"image_processor must be given for a model of type {model.config.model_type!r}"
+        )
+
+    def processed(image: Image.Image) -> Tensor:
+        if image.mode != "RGB":
+            raise ValueError(
+                f"image mode is {image.mode!r}, but the image processor takes 'RGB'; convert on"
+                " loading with image_mode='RGB'"
+            )
+        pixels: Tensor = image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    return processed
+
+
+def _timm_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
+    data_config = timm.data.resolve_data_config(_pretrained_cfg(model))
     transform = timm.data.create_transform(**data_config, is_training=False)
     channels = data_config["input_size"][0]
     mode = IMAGE_MODES.get(channels)
@@ -262,19 +354,56 @@ def image_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
     return checked
 
 
-def black_pixel(model: PreTrainedModel) -> tuple[float, ...]:
-    """Return black as the model sees it: the value of 0 per channel after its normalisation.
-
-    Args:
-        model: a timm wrapper whose config has a ``pretrained_cfg``.
-
-    Raises:
-        ValueError: it has none.
-    """
+def _pretrained_cfg(model: PreTrainedModel) -> Any:
     pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
     if pretrained_cfg is None:
         raise ValueError(
-            "the model's config has no pretrained_cfg, so its normalisation is unknown"
+            "the model's config has no pretrained_cfg, so its input size and normalization are"
+            " unknown"
         )
-    data_config = timm.data.resolve_data_config(pretrained_cfg)
-    return tuple(-m / s for m, s in zip(data_config["mean"], data_config["std"], strict=True))
+    return pretrained_cfg
+
+
+def save_model(
+    model: PreTrainedModel, folder: str | Path, image_processor: Any | None = None
+) -> None:
+    """Save a model: a timm wrapper in timm's layout, any other with its image processor.
+
+    The files are written aside and moved into place when they are whole.
+
+    Args:
+        model: an image classifier of transformers.
+        folder: made where it does not exist; other files in it stay.
+        image_processor: saved beside a model that is no timm wrapper.
+
+    Raises:
+        TypeError: ``model`` is not one of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be an image classifier of transformers, got {type(model).__name__}"
+        )
+    with files_written_aside(Path(folder)) as aside:
+        if is_timm(model):
+            _save_timm(model, aside)
+            return
+        model.save_pretrained(aside)
+        if image_processor is not None:
+            image_processor.save_pretrained(aside)
+
+
+def _save_timm(model: PreTrainedModel, aside: Path) -> None:
+    """Write timm's own layout, which transformers and timm both load."""
+    timm_model = timm_model_of(model)
+    config = model.config
+    native = {
+        "architecture": config.architecture,
+        "num_classes": config.num_labels,
+        "num_features": timm_model.num_features,
+        "label_names": model_labels(model),
+        "model_args": config.model_args or {},
+        "pretrained_cfg": config.pretrained_cfg,
+    }
+    state = {name: tensor.contiguous() for name, tensor in timm_model.state_dict().items()}
+    (aside / "config.json").write_text(json.dumps(native, indent=2), encoding="utf-8")
+    save_file(state, aside / "model.safetensors", metadata={"format": "pt"})

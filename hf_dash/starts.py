@@ -1,14 +1,17 @@
-"""Where a round starts from: one function per strategy, one dict of their names.
+"""Where a round starts from: one function per strategy, one dict of their names, their settings.
 
 Flow: the model with the last round's final weights → the start changes it in place → training.
-Every start has the same form, ``start(model, context)``, so that a user's own function will do.
-The first round has no weights to start from: there all strategies share one fresh model, and only
-a start marked by ``every_round`` is called.
+Every start has the same form, ``start(model, context)``, so your own function works too. The first
+round has no weights to start from: all strategies share one fresh model there, and only a start
+marked by ``every_round`` is called. A name may carry settings: ``"dash+alpha=0.1+grouping=auto"``
+is DASH with these two fields set, so one run compares settings on the same rounds and seeds.
 Source: named by each start.
 """
 
+import json
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -16,14 +19,47 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_dash.batches import Batch
-from hf_dash.config import DashConfig, StartsConfig
-from hf_dash.dash import dash_shrink_
+from hf_dash.data.rounds import Round, gradient_batches
+from hf_dash.method.batches import Batch
+from hf_dash.method.config import DashConfig
+from hf_dash.method.dash import dash_shrink_
+from hf_dash.method.shrink import ShrinkReport
+from hf_dash.method.tensors import find_shrinkable
+from hf_dash.method.variants import NEWTON_SCHULZ_STEPS, make_orthogonal_
 from hf_dash.models import fresh_state, timm_model_of
-from hf_dash.orthogonal import make_orthogonal_
-from hf_dash.rounds import Round, gradient_batches
-from hf_dash.shrink import ShrinkReport
-from hf_dash.tensors import find_shrinkable
+from hf_dash.utils.checks import check_count, check_flag, check_number
+
+
+@dataclass(frozen=True)
+class StartsConfig:
+    """Settings of the starts other than DASH; each start names its source.
+
+    Args:
+        perturb_lam: what shrink-and-perturb multiplies weights by, in [0, 1].
+        perturb_sigma: standard deviation of the noise it adds, at least 0.
+        l2_init_lam: weight of the penalty ‖θ − θ₀‖² of L2-init, at least 0.
+        fire_steps: Newton-Schulz steps of FIRE, at least 1.
+        reset_optimizer: let training begin with fresh optimizer state where a start changed the
+            weights (shrink-and-perturb, head reset, FIRE, DASH); otherwise momentum lives on, as it
+            does in the authors' code. The warm start and L2-init always keep it, a cold one never.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of its range.
+    """
+
+    perturb_lam: float = 0.3
+    perturb_sigma: float = 0.01
+    l2_init_lam: float = 1e-2
+    fire_steps: int = NEWTON_SCHULZ_STEPS
+    reset_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("perturb_lam", self.perturb_lam, "[0, 1]", 0.0, 1.0)
+        check_number("perturb_sigma", self.perturb_sigma, "[0, inf)", 0.0, math.inf)
+        check_number("l2_init_lam", self.l2_init_lam, "[0, inf)", 0.0, math.inf)
+        check_count("fire_steps", self.fire_steps)
+        check_flag("reset_optimizer", self.reset_optimizer)
 
 
 @dataclass(frozen=True)
@@ -33,7 +69,7 @@ class StartContext:
     Args:
         round_: the round about to be trained: old and new examples.
         seed: for anything random; differs between rounds, is the same on every process.
-        init_seed: with which the run's first weights were initialised.
+        init_seed: with which the run's first weights were initialized.
         dash: settings of the gradient pass and the shrink.
         starts: settings of the other starts.
         accelerator: tells processes and precision; None outside Accelerate.
@@ -96,7 +132,7 @@ def every_round(start: Start) -> Start:
 
 
 def cold_(model: PreTrainedModel, context: StartContext) -> None:
-    """Replace all weights by timm's fresh initialisation: training from scratch.
+    """Replace all weights by timm's fresh initialization: training from scratch.
 
     Raises:
         TypeError: the model is no timm wrapper.
@@ -140,7 +176,7 @@ def shrink_perturb_(model: PreTrainedModel, context: StartContext) -> Started:
 
 
 def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
-    """Give the classifier timm's fresh initialisation and keep everything below it.
+    """Give the classifier timm's fresh initialization and keep everything below it.
 
     Models with two classifiers (a second one on a distillation token) get both anew.
 
@@ -225,7 +261,7 @@ def fire_(model: PreTrainedModel, context: StartContext) -> Started:
     """Replace each trainable linear and convolution weight by its nearest scaled orthogonal one.
 
     Biases stay, so do depthwise kernels and zero matrices; a fused query-key-value projection is
-    one matrix. See :func:`~hf_dash.orthogonal.orthogonal_weight`; the steps are ``fire_steps``.
+    one matrix (``hf_dash.method.variants.orthogonal_weight``). ``fire_steps`` says how many steps.
 
     Source: Han et al., ICLR 2026 (arXiv:2602.08040).
     """
@@ -245,3 +281,59 @@ STARTS: dict[str, Start] = {
     "dash": dash_,
     "fire": fire_,
 }
+
+
+def find_start(name: str) -> Start:
+    """Return the start of that name.
+
+    Args:
+        name: one of ``STARTS``, followed by any number of ``+field=value`` with the fields of
+            :class:`~hf_dash.DashConfig` and :class:`~hf_dash.starts.StartsConfig` that differ from
+            the run's. A value is JSON where it can be read so, else a word.
+
+    Raises:
+        TypeError: a value is of the wrong kind.
+        ValueError: there is no such start or field, or a value is out of its range.
+    """
+    base, *settings = name.split("+")
+    if base not in STARTS:
+        raise ValueError(f"start must be one of {sorted(STARTS)}, got {base!r}")
+    start = STARTS[base]
+    if not settings:
+        return start
+    dash, starts = (_own_fields(name, settings, config) for config in (DashConfig, StartsConfig))
+    unknown = [setting for setting in settings if setting.partition("=")[0] not in dash | starts]
+    if unknown:
+        raise ValueError(
+            f"settings of start {name!r} must be +field=value with fields of DashConfig or"
+            f" StartsConfig, got {unknown}"
+        )
+    # What is out of range is refused here, not at the first round.
+    DashConfig(**dash)
+    StartsConfig(**starts)
+
+    def with_its_own(model: PreTrainedModel, context: StartContext) -> Started | None:
+        own = replace(context.dash, **dash), replace(context.starts, **starts)
+        return start(model, replace(context, dash=own[0], starts=own[1]))
+
+    return every_round(with_its_own) if getattr(start, "every_round", False) else with_its_own
+
+
+def _own_fields(name: str, settings: list[str], config: type) -> dict[str, Any]:
+    """Return the settings that are fields of a config, by name."""
+    known = {entry.name for entry in fields(config)}
+    own: dict[str, Any] = {}
+    for setting in settings:
+        field, _, text = setting.partition("=")
+        if field in own:
+            raise ValueError(f"settings of start {name!r} must set {field!r} once")
+        if field in known:
+            own[field] = _parse(text)
+    return own
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -32,17 +32,19 @@ class CompareArguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
-    history = hf_dash.join_histories(args.histories, skip_seeds=args.skip_seeds)
-    print(hf_dash.starts_table(history.records), end="\n\n")
+    history = hf_dash.report.join_histories(args.histories, skip_seeds=args.skip_seeds)
+    print(hf_dash.report.starts_table(history.records), end="\n\n")
     if len({record.seed for record in history.records}) > 1:
-        paired = hf_dash.paired_table(history.records, args.baseline, confidence=args.confidence)
+        paired = hf_dash.report.paired_table(
+            history.records, args.baseline, confidence=args.confidence
+        )
         print(paired, end="\n\n")
-    print(hf_dash.cost_table(history.records, args.baseline))
+    print(hf_dash.report.price_table(history.records, args.baseline))
     if args.output_dir is not None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        hf_dash.write_history(folder / "history.json", history.settings, history.records)
-        hf_dash.plot_rounds(history.records, folder / "rounds.png")
+        hf_dash.history.write_history(folder / "history.json", history.settings, history.records)
+        hf_dash.report.plot_rounds(history.records, folder / "rounds.png")
 
 
 if __name__ == "__main__":

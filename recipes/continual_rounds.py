@@ -48,7 +48,7 @@ class RunArguments:
         default=None, metadata={"help": "Keep the weights of the newest rounds only."}
     )
     label_noise: float = field(default=0.0, metadata={"help": "Share of wrong training labels."})
-    measure_memorisation: bool = field(
+    measure_memorization: bool = field(
         default=False, metadata={"help": "Measure what each start forgets and keeps."}
     )
 
@@ -72,13 +72,18 @@ class RunArguments:
 
 
 def main() -> None:
-    configs = hf_dash.DataConfig, hf_dash.TrainingConfig, hf_dash.DashConfig, hf_dash.StartsConfig
-    classes = (RunArguments, *configs, hf_dash.HubArguments)
+    configs = (
+        hf_dash.DataConfig,
+        hf_dash.TrainingConfig,
+        hf_dash.DashConfig,
+        hf_dash.starts.StartsConfig,
+    )
+    classes = (RunArguments, *configs, hf_dash.hub.HubArguments)
     groups = HfArgumentParser(classes).parse_args_into_dataclasses()
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return compare(accelerator, *groups)
-    with hf_dash.only_one(groups[0].output_dir):
+    with hf_dash.utils.one_writer(groups[0].output_dir):
         compare(accelerator, *groups)
 
 
@@ -86,14 +91,14 @@ def compare(accelerator, run, data, training, dash, starts, hub) -> None:
     output_dir, first_seed = Path(run.output_dir), run.seed_range[0]
     groups = run, data, training, dash, starts
     settings = {name: value for group in groups for name, value in asdict(group).items()}
-    history = hf_dash.open_history(
+    history = hf_dash.history.open_history(
         output_dir / "history.json",
         settings,
-        may_differ=hf_dash.MAY_DIFFER,
+        may_differ=hf_dash.history.MAY_DIFFER,
         read_only=not accelerator.is_main_process,
     )
     with accelerator.main_process_first():
-        schedules = hf_dash.load_schedules(
+        schedules = hf_dash.data.load_schedules(
             data, run.seed_range, run.num_rounds, run.examples_per_round, history.records
         )
     for seed, schedule in zip(run.seed_range, schedules, strict=True):
@@ -104,7 +109,7 @@ def compare(accelerator, run, data, training, dash, starts, hub) -> None:
             "image_size": run.image_size,
             "seed": seed,
         }
-        transform = hf_dash.image_transform(hf_dash.create_model(**fresh))
+        transform = hf_dash.models.image_transform(hf_dash.create_model(**fresh))
         rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
         held_out = schedule.held_out_examples(transform)
         for start in run.starts:
@@ -122,16 +127,16 @@ def compare(accelerator, run, data, training, dash, starts, hub) -> None:
                 training=training,
                 output_dir=output_dir,
                 save_total_limit=run.save_total_limit,
-                measure_memorisation=run.measure_memorisation,
+                measure_memorization=run.measure_memorization,
             )
             if accelerator.is_main_process and (start, seed) == (run.export_start, first_seed):
                 exported = history, start, seed, data, len(held_out)
-                hf_dash.export_model(model, output_dir / "model", *exported)
+                hf_dash.report.export_model(model, output_dir / "model", *exported)
     if accelerator.is_main_process:
-        print(hf_dash.write_results(history, output_dir), end="\n\n")
+        print(hf_dash.report.write_results(history, output_dir), end="\n\n")
         print(f"history, figures and the model of the {run.export_start} start: {output_dir}")
         # Last of all: no other process waits for a slow Hub.
-        hf_dash.share_rounds(hub, output_dir, *exported)
+        hf_dash.hub.push_rounds(hub, output_dir, *exported)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paper's learning framework: why a warm start generalises worse, in a figure and a table.
+"""The paper's learning framework: why a warm start generalizes worse, in a figure and a table.
 
 Launch:  accelerate launch recipes/learning_framework.py
          accelerate launch recipes/learning_framework.py --sweep gamma 25 50 100
@@ -29,7 +29,7 @@ class Framework:
     tau: int = field(default=3, metadata={"help": "τ: learned features that explain a point."})
     max_probability: float = field(default=0.2, metadata={"help": "Of a feature, at most."})
     forget_share: float = field(
-        default=0.5, metadata={"help": "What the partial start forgets of the memorised noise."}
+        default=0.5, metadata={"help": "What the partial start forgets of the memorized noise."}
     )
     num_test_points: int = field(
         default=10_000, metadata={"help": "0 for the expected accuracy, without drawing points."}
@@ -77,7 +77,7 @@ def main():
         return
     simulations = {
         name: [
-            hf_dash.simulate(start, seed=seed, **setting)
+            hf_dash.studies.simulate(start, seed=seed, **setting)
             for start in args.starts
             for seed in range(args.seeds)
         ]
@@ -85,9 +85,9 @@ def main():
     }
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    hf_dash.write_simulations(simulations, output_dir / "simulations.csv")
-    hf_dash.plot_simulations(simulations, output_dir / "simulations.png")
-    print(hf_dash.simulations_table(simulations), end="\n\n")
+    hf_dash.studies.write_simulations(simulations, output_dir / "simulations.csv")
+    hf_dash.studies.plot_simulations(simulations, output_dir / "simulations.png")
+    print(hf_dash.studies.simulations_table(simulations), end="\n\n")
     print(f"figure and numbers: {output_dir}")
 
 

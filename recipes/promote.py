@@ -51,22 +51,24 @@ class PromoteArguments:
 
 def main() -> None:
     args, data, hub = HfArgumentParser(
-        (PromoteArguments, hf_dash.DataConfig, hf_dash.HubArguments)
+        (PromoteArguments, hf_dash.DataConfig, hf_dash.hub.HubArguments)
     ).parse_args_into_dataclasses()
     accelerator = Accelerator()
     if args.rollback_to is not None:
         if accelerator.is_main_process:
             entry = hf_dash.rollback(args.output_dir, args.rollback_to)
             print(f"rollback: {entry.challenger} is the champion in place of {entry.champion}")
-            hf_dash.share_promotion(hub, args.output_dir, entry.challenger, entry.reason)
+            hf_dash.hub.push_promotion(hub, args.output_dir, entry.challenger, entry.reason)
         return
 
     with accelerator.main_process_first():
-        images = hf_dash.in_arrival_order(data.load_held_out(), seed=0)
+        images = hf_dash.data.in_arrival_order(data.load_held_out(), seed=0)
     verdict = hf_dash.promote(
         args.output_dir,
         args.challenger,
-        lambda transform: hf_dash.ImageExamples(images, transform, in_memory=data.cache_images),
+        lambda transform: hf_dash.data.ImageExamples(
+            images, transform, in_memory=data.cache_images
+        ),
         champion=args.champion,
         force=args.force,
         confidence=args.confidence,
@@ -80,11 +82,11 @@ def main() -> None:
             print(table(verdict.comparison), end="\n\n")
         print(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
         if verdict.promote:
-            hf_dash.share_promotion(hub, args.output_dir, args.challenger, verdict.reason)
+            hf_dash.hub.push_promotion(hub, args.output_dir, args.challenger, verdict.reason)
     sys.exit(0 if verdict.promote else 1)
 
 
-def table(comparison: hf_dash.Comparison) -> str:
+def table(comparison: hf_dash.runs.Comparison) -> str:
     header = ["class", "images", "champion", "challenger", "difference", "interval", "McNemar p"]
     rows = [
         [
@@ -98,7 +100,7 @@ def table(comparison: hf_dash.Comparison) -> str:
         ]
         for name, paired in [("all", comparison.overall), *comparison.per_class.items()]
     ]
-    return hf_dash.markdown_table(header, rows)
+    return hf_dash.report.markdown_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ class PublishArguments:
 
 def main() -> None:
     args, hub = HfArgumentParser(
-        (PublishArguments, hf_dash.HubArguments)
+        (PublishArguments, hf_dash.hub.HubArguments)
     ).parse_args_into_dataclasses()
     if hub.hub_model_id is None:
         raise ValueError("hub_model_id must be given: user/name of the repository")
     if not Accelerator().is_main_process:
         return
     hub = replace(hub, push_to_hub=True)
-    shared = hf_dash.share_folder(hub, args.model_dir, create_pr=args.create_pr)
+    shared = hf_dash.hub.push_folder(hub, args.model_dir, create_pr=args.create_pr)
     sys.exit(0 if shared else 1)
 
 

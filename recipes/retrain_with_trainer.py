@@ -24,18 +24,18 @@ import hf_dash
 def main() -> None:
     parser = HfArgumentParser(
         (
-            hf_dash.ModelArguments,
-            hf_dash.DataTrainingArguments,
+            hf_dash.trainer.ModelArguments,
+            hf_dash.trainer.DataTrainingArguments,
             hf_dash.DashConfig,
             TrainingArguments,
         )
     )
     source, data, dash, args = parser.parse_args_into_dataclasses()
     # The finished folder is pushed once; the Trainer would push on the way, and save the token.
-    hub = hf_dash.HubArguments.taken_from(args)
+    hub = hf_dash.hub.HubArguments.taken_from(args)
     args.remove_unused_columns = False
 
-    parent = hf_dash.find_parent(
+    parent = hf_dash.hub.find_parent(
         source.model_name_or_path,
         revision=source.model_revision,
         cache_dir=source.cache_dir,
@@ -44,30 +44,26 @@ def main() -> None:
     source = replace(source, model_revision=parent.commit or source.model_revision)
     past = parent.records
     with args.main_process_first(desc="loading images"):
-        loaded = data.load(cache_dir=source.cache_dir, token=source.token)
-    model = source.load_model(loaded.label_names, seed=args.seed)
+        schedule = data.load(seed=args.seed, cache_dir=source.cache_dir, token=source.token)
+    model = source.load_model(schedule.label_names(), seed=args.seed)
+    schedule = replace(schedule, first_names=tuple(hf_dash.models.model_labels(model)))
     processor = source.load_image_processor(model)
-    transform = hf_dash.classifier_transform(model, processor)
-    round_ = loaded.make_round(
-        past[-1].round_index + 1 if past else 1,
-        model,
-        transform,
-        seed=args.seed,
-        in_memory=data.cache_images,
-    )
-    held_out = loaded.held_out_examples(model, transform, in_memory=data.cache_images)
+    transform = hf_dash.models.image_transform(model, processor)
+    index = past[-1].round_index + 1 if past else 1
+    round_ = replace(schedule.rounds(transform)[-1], index=index)
+    held_out = schedule.held_out_examples(transform, allow_unknown=False)
 
     trainer = make_trainer(model, args, round_, held_out, dash)
     if args.do_eval and not args.do_train and args.eval_strategy == "no":
-        metrics = hf_dash.evaluate_model(model, held_out, trainer.accelerator)
+        metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
         trainer.save_metrics("eval", {"eval_accuracy": metrics["accuracy"]}, combined=False)
         trainer.log_metrics("eval", {"eval_accuracy": metrics["accuracy"]})
         return
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = hf_dash.evaluate_model(model, held_out, trainer.accelerator)
+    metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
     if not trainer.is_world_process_zero():
         return
-    record = hf_dash.trainer_record(
+    record = hf_dash.report.trainer_record(
         trainer,
         round_,
         metrics,
@@ -75,17 +71,17 @@ def main() -> None:
         parent=parent.name,
         held_out=held_out,
     )
-    info = hf_dash.CardInfo(
-        model_name=f"{hf_dash.architecture_of(model)} on {Path(data.source).stem}",
+    info = hf_dash.report.CardInfo(
+        model_name=f"{hf_dash.models.architecture_of(model)} on {Path(data.source).stem}",
         records=[*past, record],
         settings={
             **source.settings,
             **asdict(data),
             **asdict(dash),
-            **hf_dash.training_settings(args),
+            **hf_dash.report.training_settings(args),
         },
         dataset_name=data.source,
-        held_out_split=loaded.held_out_split,
+        held_out_split=schedule.held_out_split,
         num_held_out=len(held_out),
         dataset_revision=data.dataset_revision,
         parent="the model of the round before",
@@ -93,9 +89,9 @@ def main() -> None:
         base_model_revision=parent.commit,
         hub_model_id=hub.card_id,
     )
-    hf_dash.write_model_folder(model, args.output_dir, info, image_processor=processor)
-    print(hf_dash.rounds_table(info.records))
-    hf_dash.share_folder(hub, args.output_dir)
+    hf_dash.report.write_model_folder(model, args.output_dir, info, image_processor=processor)
+    print(hf_dash.report.rounds_table(info.records))
+    hf_dash.hub.push_folder(hub, args.output_dir)
 
 
 def make_trainer(
@@ -109,10 +105,10 @@ def make_trainer(
     if not round_.streams:
         images = round_.examples
     else:
-        images = hf_dash.training_stream(round_, seed=args.seed)
+        images = hf_dash.data.training_stream(round_, seed=args.seed)
         if args.max_steps < 1:
             # The length of a stream is unknown to the Trainer.
-            args.max_steps = hf_dash.derive_max_steps(
+            args.max_steps = hf_dash.method.derive_max_steps(
                 round_.num_total,
                 args.per_device_train_batch_size,
                 args.world_size,
@@ -120,7 +116,7 @@ def make_trainer(
                 args.gradient_accumulation_steps,
             )
     trainer = Trainer(model, args, train_dataset=images, eval_dataset=held_out)
-    batches = hf_dash.gradient_batches(
+    batches = hf_dash.data.gradient_batches(
         round_, dash, num_processes=args.world_size, process_index=args.process_index
     )
     trainer.add_callback(hf_dash.DashCallback(batches=batches, **dash.arguments).bind(trainer))

@@ -16,16 +16,16 @@ NUM_ROUNDS, ROUND_SIZE = 3, 30
 # Where to die: the function called there, before or after it, and at which of its calls.
 POINTS = {
     "before the shrink": ("hf_dash.starts", "dash_shrink_", "before", 1),
-    "in the shrink": ("hf_dash.dash", "shrink_", "before", 2),
+    "in the shrink": ("hf_dash.method.dash", "shrink_", "before", 2),
     "after the shrink": ("hf_dash.starts", "dash_shrink_", "after", 1),
-    "in training": ("hf_dash.training", "_Training.step", "before", 4),
-    "after training": ("hf_dash.continual", "evaluate_model", "before", 2),
+    "in training": ("hf_dash.training.loop", "_Training.step", "before", 4),
+    "after training": ("hf_dash.runs.continual", "evaluate_model", "before", 2),
     "saving the weights": ("hf_dash.models", "save_file", "after", 2),
-    "saving the optimizer": ("hf_dash.checkpoints", "save_file", "before", 2),
-    "before the folder is there": ("hf_dash.checkpoints", "os.rename", "before", 1),
-    "after the folder is there": ("hf_dash.checkpoints", "os.rename", "after", 2),
+    "saving the optimizer": ("hf_dash.runs.store", "save_file", "before", 2),
+    "before the folder is there": ("hf_dash.runs.store", "os.rename", "before", 1),
+    "after the folder is there": ("hf_dash.runs.store", "os.rename", "after", 2),
     "before the ledger is there": ("hf_dash.history", "write_text", "before", 4),
-    "in the ledger": ("hf_dash._files", "os.replace", "before", 1),
+    "in the ledger": ("hf_dash.utils.files", "os.replace", "before", 1),
     "after the ledger is there": ("hf_dash.history", "write_text", "after", 2),
 }
 
@@ -56,14 +56,14 @@ def run(output_dir: str, point: str | None = None) -> None:
     if point is not None:
         die_at(point)
     digits = hf_dash.load_images("digits")
-    arriving = hf_dash.in_arrival_order(digits, seed=0, num_examples=NUM_ROUNDS * ROUND_SIZE)
+    arriving = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=NUM_ROUNDS * ROUND_SIZE)
     model = hf_dash.create_model(
-        "test_resnet", label_names=hf_dash.label_names(digits), image_size=32, seed=0
+        "test_resnet", label_names=hf_dash.data.label_names(digits), image_size=32, seed=0
     )
-    transform = hf_dash.image_transform(model)
-    rounds = list(hf_dash.cut_rounds(arriving, NUM_ROUNDS, transform, in_memory=True))
-    with hf_dash.only_one(output_dir):
-        history = hf_dash.open_history(Path(output_dir) / "history.json", {"lam": 0.3})
+    transform = hf_dash.models.image_transform(model)
+    rounds = list(hf_dash.data.cut_rounds(arriving, NUM_ROUNDS, transform, in_memory=True))
+    with hf_dash.utils.one_writer(output_dir):
+        history = hf_dash.history.open_history(Path(output_dir) / "history.json", {"lam": 0.3})
         hf_dash.run_rounds(
             model,
             rounds,
@@ -74,7 +74,7 @@ def run(output_dir: str, point: str | None = None) -> None:
             history=history,
             accelerator=Accelerator(cpu=True),
             dash=hf_dash.DashConfig(gradient_batch_size=15),
-            starts=hf_dash.StartsConfig(reset_optimizer=False),
+            starts=hf_dash.starts.StartsConfig(reset_optimizer=False),
             training=hf_dash.TrainingConfig(max_epochs=1, train_batch_size=15, disable_tqdm=True),
             output_dir=output_dir,
         )

@@ -12,10 +12,16 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import EveryLayer, make_tiny_timm, random_pairs, same_state, state_of
 from datasets import ClassLabel, Features, IterableDataset, Value
-from test_undisturbed import SETUPS, Noisy, numbers_of
-from test_undisturbed import train as train_noisy
+from helpers import (
+    EveryLayer,
+    make_tiny_timm,
+    random_pairs,
+    same_state,
+    state_of,
+)
+from noisy_training import SETUPS, Noisy, numbers_of
+from noisy_training import train as train_noisy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -23,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_dash
-from hf_dash.distributed import whole
+from hf_dash.utils.distributed import whole
 
 REDUCES: list[int] = []
 plain_all_reduce = dist.all_reduce
@@ -123,7 +129,7 @@ def train(case, folder, rank, world):
 
 
 class AsClassifier(torch.nn.Module):
-    """EveryLayer as ``measure_memorisation`` calls models, with features of its own."""
+    """EveryLayer as ``measure_memorization`` calls models, with features of its own."""
 
     def __init__(self):
         super().__init__()
@@ -149,9 +155,9 @@ def examples(count, seed):
     ]
 
 
-def memorisation(accelerator):
+def memorization(accelerator):
     """Measure sets that cannot be shared out equally; one of them leaves a process without any."""
-    return hf_dash.measure_memorisation(
+    return hf_dash.training.measure_memorization(
         AsClassifier(),
         old=examples(23, 1),
         new=examples(7, 2),
@@ -174,7 +180,7 @@ class ReadsItsInput(torch.nn.Module):
 def predict(case, accelerator, folder):
     """Predict 11 examples, a number that neither processes nor batches divide."""
     examples = [{"pixel_values": number, "labels": number - 1} for number in range(11)]
-    found = hf_dash.predict(ReadsItsInput(), examples, accelerator, batch_size=2)
+    found = hf_dash.training.predict(ReadsItsInput(), examples, accelerator, batch_size=2)
     write([array.tolist() for array in found], case, accelerator.process_index, folder)
 
 
@@ -201,7 +207,7 @@ def train_by_sam(accelerator):
     config = hf_dash.TrainingConfig(
         sam_rho=0.5, max_epochs=2, accuracy_threshold=None, disable_tqdm=True
     )
-    hf_dash.train_round(
+    hf_dash.training.train_round(
         model,
         batches,
         config,
@@ -294,11 +300,11 @@ def load_stream(case, folder, rank, world):
         features=Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])}),
         gen_kwargs={"ranges": [(0, 9), second]},
     )
-    arrivals = [hf_dash.StreamedImages(stream, as_tensor)]
+    arrivals = [hf_dash.data.StreamedImages(stream, as_tensor)]
     ranks = {"num_processes": world, "process_index": rank}
     result = {"world": world}
     try:
-        loader = hf_dash.StreamLoader(arrivals, 4, seed=0, num_workers=2, **ranks)
+        loader = hf_dash.data.StreamLoader(arrivals, 4, seed=0, num_workers=2, **ranks)
         result["batches"] = [
             [batch["pixel_values"].flatten().tolist() for batch in loader] for _ in range(2)
         ]
@@ -312,13 +318,15 @@ def go_through_rounds(folder, accelerator):
     """One round, then a second in another call; return the records and the final weights."""
     digits = hf_dash.load_images("digits")
     model = hf_dash.create_model(
-        "test_resnet", label_names=hf_dash.label_names(digits), image_size=32, seed=0
+        "test_resnet", label_names=hf_dash.data.label_names(digits), image_size=32, seed=0
     )
-    arriving = hf_dash.in_arrival_order(digits, seed=0, num_examples=64)
-    rounds = list(hf_dash.cut_rounds(arriving, 2, hf_dash.image_transform(model), in_memory=True))
+    arriving = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=64)
+    rounds = list(
+        hf_dash.data.cut_rounds(arriving, 2, hf_dash.models.image_transform(model), in_memory=True)
+    )
     main = accelerator.is_main_process
     for until in (1, 2):
-        history = hf_dash.open_history(f"{folder}/run/history.json", {}, read_only=not main)
+        history = hf_dash.history.open_history(f"{folder}/run/history.json", {}, read_only=not main)
         accelerator.wait_for_everyone()
         model = hf_dash.run_rounds(
             model,
@@ -349,8 +357,8 @@ def main():
     dist.all_reduce = counted_all_reduce
     accelerator = Accelerator(cpu=True)
     for case in cases:
-        if case == "memorisation":
-            write(memorisation(accelerator), case, accelerator.process_index, folder)
+        if case == "memorization":
+            write(memorization(accelerator), case, accelerator.process_index, folder)
         elif case == "trainer":
             train(case, folder, accelerator.process_index, accelerator.num_processes)
         elif case.startswith("accuracy"):

@@ -2,26 +2,10 @@ import dataclasses
 import json
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY, record
 
-from hf_dash import History, Promotion, RoundRecord, open_history, read_history, write_history
-
-
-def record(start="warm", seed=0, round_index=1, **changes):
-    fields = {
-        "num_new": 10,
-        "num_total": 10 * round_index,
-        "accuracy": 0.5,
-        "per_class_accuracy": {"a": 0.4, "b": 0.6},
-        "train_accuracy": 1.0,
-        "converged": True,
-        "epochs": 3,
-        "steps": 30,
-        "start_seconds": 0.5,
-        "train_seconds": 2.0,
-        "weights_sha256": "0" * 64,
-    }
-    return RoundRecord(start=start, seed=seed, round_index=round_index, **{**fields, **changes})
+from hf_dash import History, read_history
+from hf_dash.history import Promotion, open_history, write_history
 
 
 def test_records_come_back_as_they_were(tmp_path):
@@ -61,7 +45,7 @@ def test_a_failure_while_writing_leaves_the_ledger_whole(tmp_path, monkeypatch):
     def full_disk(file_number):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hf_dash._files.os.fsync", full_disk)
+    monkeypatch.setattr("hf_dash.utils.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         history.append(record(round_index=2))
     assert (tmp_path / "history.json").read_bytes() == before
@@ -156,7 +140,7 @@ def test_a_failed_write_leaves_the_promotions_as_they_were(tmp_path, monkeypatch
     def full_disk(file_number):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hf_dash._files.os.fsync", full_disk)
+    monkeypatch.setattr("hf_dash.utils.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         history.append_promotion(Promotion("promote", "a", None, "", ""))
     assert history.promotions == read_history(tmp_path / "history.json").promotions == []

@@ -3,11 +3,16 @@ import json
 import pytest
 import timm
 import torch
+from helpers import same_state, state_of, tiny_processor, tiny_vit
 from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    pipeline,
+)
 
 import hf_dash
-from hf_dash.models import fresh_state
+from hf_dash.models import architecture_of, fresh_state, is_timm, model_labels
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -17,7 +22,7 @@ def make(architecture="test_resnet", **options):
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "test_vit"])
-def test_layers_have_timms_own_initialisation(architecture):
+def test_layers_have_timms_own_initialization(architecture):
     model = make(architecture, seed=3)
     options = {"img_size": 32} if architecture == "test_vit" else {}
     torch.manual_seed(3)
@@ -52,7 +57,7 @@ def test_names_channels_and_size_are_in_the_config():
     assert model.config.pretrained_cfg["input_size"] == [1, 32, 32]
     assert model(torch.zeros(2, 1, 32, 32)).logits.shape == (2, 3)
     image = Image.new("L", (20, 20), 255)
-    pixels = hf_dash.image_transform(model)(image)
+    pixels = hf_dash.models.image_transform(model)(image)
     assert pixels.shape == (1, 32, 32)
     assert pixels.max().item() == pytest.approx(1.0)  # (1 − 0.5) / 0.5
 
@@ -80,7 +85,7 @@ def test_bad_label_names_are_refused(names):
 
 
 def test_an_image_of_another_mode_is_refused():
-    transform = hf_dash.image_transform(make())
+    transform = hf_dash.models.image_transform(make())
     with pytest.raises(ValueError, match=r"image mode is 'L', but the model takes 3 channels"):
         transform(Image.new("L", (32, 32)))
 
@@ -95,14 +100,14 @@ def test_a_saved_folder_loads_everywhere_with_identical_logits(architecture, tmp
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     noise = torch.randint(0, 256, (40, 40, 3), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.to(torch.uint8).numpy())
-    pixels = hf_dash.image_transform(model)(image)[None]
+    pixels = hf_dash.models.image_transform(model)(image)[None]
 
     with torch.no_grad():
         logits = model(pixels).logits
         auto = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(auto(pixels).logits, logits)
         again = hf_dash.load_model(str(tmp_path))
-        assert torch.equal(again(hf_dash.image_transform(again)(image)[None]).logits, logits)
+        assert torch.equal(again(hf_dash.models.image_transform(again)(image)[None]).logits, logits)
         plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         assert torch.equal(plain(pixels), logits)
         transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=plain))
@@ -131,15 +136,11 @@ def test_saving_again_replaces_the_files_and_leaves_others(tmp_path):
     ]
 
 
-def test_only_timm_wrappers_are_saved(tmp_path):
-    with pytest.raises(TypeError, match="model must be a timm wrapper, got Linear"):
+def test_only_models_of_transformers_are_saved(tmp_path):
+    with pytest.raises(
+        TypeError, match="model must be an image classifier of transformers, got Linear"
+    ):
         hf_dash.save_model(torch.nn.Linear(2, 2), tmp_path)
-
-
-def test_label_names_of_data_and_model_must_agree():
-    hf_dash.check_label_names(make(), NAMES)
-    with pytest.raises(ValueError, match="label_names must be the model's"):
-        hf_dash.check_label_names(make(), NAMES[::-1])
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "test_vit"])
@@ -149,7 +150,7 @@ def test_a_head_grows_by_name(architecture):
         for tensor in model.timm_model.state_dict().values():
             tensor.add_(1)
     before = {name: t.clone() for name, t in model.timm_model.state_dict().items()}
-    grown, rows = hf_dash.grow_head(model, ["dog", "eel"], seed=7)
+    grown, rows = hf_dash.models.grow_head(model, ["dog", "eel"], seed=7)
     after = grown.timm_model.state_dict()
     fresh = fresh_state(grown, 7)
     assert list(grown.config.id2label.values()) == [*NAMES, "dog", "eel"]
@@ -165,7 +166,7 @@ def test_a_head_grows_by_name(architecture):
 
 
 def test_a_grown_model_is_saved_and_loaded(tmp_path):
-    grown, _ = hf_dash.grow_head(make(), ["dog"], seed=0)
+    grown, _ = hf_dash.models.grow_head(make(), ["dog"], seed=0)
     hf_dash.save_model(grown, tmp_path)
     loaded = hf_dash.load_model(str(tmp_path))
     assert list(loaded.config.id2label.values()) == [*NAMES, "dog"]
@@ -174,7 +175,7 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize("names", [[], ["ant"], ["dog", "dog"]])
 def test_a_head_grows_by_new_names_only(names):
     with pytest.raises(ValueError, match="new_names must be at least one, different and none of"):
-        hf_dash.grow_head(make(), names, seed=0)
+        hf_dash.models.grow_head(make(), names, seed=0)
 
 
 def test_black_is_what_the_transform_makes_of_black():
@@ -186,9 +187,99 @@ def test_black_is_what_the_transform_makes_of_black():
             model_args={"in_chans": channels},
         )
         black = Image.new("L" if channels == 1 else "RGB", (32, 32))
-        pixels = hf_dash.image_transform(model)(black)
-        expected = torch.tensor(hf_dash.black_pixel(model)).reshape(channels, 1, 1)
+        pixels = hf_dash.models.image_transform(model)(black)
+        expected = torch.tensor(hf_dash.models.black_pixel(model)).reshape(channels, 1, 1)
         torch.testing.assert_close(pixels, expected.expand(channels, 32, 32))
     model.config.pretrained_cfg = None
-    with pytest.raises(ValueError, match="no pretrained_cfg, so its normalisation is unknown"):
-        hf_dash.black_pixel(model)
+    with pytest.raises(ValueError, match="has no pretrained_cfg"):
+        hf_dash.models.black_pixel(model)
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    hf_dash.save_model(tiny_vit(), tmp_path / "vit", tiny_processor())
+    return str(tmp_path / "vit")
+
+
+@pytest.fixture
+def timm_folder(tmp_path):
+    model = hf_dash.create_model("test_resnet", label_names=["cat", "dog"], image_size=32)
+    hf_dash.save_model(model, tmp_path / "timm")
+    return str(tmp_path / "timm")
+
+
+def test_a_native_model_is_saved_with_its_processor(vit_folder):
+    model, processor = tiny_vit(), AutoImageProcessor.from_pretrained(vit_folder)
+    loaded = AutoModelForImageClassification.from_pretrained(vit_folder)
+    assert same_state(state_of(model), state_of(loaded))
+    assert processor.size == {"height": 16, "width": 16}
+    assert (architecture_of(loaded), is_timm(loaded)) == ("vit", False)
+
+
+def test_a_timm_wrapper_is_saved_in_timms_layout(timm_folder):
+    import timm
+
+    model = hf_dash.load_model(timm_folder).eval()
+    plain = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(plain(image), model(image).logits)
+    assert (architecture_of(model), is_timm(model)) == ("test_resnet", True)
+
+
+@pytest.mark.parametrize("folder", ["vit_folder", "timm_folder"])
+def test_known_labels_in_any_order_change_nothing(folder, request):
+    path = request.getfixturevalue(folder)
+    model = hf_dash.load_model(path, ["dog", "cat"], ignore_mismatched_sizes=True)
+    assert model_labels(model) == ["cat", "dog"]
+    assert same_state(state_of(model), state_of(hf_dash.load_model(path)))
+
+
+def test_new_labels_grow_a_timm_head(timm_folder):
+    old = hf_dash.load_model(timm_folder).timm_model.fc.weight
+    model = hf_dash.load_model(timm_folder, ["dog", "bird"])
+    assert model_labels(model) == ["cat", "dog", "bird"]
+    assert torch.equal(model.timm_model.fc.weight[:2], old)
+
+
+@pytest.mark.parametrize("folder", ["vit_folder", "timm_folder"])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["dog", "bird"], ["cat", "dog", "bird"]),
+        (["x", "y", "z"], ["x", "y", "z"]),
+        (["x", "y"], ["x", "y"]),
+    ],
+)
+def test_a_head_of_another_size_is_fresh_where_asked_for(folder, names, expected, request):
+    path = request.getfixturevalue(folder)
+    model = hf_dash.load_model(path, names, ignore_mismatched_sizes=True)
+    assert model_labels(model) == expected
+    assert model.config.label2id == {name: index for index, name in enumerate(expected)}
+    size = 32 if is_timm(model) else 16
+    assert model(torch.zeros(1, 3, size, size)).logits.shape == (1, len(expected))
+    # Everything below the head is the parent's.
+    before, after = state_of(hf_dash.load_model(path)), state_of(model)
+    changed = [n for n in before if not torch.equal(before[n], after[n])]
+    assert all("classifier" in n or "fc" in n for n in changed)
+
+
+def test_new_labels_need_a_fresh_head_in_a_native_model(vit_folder):
+    with pytest.raises(ValueError, match=r"label_names has \['bird'\].*ignore_mismatched_sizes"):
+        hf_dash.load_model(vit_folder, ["dog", "bird"])
+
+
+def test_the_processor_is_the_transform_of_a_native_model():
+    transform = hf_dash.models.image_transform(tiny_vit(), tiny_processor())
+    # White is 255, scaled to 1, and mean and deviation of this processor are 0.5.
+    pixels = transform(Image.new("RGB", (40, 20), "white"))
+    torch.testing.assert_close(pixels, torch.ones(3, 16, 16))
+    with pytest.raises(ValueError, match="image mode is 'L'"):
+        transform(Image.new("L", (16, 16)))
+    with pytest.raises(ValueError, match="image_processor must be given"):
+        hf_dash.models.image_transform(tiny_vit())
+
+
+def test_a_timm_wrapper_needs_no_processor(small_model):
+    image = Image.new("RGB", (32, 32), "white")
+    ours = hf_dash.models.image_transform(small_model)(image)
+    assert torch.equal(ours, hf_dash.models.image_transform(small_model)(image))

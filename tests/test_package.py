@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from transformers import Trainer, TrainingArguments
 
 import hf_dash
 
 CHECK = """
-import importlib.resources, pathlib, hf_dash, hf_dash.card
+import importlib.resources, pathlib, hf_dash, hf_dash.report.card
 where = pathlib.Path(hf_dash.__file__).parent
 assert where.parent == pathlib.Path({target!r}), where
 text = importlib.resources.files("hf_dash").joinpath("model_card_template.md").read_text()
 assert text.startswith("---")
 assert (where / "py.typed").exists()
-hf_dash.card._template()
+hf_dash.report.card._template()
 print(hf_dash.__version__)
 """
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 import hf_dash
-from hf_dash.reference import SIMULATED, reference_simulation
+from hf_dash.method.reference import SIMULATED, reference_simulation
 
 
 @dataclass
@@ -42,9 +42,11 @@ def timed(function, *args, **kwargs):
 def draw(args, folder):
     sizes = {"num_experiments": args.num_experiments, "num_test_points": args.num_test_points}
     seeds = range(args.figure_seeds)
-    runs = [hf_dash.simulate(start, seed=seed, **sizes) for start in STARTS for seed in seeds]
-    hf_dash.write_simulations({"": runs}, Path(folder) / "simulations.csv")
-    hf_dash.plot_simulations({"": runs}, Path(folder) / "simulations.png")
+    runs = [
+        hf_dash.studies.simulate(start, seed=seed, **sizes) for start in STARTS for seed in seeds
+    ]
+    hf_dash.studies.write_simulations({"": runs}, Path(folder) / "simulations.csv")
+    hf_dash.studies.plot_simulations({"": runs}, Path(folder) / "simulations.png")
 
 
 def main():
@@ -54,9 +56,11 @@ def main():
         seconds = []
         for seed in range(args.repeats):
             sizes = {"seed": seed, "num_test_points": args.num_test_points}
-            _, whole = timed(hf_dash.simulate, start, num_experiments=args.num_experiments, **sizes)
+            _, whole = timed(
+                hf_dash.studies.simulate, start, num_experiments=args.num_experiments, **sizes
+            )
             ours, fast = timed(
-                hf_dash.simulate, start, num_experiments=args.loop_experiments, **sizes
+                hf_dash.studies.simulate, start, num_experiments=args.loop_experiments, **sizes
             )
             loops, slow = timed(reference_simulation, start, J=args.loop_experiments, **sizes)
             if loops != {name: getattr(ours, name).tolist() for name in SIMULATED}:
@@ -67,7 +71,7 @@ def main():
         rows.append([start, *(f"{median:.3f} s" for median in medians), f"{ratio:.1f}"])
     counts = args.num_experiments, args.loop_experiments, args.loop_experiments
     names = [f"({w}) {n} experiments" for w, n in zip("abc", counts, strict=True)]
-    print(hf_dash.markdown_table(["start", *names, "c / b"], rows))
+    print(hf_dash.report.markdown_table(["start", *names, "c / b"], rows))
     with tempfile.TemporaryDirectory() as folder:
         _, whole = timed(draw, args, folder)
     print(f"\n{args.figure_seeds} seeds of all starts with figure: {whole:.1f} s")

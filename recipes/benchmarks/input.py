@@ -57,7 +57,7 @@ def repeated(dataset, num_examples):
 
 def as_streams(round_, transform, num_shards, cache):
     arrivals = [
-        hf_dash.StreamedImages(
+        hf_dash.data.StreamedImages(
             arrival.dataset.to_iterable_dataset(num_shards=num_shards),
             transform,
             num_examples=len(arrival),
@@ -70,9 +70,9 @@ def as_streams(round_, transform, num_shards, cache):
 
 def make_ways(args, dataset, transform):
     def cut(in_memory):
-        return list(hf_dash.cut_rounds(dataset, args.num_rounds, transform, in_memory=in_memory))[
-            -1
-        ]
+        return list(
+            hf_dash.data.cut_rounds(dataset, args.num_rounds, transform, in_memory=in_memory)
+        )[-1]
 
     plain, kept = cut(False), cut(True)
     rounds = {
@@ -89,7 +89,9 @@ def make_ways(args, dataset, transform):
     }
     ways = {"(a) tensors in memory": InMemory(kept, args.batch_size)}
     for name, (round_, workers) in rounds.items():
-        ways[name] = hf_dash.train_batches(round_, args.batch_size, seed=0, num_workers=workers)
+        ways[name] = hf_dash.data.train_batches(
+            round_, args.batch_size, seed=0, num_workers=workers
+        )
     return ways
 
 
@@ -114,9 +116,9 @@ def main():
         raise ValueError("streaming must not be set: the streams are made of map-style data")
     images = data.load_train()
     model = hf_dash.create_model(
-        args.architecture, label_names=hf_dash.label_names(images), image_size=args.image_size
+        args.architecture, label_names=hf_dash.data.label_names(images), image_size=args.image_size
     )
-    transform = hf_dash.image_transform(model)
+    transform = hf_dash.models.image_transform(model)
     accelerator = Accelerator()
     model.to(accelerator.device).train()
     ways = make_ways(args, repeated(images, args.num_examples), transform)
@@ -134,7 +136,7 @@ def main():
         rate = statistics.median(run[name] for run in runs)
         spread = f"{statistics.median(shares):.3f} ({shares[0]:.3f} … {shares[-1]:.3f})"
         rows.append([name, f"{rate:.2f}", f"{rate * args.batch_size:.0f}", spread])
-    print(hf_dash.markdown_table(["way", "steps/s", "images/s", "of (a)"], rows))
+    print(hf_dash.report.markdown_table(["way", "steps/s", "images/s", "of (a)"], rows))
 
 
 if __name__ == "__main__":

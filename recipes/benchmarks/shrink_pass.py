@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from transformers import HfArgumentParser
 
 import hf_dash
-from hf_dash.reference import published_pass_
+from hf_dash.method.reference import published_pass_
 
 
 @dataclass
@@ -143,7 +143,8 @@ def main():
     base = peak("dropped", args)
     extra = [f"{(peak(way, args) - base) / size:.2f}" for way in ways]
     rows.append(["extra memory / parameters", *extra, "", ""])
-    print(hf_dash.markdown_table(["", *(f"({way})" for way in ways), "b / a", "b / c"], rows))
+    header = ["", *(f"({way})" for way in ways), "b / a", "b / c"]
+    print(hf_dash.report.markdown_table(header, rows))
 
 
 if __name__ == "__main__":

@@ -35,20 +35,20 @@ def main():
     args, data = HfArgumentParser((Arguments, hf_dash.DataConfig)).parse_args_into_dataclasses()
     images = data.load_train()
     wanted = args.examples_per_round and args.examples_per_round * args.num_rounds
-    arriving = hf_dash.in_arrival_order(images, seed=args.seed, num_examples=wanted)
+    arriving = hf_dash.data.in_arrival_order(images, seed=args.seed, num_examples=wanted)
     trained = hf_dash.create_model(
         args.architecture,
-        label_names=hf_dash.label_names(images),
+        label_names=hf_dash.data.label_names(images),
         image_size=args.image_size,
         seed=args.seed,
     )
-    transform = hf_dash.image_transform(trained)
-    rounds = list(hf_dash.cut_rounds(arriving, args.num_rounds, transform, in_memory=True))
-    batches = hf_dash.train_batches(rounds[0], args.batch_size, seed=args.seed)
-    hf_dash.train_round(trained, batches, hf_dash.TrainingConfig(), Accelerator())
+    transform = hf_dash.models.image_transform(trained)
+    rounds = list(hf_dash.data.cut_rounds(arriving, args.num_rounds, transform, in_memory=True))
+    batches = hf_dash.data.train_batches(rounds[0], args.batch_size, seed=args.seed)
+    hf_dash.training.train_round(trained, batches, hf_dash.TrainingConfig(), Accelerator())
 
     config = hf_dash.DashConfig(gradient_batch_size=args.batch_size)
-    every = list(hf_dash.gradient_batches(rounds[-1], config))
+    every = list(hf_dash.data.gradient_batches(rounds[-1], config))
     rows = []
     for grouping in ("kernel", "filter", "auto"):
         whole = copy.deepcopy(trained)
@@ -60,7 +60,7 @@ def main():
             error = (weights(model) - weights(whole)).abs().sum() / moved
             read = f"{report.num_batches} of {len(every)}"
             rows.append([grouping, f"{tolerance:g}", read, f"{error:.1e}"])
-    print(hf_dash.markdown_table(["grouping", "tolerance", "minibatches", "error"], rows))
+    print(hf_dash.report.markdown_table(["grouping", "tolerance", "minibatches", "error"], rows))
 
 
 if __name__ == "__main__":

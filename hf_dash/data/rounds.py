@@ -1,0 +1,268 @@
+"""Rounds: what is new, what was seen before, and the minibatches made of both.
+
+Flow: examples in arrival order → equal arrivals → ``Round`` → shuffled training batches, and
+gradient batches from the oldest to the newest arrival.
+Source: the protocol of Shin et al. (arXiv:2410.23495, section 2): in every round a new chunk of the
+same distribution arrives, and training goes on over all data so far.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Image, IterableDataset, concatenate_datasets
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import Dataset as TorchDataset
+
+from hf_dash.data.examples import Augment, AugmentedExamples, ImageExamples, Transform
+from hf_dash.data.stream_loader import StreamLoader
+from hf_dash.data.streams import StreamedImages, StreamGradientBatches, share_minibatches
+from hf_dash.method.config import DashConfig
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of training.
+
+    Args:
+        index: 1 for the first round.
+        arrivals: all that has arrived, oldest first; the last one is new in this round. All are
+            map-style or all are streams.
+        label_names: of the classes known by now, in the order of the model's; empty where a model
+            knows all of them from the first round.
+        files: names of the files that arrived in this round, where files do.
+        skipped: corrupt images among them, as ``"file:row"``.
+    """
+
+    index: int
+    arrivals: tuple[ImageExamples | StreamedImages, ...]
+    label_names: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        kinds = sorted({type(arrival).__name__ for arrival in self.arrivals})
+        if len(kinds) > 1:
+            raise ValueError(f"arrivals of round {self.index} must be of one kind, got {kinds}")
+        if not self.arrivals or len(self.arrivals[-1]) == 0:
+            raise ValueError(f"round {self.index} is empty: a round needs at least one new example")
+
+    @property
+    def new(self) -> ImageExamples | StreamedImages:
+        """The arrival of this round."""
+        return self.arrivals[-1]
+
+    @property
+    def num_new(self) -> int:
+        """The number of examples that arrived in this round."""
+        return len(self.arrivals[-1])
+
+    @property
+    def num_total(self) -> int:
+        """The number of old and new examples."""
+        return sum(len(arrival) for arrival in self.arrivals)
+
+    @property
+    def streams(self) -> tuple[StreamedImages, ...]:
+        """The arrivals where they are streams; empty where they are map-style."""
+        return tuple(a for a in self.arrivals if isinstance(a, StreamedImages))
+
+    @property
+    def seen(self) -> "ConcatDataset[dict[str, Any]] | None":
+        """What arrived in earlier rounds, oldest first; None in the first round."""
+        return self._joined(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of all labeled images, old and new; the same on every machine."""
+        return joint_fingerprint(self.arrivals)
+
+    @property
+    def flipped_seen(self) -> "TorchDataset[dict[str, Any]] | None":
+        """What arrived in earlier rounds with a wrong label, as trained; None where nothing did."""
+        old = [a for a in self.arrivals[:-1] if isinstance(a, ImageExamples) and a.flipped]
+        return ConcatDataset([Subset(a, a.flipped) for a in old]) if old else None
+
+    @property
+    def examples(self) -> "ConcatDataset[dict[str, Any]]":
+        """Old and new examples, oldest first."""
+        return self._joined(self.arrivals)
+
+    def _joined(
+        self, arrivals: Sequence[ImageExamples | StreamedImages]
+    ) -> "ConcatDataset[dict[str, Any]]":
+        if self.streams:
+            raise TypeError(
+                f"round {self.index} holds streams, of which no example can be looked up; use"
+                " train_batches or gradient_batches"
+            )
+        return ConcatDataset([a for a in arrivals if isinstance(a, ImageExamples)])
+
+
+def joint_fingerprint(parts: Sequence[ImageExamples | StreamedImages]) -> str:
+    """Return one checksum of several sets of labeled images, in their order."""
+    return hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
+
+
+def cut_rounds(
+    dataset: Dataset, num_rounds: int, transform: Transform, *, in_memory: bool = False
+) -> Iterator[Round]:
+    """Cut a dataset in arrival order into rounds whose sizes differ by at most one.
+
+    Args:
+        dataset: with the columns ``image`` and ``label``; see ``in_arrival_order``.
+        num_rounds: at least 1 and at most the number of examples.
+        transform: from a PIL image to a tensor.
+        in_memory: see :class:`ImageExamples`.
+
+    Raises:
+        ValueError: ``num_rounds`` is out of range.
+    """
+    arrivals = tuple(
+        ImageExamples(part, transform, in_memory=in_memory)
+        for part in cut_arrivals(dataset, num_rounds)
+    )
+    return (Round(index, arrivals[:index]) for index in range(1, num_rounds + 1))
+
+
+def cut_arrivals(dataset: Dataset, num_rounds: int) -> list[Dataset]:
+    """Cut a dataset in arrival order into parts whose sizes differ by at most one.
+
+    Raises:
+        ValueError: ``num_rounds`` is not between 1 and the number of examples.
+    """
+    if not 1 <= num_rounds <= len(dataset):
+        raise ValueError(
+            f"num_rounds must be at least 1 and at most the number of examples, {len(dataset)},"
+            f" got {num_rounds}"
+        )
+    return [dataset.select(part) for part in np.array_split(np.arange(len(dataset)), num_rounds)]
+
+
+def train_batches(
+    round_: Round,
+    batch_size: int,
+    *,
+    seed: int,
+    num_workers: int = 0,
+    augment: Augment | None = None,
+    num_processes: int = 1,
+    process_index: int = 0,
+    buffer_size: int = 1000,
+) -> "DataLoader[dict[str, Any]] | StreamLoader":
+    """Return shuffled training batches over old and new examples.
+
+    Args:
+        round_: the round to train on.
+        batch_size: images per batch and process.
+        seed: of the order, which changes from epoch to epoch, and of the augmentation.
+        num_workers: as in ``DataLoader``; they live as long as the loader. With augmentation the
+            same seed gives the same images for the same number of workers only.
+        augment: makes another view of an image each time, such as
+            :class:`~hf_dash.data.examples.RandomCropFlip`; None trains on the images as they are.
+        num_processes: that share streams out; map-style data are shared out by Accelerate.
+        process_index: which of them this one is.
+        buffer_size: of streams, see :class:`~hf_dash.data.stream_loader.StreamLoader`.
+    """
+    if round_.streams:
+        return StreamLoader(
+            round_.streams,
+            batch_size,
+            seed=seed,
+            buffer_size=buffer_size,
+            num_workers=num_workers,
+            num_processes=num_processes,
+            process_index=process_index,
+            augment=augment,
+        )
+    generator = torch.Generator().manual_seed(seed)
+    examples: TorchDataset[dict[str, Any]] = round_.examples
+    if augment is not None:
+        examples = AugmentedExamples(examples, augment, generator)
+    return DataLoader(
+        examples,
+        batch_size=batch_size,
+        shuffle=True,
+        generator=generator,
+        num_workers=num_workers,
+        # Workers that ended with the epoch would take the images they decoded with them.
+        persistent_workers=num_workers > 0,
+    )
+
+
+def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> IterableDataset:
+    """Return the streams of a round as one, for a ``Trainer``: shuffled anew in every epoch.
+
+    Args:
+        round_: of streams.
+        seed: of the order, which also depends on the epoch, as ``set_epoch`` sets it.
+        buffer_size: number of encoded images among which the order is drawn, at least 1.
+
+    Returns:
+        A stream of ``{"pixel_values": [channels, h, w], "labels": int}``, decoded last.
+
+    Raises:
+        ValueError: the round holds no streams.
+    """
+    if not round_.streams:
+        raise ValueError(f"round {round_.index} must hold streams")
+    parts = [
+        _encoded(arrival).map(partial(_add_arrival, index=index))
+        for index, arrival in enumerate(round_.streams)
+    ]
+    shuffled = concatenate_datasets(parts).shuffle(seed=seed, buffer_size=buffer_size)
+    columns = ["image", "label", "arrival"]
+    return shuffled.map(partial(_decode, arrivals=round_.streams), remove_columns=columns)
+
+
+def _encoded(arrival: StreamedImages) -> IterableDataset:
+    stream = arrival.stream.select_columns(["image", "label"])
+    mode = stream.features["image"].mode
+    return stream.cast_column("image", Image(mode=mode, decode=False))
+
+
+def _add_arrival(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {**row, "arrival": index}
+
+
+def _decode(row: dict[str, Any], arrivals: Sequence[StreamedImages]) -> dict[str, Any]:
+    pixels, labels = arrivals[row["arrival"]].decode([(row["image"], row["label"])])
+    return {"pixel_values": pixels[0], "labels": int(labels[0])}
+
+
+def gradient_batches(
+    round_: Round, config: DashConfig, *, num_processes: int = 1, process_index: int = 0
+) -> "DataLoader[dict[str, Any]] | StreamGradientBatches":
+    """Return the minibatches of the gradient pass, oldest examples first.
+
+    Batches are counted from the newest example backwards, so a short one is the oldest, where it
+    weighs least. Under the paper's preset every arrival is one minibatch. Of streams only what is
+    asked for is read: the newest minibatches are a slice of the sequence returned.
+
+    Args:
+        round_: whose examples, old and new, are read.
+        config: gives the preset and the number of images in one minibatch, over all processes.
+        num_processes: among which every minibatch is shared out equally; a remainder is dropped
+            from its old end.
+        process_index: which of them this one is.
+
+    Raises:
+        ValueError: no minibatch has an example for every process.
+    """
+    sizes = [len(arrival) for arrival in round_.arrivals]
+    if config.preset == "paper":
+        bounds = np.cumsum([0, *sizes]).tolist()
+    else:
+        bounds = sorted({0, *range(sum(sizes), 0, -config.gradient_batch_size)})
+    shares = share_minibatches(bounds, num_processes, process_index)
+    if not shares:
+        raise ValueError(
+            f"round {round_.index} has {sum(sizes)} examples, too few for {num_processes} processes"
+        )
+    if round_.streams:
+        return StreamGradientBatches(round_.streams, shares)
+    return DataLoader(round_.examples, batch_sampler=[list(share) for share in shares])

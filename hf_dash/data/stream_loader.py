@@ -1,0 +1,423 @@
+"""Shuffled training batches straight from streams, the same number on every process.
+
+Flow: arrivals → the sources of one worker of one process → chunks, shuffled while encoded and
+decoded in workers → batches, cut in the main process.
+Source: the shuffle buffer is that of ``IterableDataset.shuffle``.
+Differs from a ``DataLoader`` of a stream: processes that hold fewer examples end with the others,
+and a loader resumes with exactly the batches that would have followed. Differs from
+``split_dataset_by_node``: that selects other examples from a stream whose order matters (after
+``skip``, ``take``, …) and lets workers idle for want of shards.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from datasets.iterable_dataset import ExamplesIterable
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from hf_dash.data.examples import Augment
+from hf_dash.data.streams import StreamedImages
+from hf_dash.utils.distributed import gather
+
+Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one worker of one process reads of one arrival: one shard of it, every so often.
+
+    Args:
+        arrival: to read.
+        num_shards: into which the arrival is cut.
+        shard: which of them this is.
+        first: position of the first example in the shard.
+        step: distance between examples.
+    """
+
+    arrival: StreamedImages
+    num_shards: int = 1
+    shard: int = 0
+    first: int = 0
+    step: int = 1
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What tells the sources of one arrival apart."""
+        return self.num_shards, self.shard, self.first, self.step
+
+    def items(self) -> Iterator[Any]:
+        """Yield encoded images and labels in the order of the stream, or where they are cached."""
+        if self.arrival.cache:
+            return iter(range(len(self.arrival.decoded[self.key][1])))
+        return self.rows()
+
+    def rows(self) -> Iterator[tuple[Any, int]]:
+        """Yield encoded images and labels in the order of the stream."""
+        return self.arrival.rows(
+            self.first, self.step, num_shards=self.num_shards, shard=self.shard
+        )
+
+    def decode(self, items: list[Any]) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of some items."""
+        if self.arrival.cache:
+            pixels, labels = self.arrival.decoded[self.key]
+            return pixels[items], labels[items]
+        return self.arrival.decode(items)
+
+
+def sources_of(
+    arrival: StreamedImages, num_processes: int, process_index: int, num_workers: int, worker: int
+) -> list[Source]:
+    """Return what a worker reads: all workers of all processes read every example once.
+
+    Shards go to processes where each gets equally many, then to workers where each gets one;
+    otherwise every reader takes each n-th example.
+    """
+    shards = arrival.num_shards
+    if shards % num_processes != 0:
+        first, step = process_index + num_processes * worker, num_processes * num_workers
+        return [Source(arrival, first=first, step=step)]
+    own = range(process_index, shards, num_processes)
+    if len(own) < num_workers:
+        return [Source(arrival, shards, shard, worker, num_workers) for shard in own]
+    return [Source(arrival, shards, shard) for shard in own[worker::num_workers]]
+
+
+def count_share(arrival: StreamedImages, num_processes: int, process_index: int) -> int:
+    """Return how many examples of an arrival one process reads; reads its shards where it must."""
+    if num_processes == 1:
+        return len(arrival)
+    shards = arrival.num_shards
+    if shards % num_processes != 0:
+        return len(range(process_index, len(arrival), num_processes))
+    return sum(arrival.count(shards, i) for i in range(process_index, shards, num_processes))
+
+
+def _items(sources: list[Source]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for source in sources:
+        for number, item in enumerate(source.items()):
+            yield number, {"source": source, "item": item}
+
+
+def _decode(sources: list[Source], items: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of items of several sources, in the order given."""
+    places: dict[Source, list[int]] = {}
+    for place, source in enumerate(sources):
+        places.setdefault(source, []).append(place)
+    parts = [source.decode([items[i] for i in at]) for source, at in places.items()]
+    order = torch.tensor([place for at in places.values() for place in at]).argsort()
+    pixels, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return pixels[order], labels[order]
+
+
+@contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """Seed python, numpy and torch on the CPU, and put their states back on leaving."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # No device is named: a forked worker may not touch one.
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _this_worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+@dataclass(frozen=True)
+class Reader(TorchIterableDataset[Chunk]):
+    """The chunks of one process in one epoch, at most ``batch_size`` examples each."""
+
+    arrivals: tuple[StreamedImages, ...]
+    batch_size: int
+    seed: int
+    buffer_size: int
+    num_workers: int
+    num_processes: int
+    process_index: int
+    augment: Augment | None = None
+    epoch: int = 0
+    skip: int = 0
+
+    def sources(self, worker: int) -> list[Source]:
+        """Return what one worker of this process reads."""
+        ranks = self.num_processes, self.process_index
+        workers = max(1, self.num_workers)
+        return [s for a in self.arrivals for s in sources_of(a, *ranks, workers, worker)]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self.chunks(_this_worker()[0])
+
+    def chunks(self, worker: int) -> Iterator[Chunk]:
+        """Yield one worker's chunks; of one that is to be skipped only how long it is."""
+        own = self.process_index, worker
+        stream = IterableDataset(ExamplesIterable(_items, {"sources": self.sources(worker)}))
+        stream = stream.shuffle(
+            generator=np.random.default_rng([self.seed, *own]), buffer_size=self.buffer_size
+        )
+        stream.set_epoch(self.epoch)
+        for number, columns in enumerate(stream.iter(self.batch_size)):
+            # Workers take turns, so no more than these examples come before the end of this chunk.
+            if (number * max(1, self.num_workers) + worker + 1) * self.batch_size <= self.skip:
+                yield {"skipped": len(columns["item"])}
+                continue
+            # Seeded chunk by chunk, random transforms go on after a skip as they would have.
+            with _seeded(self.seed, self.epoch, *own, number):
+                pixels, labels = _decode(columns["source"], columns["item"])
+                if self.augment is not None:
+                    pixels = torch.stack([self.augment(image, None) for image in pixels])
+            yield {"pixel_values": pixels, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Decoder(TorchIterableDataset[tuple[int, Tensor, Tensor]]):
+    """All examples of some sources, decoded, in chunks."""
+
+    sources: tuple[Source, ...]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        worker, workers = _this_worker()
+        for number in range(worker, len(self.sources), workers):
+            rows = self.sources[number].rows()
+            while chunk := list(islice(rows, self.batch_size)):
+                yield number, *self.sources[number].arrival.decode(chunk)
+
+
+def in_turn(iterators: list[Iterator[Chunk]]) -> Iterator[Chunk]:
+    """Yield as a ``DataLoader`` does of its workers: one from each, leaving out the exhausted."""
+    while iterators:
+        for iterator in list(iterators):
+            chunk = next(iterator, None)
+            if chunk is None:
+                iterators.remove(iterator)
+            else:
+                yield chunk
+
+
+def _after(chunks: Iterator[Chunk], skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images and labels from the example number ``skip`` on."""
+    for chunk in chunks:
+        length = chunk["skipped"] if "skipped" in chunk else len(chunk["labels"])
+        if length > skip:
+            yield chunk["pixel_values"][skip:], chunk["labels"][skip:]
+        skip = max(0, skip - length)
+
+
+def _cut(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Iterator[Chunk]:
+    """Cut parts of any length into batches of these sizes.
+
+    Raises:
+        ValueError: the parts hold more or fewer examples in all.
+    """
+    held: list[tuple[Tensor, Tensor]] = []
+    for size in sizes:
+        while sum(len(labels) for _, labels in held) < size:
+            part = next(parts, None)
+            if part is None:
+                raise ValueError("num_examples is more than a stream holds")
+            held.append(part)
+        pixels, labels = (
+            part[0] if len(part) == 1 else torch.cat(part) for part in zip(*held, strict=True)
+        )
+        yield {"pixel_values": pixels[:size], "labels": labels[:size]}
+        held = [(pixels[size:], labels[size:])] if len(labels) > size else []
+    if held or next(parts, None) is not None:
+        raise ValueError("num_examples is less than a stream holds")
+
+
+def _gather_counts(
+    arrivals: Sequence[StreamedImages], num_processes: int, process_index: int
+) -> list[int]:
+    """Return how many examples each process holds; what fails on one of them fails on all."""
+    if num_processes == 1:
+        return [sum(len(arrival) for arrival in arrivals)]
+    count, failure = 0, None
+    try:
+        count = sum(count_share(a, num_processes, process_index) for a in arrivals)
+    except Exception as error:
+        failure = error
+    told = gather((count, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    if failure is not None:
+        raise failure
+    for rank, (_, message) in enumerate(told):
+        if message is not None:
+            raise RuntimeError(f"counting the examples failed on rank {rank}: {message}")
+    if len(told) != num_processes:
+        raise ValueError(f"num_processes is {num_processes}, but the process group has {len(told)}")
+    return [count for count, _ in told]
+
+
+def _batch_sizes(counts: Sequence[int], process_index: int, batch_size: int) -> list[int]:
+    """Return the batch sizes of one process, of which all have equally many."""
+    num_batches = math.ceil(max(counts) / batch_size)
+    if min(counts) < max(1, num_batches):
+        raise ValueError(
+            f"every process needs an example for each of the {max(1, num_batches)} batches, got"
+            f" {list(counts)} examples by process; give the stream a number of shards that the"
+            " number of processes divides evenly, or one that it does not divide"
+        )
+    count = counts[process_index]
+    if len(set(counts)) == 1:
+        return [min(batch_size, count - begin) for begin in range(0, count, batch_size)]
+    ends = [count * number // num_batches for number in range(num_batches + 1)]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+class StreamLoader:
+    """Shuffled training batches of streams: ``pixel_values`` [b, c, h, w], ``labels`` [b] int64.
+
+    Iterating yields the batches of one epoch, on the CPU, and goes on to the next epoch at its end.
+    The order is drawn anew in every epoch from ``seed`` and the epoch; it also depends on
+    ``buffer_size`` and the numbers of workers and processes. All processes must make the loader at
+    the same time: they agree on one number of batches. Where they hold unequally many examples,
+    each cuts its own into that many batches whose sizes differ by at most one, so none is lost or
+    repeated and no process waits for another.
+
+    Args:
+        arrivals: what to train on, at least one.
+        batch_size: images per batch and process, at least 1.
+        seed: of the order and of random transforms, at least 0.
+        buffer_size: number of encoded images among which a worker draws, at least 1.
+        num_workers: processes that read and decode; 0 does so in this one.
+        num_processes: that share the examples out among themselves.
+        process_index: which of them this is.
+        augment: from one image tensor to another of the same shape, drawn anew in every epoch.
+
+    Raises:
+        RuntimeError: another process failed to count its examples.
+        ValueError: an argument is out of its range, only some arrivals have ``cache`` set, or a
+            process has fewer examples than batches (on all processes); while iterating, an
+            arrival's ``num_examples`` is not what its stream holds.
+    """
+
+    def __init__(
+        self,
+        arrivals: Sequence[StreamedImages],
+        batch_size: int,
+        *,
+        seed: int,
+        buffer_size: int = 1000,
+        num_workers: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        augment: Augment | None = None,
+    ) -> None:
+        lowest = {"batch_size": (batch_size, 1), "seed": (seed, 0), "buffer_size": (buffer_size, 1)}
+        lowest |= {"num_workers": (num_workers, 0), "num_processes": (num_processes, 1)}
+        for name, (value, low) in lowest.items():
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process_index must be in 0 … {num_processes - 1}, got {process_index}"
+            )
+        if len({arrival.cache for arrival in arrivals}) != 1:
+            raise ValueError(
+                "arrivals must be at least one, all with cache or all without, got"
+                f" {[arrival.cache for arrival in arrivals]}"
+            )
+        ranks = num_processes, process_index
+        self._reader = Reader(
+            tuple(arrivals), batch_size, seed, buffer_size, num_workers, *ranks, augment
+        )
+        self._counts = _gather_counts(arrivals, *ranks)
+        self._sizes = _batch_sizes(self._counts, process_index, batch_size)
+        self._epoch = self._batches = self._first = 0
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        epoch, first = self._epoch, self._first
+        self._batches, self._first = first, 0
+        skip = sum(self._sizes[:first])
+        reader = replace(self._reader, epoch=epoch, skip=skip)
+        for batch in _cut(_after(self._chunks(reader), skip), self._sizes[first:]):
+            self._batches += 1
+            yield batch
+        self._epoch, self._batches = epoch + 1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be of this epoch; of another one than now, from its beginning."""
+        if epoch != self._epoch:
+            self._epoch, self._batches, self._first = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the batches already yielded of it, and what the order depends on."""
+        whole = self._batches == len(self)
+        reader = self._reader
+        return {
+            "epoch": self._epoch + whole,
+            "batches": 0 if whole else self._batches,
+            "counts": list(self._counts),
+            "batch_size": reader.batch_size,
+            "seed": reader.seed,
+            "buffer_size": reader.buffer_size,
+            "num_workers": max(1, reader.num_workers),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration yield the batches that would have followed, and only those.
+
+        What comes before them is read but not decoded.
+
+        Raises:
+            ValueError: the state is of a loader with another order.
+        """
+        for name, own in self.state_dict().items():
+            if name not in ("epoch", "batches") and state.get(name) != own:
+                raise ValueError(
+                    f"state is of a loader with {name} {state.get(name)}, this one has {own}"
+                )
+        self._epoch, self._batches, self._first = state["epoch"], state["batches"], state["batches"]
+
+    def _chunks(self, reader: Reader) -> Iterator[Chunk]:
+        workers = range(max(1, reader.num_workers))
+        if reader.arrivals[0].cache:
+            self._fill_cache([s for worker in workers for s in reader.sources(worker)])
+            return in_turn([reader.chunks(worker) for worker in workers])
+        return iter(self._load(reader))
+
+    def _fill_cache(self, sources: list[Source]) -> None:
+        """Decode what is not yet in memory, and forget what other loaders have left there."""
+        for arrival in self._reader.arrivals:
+            keys = {source.key for source in sources if source.arrival is arrival}
+            arrival.decoded = {k: kept for k, kept in arrival.decoded.items() if k in keys}
+        missing = tuple(s for s in sources if s.key not in s.arrival.decoded)
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in missing]
+        if missing:
+            for number, pixels, labels in self._load(Decoder(missing, self._reader.batch_size)):
+                # A tensor from a worker holds a file open for as long as it lives: copied.
+                parts[number].append((pixels.clone(), labels.clone()))
+        for source, decoded in zip(missing, parts, strict=True):
+            columns = zip(*decoded, strict=True) if decoded else ([torch.empty(0)],) * 2
+            pixels, labels = (torch.cat(tuple(column)) for column in columns)
+            source.arrival.decoded[source.key] = pixels, labels
+
+    def _load(self, dataset: "TorchIterableDataset[Any]") -> "DataLoader[Any]":
+        # A generator of its own: the loader draws from it, and training's draws stay as they are.
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self._reader.num_workers,
+            generator=torch.Generator().manual_seed(self._reader.seed),
+        )

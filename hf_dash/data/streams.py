@@ -1,0 +1,224 @@
+"""Arrivals that are read as streams, and the minibatches of their newest examples.
+
+Flow: ``IterableDataset`` of encoded images → ``StreamedImages`` → encoded rows, decoded last; only
+the newest examples for the gradient pass. Training reads them through ``StreamLoader``.
+Differs from map-style arrivals: nothing but the images in use is held in memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, overload
+
+import torch
+from datasets import Image, IterableDataset
+from torch import Tensor
+
+from hf_dash.data.columns import fingerprint
+from hf_dash.method.batches import check_labels
+
+Row = tuple[Any, int]
+
+ROWS_AT_A_TIME = 256
+
+# Steps of a stream that treat every example by itself, whatever shard it is in.
+_SHARDABLE = (
+    "ExamplesIterable",
+    "ArrowExamplesIterable",
+    "RebatchedArrowExamplesIterable",
+    "SelectColumnsIterable",
+    "FormattedExamplesIterable",
+)
+
+
+class StreamedImages:
+    """One arrival held as a stream; the images stay encoded until they are needed.
+
+    Args:
+        stream: with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
+        transform: from a PIL image to a tensor; deterministic where ``cache`` is set.
+        num_examples: how many the stream holds; None counts them, on the first use of the number,
+            in one pass that decodes no image.
+        label_ids: the model's label for each of the stream's own; None means they are the same.
+        cache: let a loader keep what it has decoded: one tensor as the transform returns it per
+            image (12 KiB for 32×32 RGB as float32), each process those it trains on. Its first
+            epoch then begins with decoding them all; batches are the same as without.
+        fingerprint: of the stream, where it is known; see ``hf_dash.data.columns.fingerprint``.
+
+    Raises:
+        TypeError: ``stream`` is no ``IterableDataset``.
+        ValueError: a column is missing, ``num_examples`` is negative, or ``label_ids`` has not one
+            label for each of the stream's classes.
+    """
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        transform: Callable[[Any], Tensor],
+        *,
+        num_examples: int | None = None,
+        label_ids: Sequence[int] | None = None,
+        cache: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
+        if not isinstance(stream, IterableDataset):
+            raise TypeError(f"stream must be an IterableDataset, got {type(stream).__name__}")
+        if stream.features is None:
+            # A stream without a stored schema: its first rows tell.
+            stream = stream._resolve_features()
+        features = stream.features
+        for column in ("image", "label"):
+            if column not in features:
+                raise ValueError(f"stream must have a column {column!r}, got {list(features)}")
+        if num_examples is not None and num_examples < 0:
+            raise ValueError(f"num_examples must be at least 0, got {num_examples}")
+        self.num_classes: int | None = getattr(features["label"], "num_classes", None)
+        if label_ids is not None and len(label_ids) != self.num_classes:
+            raise ValueError(
+                f"label_ids must have one label for each of the stream's {self.num_classes}"
+                f" classes, got {len(label_ids)}"
+            )
+        self.stream = stream
+        self.transform = transform
+        self.label_ids = None if label_ids is None else tuple(label_ids)
+        self.cache = cache
+        # What loaders have decoded: images and labels by source, see Source.key.
+        self.decoded: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._num_examples = num_examples
+        self._fingerprint = fingerprint
+        self._image = features["image"]
+        columns = stream.select_columns(["image", "label"])
+        if isinstance(self._image, Image):
+            columns = columns.cast_column("image", Image(mode=self._image.mode, decode=False))
+        self._encoded = columns.with_format("arrow")
+        self.num_shards: int = stream.num_shards if _is_shardable(stream._ex_iterable) else 1
+
+    def __len__(self) -> int:
+        if self._num_examples is None:
+            self._num_examples = self.count()
+        return self._num_examples
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of the labeled images; reads them all once, not decoded."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.stream)
+        return self._fingerprint
+
+    def count(self, num_shards: int = 1, shard: int = 0) -> int:
+        """Count the examples of one of ``num_shards`` shards by reading it, nothing decoded."""
+        labels = self._part(num_shards, shard).select_columns(["label"])
+        return sum(table.num_rows for table in labels.iter(ROWS_AT_A_TIME))
+
+    def rows(
+        self, first: int = 0, step: int = 1, *, num_shards: int = 1, shard: int = 0
+    ) -> Iterator[Row]:
+        """Yield every ``step``-th encoded image and its label, in order, from the ``first`` on."""
+        stream = self._part(num_shards, shard)
+        stream = stream.skip(first) if first else stream
+        wanted = 0
+        # iter(stream) would share the stream out among the workers of a DataLoader once more.
+        for table in stream.iter(ROWS_AT_A_TIME):
+            held = table.num_rows
+            taken = table.take(list(range(wanted, held, step))) if step > 1 else table
+            wanted = (wanted - held) % step
+            yield from zip(taken["image"].to_pylist(), taken["label"].to_pylist(), strict=True)
+
+    def decode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Return pixel values [rows, channels, h, w] and the model's labels [rows] of some rows.
+
+        Raises:
+            ValueError: a label is none of the stream's classes.
+        """
+        labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+        check_labels(labels, self.num_classes)
+        if self.label_ids is not None:
+            labels = torch.tensor(self.label_ids, dtype=torch.int64)[labels]
+        decode = self._image.decode_example if isinstance(self._image, Image) else None
+        images = [image if decode is None else decode(image) for image, _ in rows]
+        return torch.stack([self.transform(image) for image in images]), labels
+
+    def _part(self, num_shards: int, shard: int) -> IterableDataset:
+        if num_shards == 1:
+            return self._encoded
+        return self._encoded.shard(num_shards=num_shards, index=shard, contiguous=False)
+
+
+def _is_shardable(step: Any) -> bool:
+    """Tell whether the shards of a stream hold just its examples, each once.
+
+    Where this cannot be told, False costs reading time only.
+    """
+    name = type(step).__name__
+    by_example = name == "MappedExamplesIterable" and not (step.with_indices or step.batched)
+    if not (name in _SHARDABLE or by_example):
+        return False
+    return not hasattr(step, "ex_iterable") or _is_shardable(step.ex_iterable)
+
+
+def _rows_at(
+    arrivals: Sequence[StreamedImages], positions: Sequence[int]
+) -> Iterator[tuple[StreamedImages, Row]]:
+    """Yield the rows at ascending positions, counted over all arrivals, and where each is from."""
+    begin = 0
+    for arrival in arrivals:
+        end = begin + len(arrival)
+        wanted = [position - begin for position in positions if begin <= position < end]
+        if wanted:
+            rows = enumerate(arrival.rows(wanted[0]), wanted[0])
+            for position in wanted:
+                row = next((row for at, row in rows if at == position), None)
+                if row is None:
+                    raise ValueError(
+                        f"num_examples is {len(arrival)}, but the stream ends before example"
+                        f" {position}"
+                    )
+                yield arrival, row
+        begin = end
+
+
+class StreamGradientBatches(Sequence[dict[str, Any]]):
+    """Minibatches at given positions of streams; its slices read nothing outside themselves.
+
+    Args:
+        arrivals: oldest first.
+        shares: the positions of each minibatch, counted over all arrivals, ascending throughout.
+    """
+
+    def __init__(self, arrivals: Sequence[StreamedImages], shares: Sequence[Sequence[int]]) -> None:
+        self.arrivals = tuple(arrivals)
+        self.shares = tuple(shares)
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "StreamGradientBatches": ...
+
+    def __getitem__(self, index: int | slice) -> "dict[str, Any] | StreamGradientBatches":
+        if isinstance(index, slice):
+            return StreamGradientBatches(self.arrivals, self.shares[index])
+        return next(iter(StreamGradientBatches(self.arrivals, [self.shares[index]])))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = _rows_at(self.arrivals, [position for share in self.shares for position in share])
+        for share in self.shares:
+            decoded = [
+                arrival.decode([row]) for _, (arrival, row) in zip(share, rows, strict=False)
+            ]
+            pixels, labels = zip(*decoded, strict=True)
+            yield {"pixel_values": torch.cat(pixels), "labels": torch.cat(labels)}
+
+
+def share_minibatches(bounds: Sequence[int], num_processes: int, process_index: int) -> list[range]:
+    """Return one process's equal share of the minibatches between ``bounds``.
+
+    A remainder is dropped from a minibatch's old end, a minibatch with too few examples altogether.
+    """
+    shares = []
+    for begin, end in pairwise(bounds):
+        oldest = begin + (end - begin) % num_processes
+        shares.append(range(oldest + process_index, end, num_processes))
+    return [share for share in shares if len(share)]

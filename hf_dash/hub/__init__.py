@@ -1,0 +1,5 @@
+"""Rounds on the Hub: pushed, found as parents, promoted."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,11 @@
+from .client import HubError as HubError
+from .lineage import Parent as Parent
+from .lineage import find_parent as find_parent
+from .lineage import rebuild_chain as rebuild_chain
+from .publish import HubRound as HubRound
+from .publish import promote_on_hub as promote_on_hub
+from .publish import push_round as push_round
+from .sharing import HubArguments as HubArguments
+from .sharing import push_folder as push_folder
+from .sharing import push_promotion as push_promotion
+from .sharing import push_rounds as push_rounds

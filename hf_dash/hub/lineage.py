@@ -1,0 +1,195 @@
+"""Where a model comes from: its parent, on disk or on the Hub, and the rounds behind it.
+
+Flow: a name and a revision → the exact commit → the ledger beside the model; a model on the Hub →
+its parent → its parent's parent, each checked against what the next one says of it.
+Every round names its parent as ``user/name@commit`` where it began on the Hub; a parent in a local
+folder is the round before in the same repository, found by its tag.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from hf_dash.history import RoundRecord, read_history
+from hf_dash.hub.client import MAIN, check_repo_id, client, files_at, reach
+from hf_dash.hub.publish import HubRound, oid_of, read_pushed_history, round_tag
+from hf_dash.models import require_safetensors
+from hf_dash.runs.store import HISTORY, WEIGHTS
+
+ON_THE_HUB = re.compile(r"(?P<repo_id>[^@]+)@(?P<commit>[0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model a round starts from.
+
+    Args:
+        name: for the record: ``user/name@commit``, or the folder as it was given.
+        records: of the rounds behind it, oldest first; none where it has no ledger.
+        repo_id: on the Hub; None for a local folder.
+        commit: the exact one on the Hub; None for a local folder.
+    """
+
+    name: str
+    records: list[RoundRecord]
+    repo_id: str | None = None
+    commit: str | None = None
+
+
+def find_parent(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Parent:
+    """Find the model to start from, and the ledger beside it.
+
+    Args:
+        name_or_path: a folder, or the id of a repository.
+        revision: branch, tag or commit on the Hub; resolved to the exact commit, so that all that
+            is read later is of one state.
+        cache_dir: where files of the Hub are kept.
+        token: for private repositories.
+
+    Raises:
+        ValueError: there is no such folder and it can be no id; its weights are not safetensors;
+            or its ledger is damaged.
+        HubError: the Hub was not reached, or has no such revision.
+    """
+    commit, folder = None, Path(name_or_path)
+    if not folder.is_dir():
+        check_repo_id("model_name_or_path", name_or_path)
+        folder = Path(
+            reach(
+                lambda: snapshot_download(
+                    name_or_path,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    allow_patterns=["config.json", HISTORY],
+                ),
+                token,
+            )
+        )
+        commit = folder.name
+    require_safetensors(name_or_path, revision=commit, cache_dir=cache_dir, token=token)
+    ledger = folder / HISTORY
+    records = read_history(ledger).records if ledger.is_file() else []
+    if commit is None:
+        return Parent(name_or_path, records)
+    return Parent(f"{name_or_path}@{commit}", records, name_or_path, commit)
+
+
+def rebuild_chain(
+    hub_model_id: str, *, revision: str = MAIN, token: str | None = None
+) -> list[HubRound]:
+    """Rebuild the chain of rounds behind a model from the Hub alone.
+
+    No weights are downloaded: their checksums on the Hub are compared with the recorded ones.
+
+    Args:
+        hub_model_id: ``user/name``.
+        revision: branch, tag or commit to begin at.
+        token: for private repositories.
+
+    Returns:
+        The rounds, oldest first, each with its repository and exact commit.
+
+    Raises:
+        ValueError: an id is none; a round is missing, or two of them contradict each other.
+        HubError: the Hub was not reached, or has no such revision.
+    """
+    check_repo_id("hub_model_id", hub_model_id)
+    chain: list[HubRound] = []
+    following: list[RoundRecord] = []
+    where: tuple[str, str] | None = (hub_model_id, revision)
+    while where is not None:
+        repo_id, name = where
+        found = read_published(repo_id, name, token=token)
+        records = found.records
+        if not records:
+            if chain and not following:
+                break  # a model that was trained elsewhere
+            raise ValueError(f"{repo_id} has no {HISTORY} at {name}: no round was published there")
+        if records[-1].weights_sha256 not in (None, found.weights_sha256):
+            raise ValueError(f"{repo_id} holds other weights at {name} than its {HISTORY} tells of")
+        contradicted = following and records != following
+        if contradicted or any(one.commit == found.commit for one in chain):
+            raise ValueError(
+                f"{repo_id} tells of other rounds at {name} than {chain[-1]}, which began there"
+            )
+        chain.append(HubRound(repo_id, found.commit, name, records[-1]))
+        following, where = records[:-1], _before(chain[-1])
+    return chain[::-1]
+
+
+def _before(one: HubRound) -> tuple[str, str] | None:
+    """Return repository and revision of the round before; None for the first."""
+    match = ON_THE_HUB.fullmatch(one.record.parent or "")
+    if match is not None:
+        return match["repo_id"], match["commit"]
+    if one.record.round_index == 1:
+        return None
+    return one.repo_id, round_tag(one.record.round_index - 1)
+
+
+def full_repo_id(repo_id: str, *, token: str | None = None) -> str:
+    """Return ``user/name`` for a ``name`` below the token's user.
+
+    Raises:
+        HubError: the Hub was not reached or refused.
+    """
+    if "/" in repo_id:
+        return repo_id
+    return f"{reach(lambda: client(token).whoami()['name'], token)}/{repo_id}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the Hub holds at one revision.
+
+    Args:
+        commit: the exact one, 40 hexadecimal digits.
+        records: of the ledger there, oldest first; none where there is no ledger.
+        weights_sha256: of the weights' file; None where there is none.
+    """
+
+    commit: str
+    records: list[RoundRecord]
+    weights_sha256: str | None
+
+
+def read_published(repo_id: str, revision: str, *, token: str | None = None) -> Published:
+    """Read what the Hub holds at a revision, without its weights.
+
+    Raises:
+        HubError: the Hub was not reached, or has no such revision; or the ledger is damaged.
+    """
+
+    def read() -> Published:
+        commit, files = files_at(client(token), repo_id, revision)
+        records = read_pushed_history(repo_id, commit, token) if HISTORY in files else []
+        return Published(commit, records, oid_of(files.get(WEIGHTS)))
+
+    return reach(read, token)
+
+
+def published_tags(repo_id: str, *, token: str | None = None) -> dict[str, str]:
+    """Return the commits of a repository's tags; none where there is no such repository.
+
+    Raises:
+        HubError: the Hub was not reached or refused.
+    """
+
+    def read() -> dict[str, str]:
+        try:
+            refs = client(token).list_repo_refs(repo_id)
+        except RepositoryNotFoundError:
+            return {}
+        return {ref.name: ref.target_commit for ref in refs.tags}
+
+    return reach(read, token)

@@ -1,0 +1,243 @@
+"""What a run leaves for people: tables, figures, and a model with its card.
+
+Flow: a ledger → Markdown tables and PNG figures; a model and its own records → a folder to share.
+Everything is made from what was recorded, so it can be made again without training.
+"""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from hf_dash._version import library_versions
+from hf_dash.data.rounds import Round, joint_fingerprint
+from hf_dash.data.sources import DataConfig
+from hf_dash.history import History, RoundRecord, write_history
+from hf_dash.models import model_labels, save_model
+from hf_dash.report.card import CardInfo, write_card
+from hf_dash.report.plots import plot_factors, plot_rounds
+from hf_dash.report.tables import memorization_table, rounds_table, starts_table
+from hf_dash.runs.store import HISTORY, WEIGHTS
+from hf_dash.trainer.logging import REPORT_NAME
+from hf_dash.utils.distributed import hardware
+from hf_dash.utils.files import sha256_of, write_text
+
+FIGURE, FACTORS = "rounds.png", "factors.png"
+
+
+def write_results(history: History, folder: str | Path) -> str:
+    """Draw the figures of a run and return its tables.
+
+    Args:
+        history: with at least one record.
+        folder: for ``rounds.png`` and, where a round was shrunk, ``factors.png`` of the last one.
+
+    Returns:
+        Markdown: one row per round, one per start, and what the starts forgot and kept where that
+        was measured.
+
+    Raises:
+        ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+    """
+    records, folder = history.records, Path(folder)
+    plot_rounds(records, folder / FIGURE)
+    shrunk = [record for record in records if record.shrink is not None]
+    if shrunk:
+        plot_factors(shrunk[-1], folder / FACTORS)
+    tables = [rounds_table(records), starts_table(records)]
+    if any(record.memorization is not None for record in records):
+        tables.append(memorization_table(records))
+    return "\n\n".join(tables)
+
+
+def export_model(
+    model: PreTrainedModel,
+    folder: str | Path,
+    history: History,
+    start: str,
+    seed: int,
+    data: DataConfig,
+    num_held_out: int,
+    *,
+    hub_model_id: str | None = None,
+    base_model: str | None = None,
+    base_model_revision: str | None = None,
+) -> None:
+    """Save a model with the card and the ledger of its own rounds.
+
+    Args:
+        model: a timm wrapper, trained on the last recorded round of this start and seed.
+        folder: where everything goes; other files in it stay.
+        history: of the run.
+        start: whose model it is.
+        seed: of its run.
+        data: where the images came from.
+        num_held_out: number of held-out examples the records' accuracies are of.
+        hub_model_id: see :class:`~hf_dash.report.card.CardInfo`.
+        base_model: likewise.
+        base_model_revision: likewise.
+
+    Raises:
+        ValueError: nothing is recorded of this start and seed.
+    """
+    own = history.select(start=start, seed=seed)
+    if not own:
+        raise ValueError(f"history has no record of start {start!r} and seed {seed!r}")
+    # Somebody's own folders are nobody else's business.
+    settings = {k: v for k, v in history.settings.items() if k != "output_dir"}
+    info = CardInfo(
+        model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
+        records=own,
+        settings=settings,
+        dataset_name=data.dataset_name,
+        held_out_split=data.test_split,
+        num_held_out=num_held_out,
+        dataset_revision=data.dataset_revision,
+        parent="the model of the round before" if len(own) > 1 else None,
+        rivals=[r for r in history.select(seed=seed) if r.start != start],
+        base_model=base_model,
+        base_model_revision=base_model_revision,
+        hub_model_id=hub_model_id,
+    )
+    write_model_folder(model, folder, info)
+
+
+def write_model_folder(
+    model: PreTrainedModel,
+    folder: str | Path,
+    info: CardInfo,
+    *,
+    image_processor: Any | None = None,
+) -> None:
+    """Save a model with its card, the ledger of its rounds, the last shrink, and figures of both.
+
+    Where the last record does not know the checksum of the weights, it is put into the ledger.
+
+    Args:
+        model: an image classifier of transformers; a timm wrapper is saved in timm's layout.
+        folder: made where it does not exist; other files in it stay.
+        info: for the card; its records and settings make the ledger.
+        image_processor: saved beside a model that is no timm wrapper.
+
+    Raises:
+        ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+    """
+    folder = Path(folder)
+    save_model(model, folder, image_processor)
+    record = info.record
+    if record.weights_sha256 is None and (folder / WEIGHTS).is_file():
+        record = replace(record, weights_sha256=sha256_of(folder / WEIGHTS))
+        info = replace(info, records=[*info.records[:-1], record])
+    write_history(folder / HISTORY, info.settings, info.records)
+    if record.shrink is not None:
+        write_text(folder / REPORT_NAME, json.dumps(record.shrink, indent=1))
+    else:
+        (folder / REPORT_NAME).unlink(missing_ok=True)  # of an earlier round
+    plot_rounds(info.records, folder / FIGURE)
+    shrunk = info.record.shrink is not None
+    if shrunk:
+        plot_factors(info.record, folder / FACTORS)
+    else:  # one of an earlier model would be taken for this one's
+        (folder / FACTORS).unlink(missing_ok=True)
+    figures = replace(info, figure=FIGURE, factors_figure=FACTORS if shrunk else None)
+    write_card(folder, model, figures)
+
+
+def trainer_record(
+    trainer: Trainer,
+    round_: Round,
+    metrics: dict[str, Any],
+    *,
+    train_seconds: float,
+    parent: str,
+    held_out: Any | None = None,
+) -> RoundRecord:
+    """Return the record of a round that a ``Trainer`` has trained with ``DashCallback``.
+
+    Args:
+        trainer: when training has ended.
+        round_: what it was trained on.
+        metrics: ``accuracy`` and ``per_class_accuracy`` as
+            :func:`~hf_dash.training.evaluation.evaluate_model` returns them.
+        train_seconds: of training, the shrink included.
+        parent: the model the round started from.
+        held_out: the examples that ``metrics`` are of, as ``Schedule.held_out_examples`` returns
+            them; without them no later record can be compared with this one.
+
+    Raises:
+        FileNotFoundError: the output directory holds no ``dash_report.json``.
+    """
+    # Written at the shrink, so that it is there too where this run resumed after it.
+    report = Path(trainer.args.output_dir) / REPORT_NAME
+    shrink = json.loads(report.read_text(encoding="utf-8"))
+    names = model_labels(trainer.model)
+    per_class = metrics["per_class_accuracy"]
+    return RoundRecord(
+        start="dash",
+        seed=trainer.args.seed,
+        round_index=round_.index,
+        num_new=round_.num_new,
+        num_total=round_.num_total,
+        accuracy=metrics["accuracy"],
+        per_class_accuracy={names[index]: value for index, value in per_class.items()},
+        train_accuracy=None,
+        converged=None,
+        epochs=trainer.state.epoch,
+        steps=trainer.state.global_step,
+        start_seconds=shrink["seconds"],
+        # Training resumed after the shrink may have taken less time than the shrink did.
+        train_seconds=max(0.0, train_seconds - shrink["seconds"]),
+        shrink=shrink,
+        parent=parent,
+        data_fingerprint=round_.fingerprint,
+        images_read=_images_read(trainer, round_, shrink),
+        versions=library_versions(),
+        hardware=hardware(trainer.accelerator),
+        held_out_fingerprint=None if held_out is None else joint_fingerprint([held_out]),
+    )
+
+
+def _images_read(trainer: Trainer, round_: Round, shrink: dict[str, Any]) -> int | None:
+    """Return how many images the shrink and whole epochs read; None where it is not known."""
+    epochs = trainer.state.epoch
+    if round_.streams or epochs != int(epochs) or trainer.args.dataloader_drop_last:
+        return None
+    return int(epochs) * round_.num_total + int(shrink["num_images"])
+
+
+# Of TrainingArguments: places, names, secrets, and what says nothing about how it was trained.
+_UNTOLD = (
+    *("output_dir", "logging_", "log_", "run_name", "project", "trackio_", "report_to", "do_"),
+    *("push_to_hub", "hub_", "disable_tqdm", "resume_from_checkpoint", "local_rank", "deepspeed"),
+)
+
+_TOLD = (
+    *("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps", "optim"),
+    *("weight_decay", "lr_scheduler_type", "seed", "bf16", "fp16"),
+)
+
+
+def training_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Return the settings of a Trainer to put on record: the main ones, and all but the defaults.
+
+    Args:
+        args: of a Trainer; no token, name of a repository or place on this machine is taken.
+
+    Returns:
+        Plain JSON types by name, ``world_size`` among them.
+    """
+    names = [
+        entry.name
+        for entry in fields(args)
+        if not entry.name.startswith(_UNTOLD)
+        and (
+            entry.name in _TOLD
+            or getattr(args, entry.name) not in (entry.default, None, [], AcceleratorConfig())
+        )
+    ]
+    values = {name: getattr(args, name) for name in names}
+    told = {name: str(getattr(value, "value", value)) for name, value in values.items()}
+    return {**told, "world_size": args.world_size}

@@ -1,0 +1,219 @@
+"""Is one start better than another over seeds, and at what price?
+
+Flow: ledgers of one run's starts and seeds → one list of records → per seed, a start beside the
+baseline → mean difference with its interval → Markdown; and what each start costs until it is as
+good as the baseline in the end.
+Source: the paired t interval of Student (1908).
+Differs from comparing means ± spread: seeds share data order and first weights, so what all starts
+owe to a lucky seed cancels, and fewer seeds tell smaller differences.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history, starts_of
+from hf_dash.report.markdown import MISSING, markdown_table
+from hf_dash.report.tables import Run, mean_accuracy, mean_steps
+from hf_dash.utils.checks import check_confidence
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """One number of a start minus the baseline's, over the seeds both have.
+
+    Args:
+        num_seeds: at least 2.
+        mean: of the differences.
+        low: lower end of the confidence interval of the mean.
+        high: upper end.
+    """
+
+    num_seeds: int
+    mean: float
+    low: float
+    high: float
+
+
+def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] = ()) -> History:
+    """Return the ledgers of one protocol as one, in memory, with the settings they share.
+
+    Args:
+        paths: of the ledgers, at least one.
+        skip_seeds: seeds left out, such as one that settings were tuned on.
+
+    Raises:
+        ValueError: no path, a damaged ledger, other settings, or the same round in two of them.
+    """
+    if not paths:
+        raise ValueError("paths must name at least one ledger, got none")
+    first, *others = (read_history(path) for path in paths)
+    # What is not shared, such as somebody's own folders, says nothing about the whole.
+    shared = {name: value for name, value in first.settings.items() if name not in MAY_DIFFER}
+    joined = History(None, shared, may_differ=MAY_DIFFER)
+    for ledger in (first, *others):
+        joined.check_same_run(ledger)
+        for record in ledger.records:
+            if record.seed not in skip_seeds:
+                joined.append(record)
+    return joined
+
+
+def paired_difference(
+    records: Sequence[RoundRecord],
+    start: str,
+    baseline: str,
+    value: Callable[[Run], float],
+    *,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """Compare one start with the baseline, seed by seed.
+
+    Args:
+        records: of both, among others.
+        start: name of one.
+        baseline: name of the other.
+        value: from the records of one start and seed, in order of rounds, to the number compared.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        ValueError: fewer than two seeds have all rounds of both, or ``confidence`` is out of range.
+    """
+    from scipy.stats import t
+
+    check_confidence(confidence)
+    own, other = _finished(records, start), _finished(records, baseline)
+    seeds = sorted(own.keys() & other.keys())
+    if len(seeds) < 2:
+        raise ValueError(
+            f"start {start!r} and baseline {baseline!r} must have all rounds of at least two seeds"
+            f" in common, got seeds {seeds}"
+        )
+    differences = np.array([value(own[seed]) - value(other[seed]) for seed in seeds])
+    error = differences.std(ddof=1) / math.sqrt(len(seeds))
+    reach = float(t.ppf((1 + confidence) / 2, len(seeds) - 1)) * error
+    mean = float(differences.mean())
+    return PairedDifference(len(seeds), mean, mean - reach, mean + reach)
+
+
+def paired_table(records: Sequence[RoundRecord], baseline: str, *, confidence: float = 0.95) -> str:
+    """Return one row per other start: its difference from the baseline, with the interval.
+
+    Accuracies differ in points. Steps are compared by their ratio: the interval is that of the mean
+    logarithm. Starts with fewer than two seeds in common with the baseline are left out.
+
+    Args:
+        records: of the baseline and others.
+        baseline: name of a start.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: no start has two seeds in common with the baseline.
+    """
+    header = [
+        f"beside {baseline}",
+        "seeds",
+        "accuracy, last round",
+        "mean of rounds ≥ 2",
+        "steps, last round",
+        "mean of rounds ≥ 2",
+    ]
+    shared = _finished(records, baseline).keys()
+    rows = []
+    for start in starts_of(records):
+        seeds = _finished(records, start).keys() & shared
+        if start == baseline or len(seeds) < 2:
+            continue
+
+        def compare(value: Callable[[Run], float], start: str = start) -> PairedDifference:
+            return paired_difference(records, start, baseline, value, confidence=confidence)
+
+        points = [compare(lambda run: 100 * run[-1].accuracy), compare(mean_accuracy)]
+        ratios = [
+            compare(lambda run: math.log(run[-1].steps)),
+            compare(lambda run: math.log(mean_steps(run))),
+        ]
+        cells = [f"{p.mean:+.2f} ({p.low:+.2f} … {p.high:+.2f})" for p in points]
+        cells += [
+            "× {:.2f} ({:.2f} … {:.2f})".format(*map(math.exp, (r.mean, r.low, r.high)))
+            for r in ratios
+        ]
+        rows.append([start, str(len(seeds)), *cells])
+    if not rows:
+        raise ValueError(
+            f"records must hold baseline {baseline!r} and another start with all rounds of at least"
+            f" two seeds in common, got {starts_of(records)}"
+        )
+    return markdown_table(header, rows)
+
+
+def price_table(records: Sequence[RoundRecord], baseline: str) -> str:
+    """Return one row per start: its whole price until it is as good as the baseline in the end.
+
+    The goal is the baseline's accuracy in its last round, mean over seeds. A start reaches it in
+    the first round whose accuracy, mean over seeds, is no lower. The price is all it took until
+    then, starts and gradient passes included, mean over seeds, and as a share of the baseline's.
+
+    Args:
+        records: of the baseline and others; seeds without all rounds are left out.
+        baseline: name of a start.
+
+    Raises:
+        ValueError: the baseline has no seed with all rounds.
+    """
+    header = ["start", "seeds", "reached in round", "images seen", "steps", "of baseline"]
+    header += ["seconds", "of baseline", "images read", "of baseline"]
+    whole = list(_finished(records, baseline).values())
+    if not whole:
+        raise ValueError(f"baseline must be a start with all rounds of a seed, got {baseline!r}")
+    goal = _mean([run[-1].accuracy for run in whole])
+    full = _price(whole, len(whole[0]))
+    rows = []
+    for start in starts_of(records):
+        runs = list(_finished(records, start).values())
+        if not runs:
+            continue
+        reached = [
+            number
+            for number in range(1, len(runs[0]) + 1)
+            if _mean([run[number - 1].accuracy for run in runs]) >= goal
+        ]
+        if not reached:
+            rows.append([start, str(len(runs)), "never", *[MISSING] * 7])
+            continue
+        last = runs[0][reached[0] - 1]
+        price = _price(runs, reached[0])
+        cells = [
+            cell
+            for cost, whole_cost in zip(price, full, strict=True)
+            for cell in (f"{cost:,.0f}", f"{cost / whole_cost:.0%}" if whole_cost else MISSING)
+        ]
+        rows.append([start, str(len(runs)), str(last.round_index), f"{last.num_total:,}", *cells])
+    return markdown_table(header, rows)
+
+
+def _finished(records: Sequence[RoundRecord], start: str) -> dict[int, Run]:
+    """Return the runs of a start by seed, in order of rounds; those with all rounds alone."""
+    last = max((record.round_index for record in records), default=0)
+    runs: dict[int, Run] = {}
+    for record in sorted(records, key=lambda r: r.round_index):
+        if record.start == start:
+            runs.setdefault(record.seed, []).append(record)
+    return {seed: run for seed, run in runs.items() if len(run) == last}
+
+
+def _price(runs: Sequence[Run], num_rounds: int) -> tuple[float, float, float]:
+    """Return steps, seconds and images read in the first rounds, mean over runs."""
+    spent = [run[:num_rounds] for run in runs]
+    return (
+        _mean([sum(r.steps for r in run) for run in spent]),
+        _mean([sum(r.seconds for r in run) for run in spent]),
+        _mean([sum(r.images_read or 0 for r in run) for run in spent]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

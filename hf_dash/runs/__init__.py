@@ -1,0 +1,5 @@
+"""Runs over many rounds: stored, each round once; models compared and promoted."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

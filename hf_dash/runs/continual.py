@@ -1,0 +1,298 @@
+"""One strategy through all rounds: start, train, evaluate, save, record; each round exactly once.
+
+Flow: a fresh model → for every round: the parent round's saved final weights → start (from the
+second round on) → training to convergence → held-out accuracy → the round's folder → the ledger.
+Source: the protocol of Shin et al. (arXiv:2410.23495, section 2) and Ash & Adams (2020).
+Exactly once: a start works on weights read from the parent's folder, which are final by then, and
+a round ends when its own folder is renamed into place. A run that was killed anywhere goes on with
+the first round that has no folder, and everything random in a round derives from its seed.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dash._version import library_versions
+from hf_dash.data.examples import ImageExamples, RandomCropFlip
+from hf_dash.data.rounds import Round, joint_fingerprint, train_batches
+from hf_dash.history import History, RoundRecord
+from hf_dash.method.config import DashConfig
+from hf_dash.models import black_pixel, grow_head
+from hf_dash.runs.store import (
+    finished_round,
+    load_optimizer_state,
+    load_weights_,
+    prune_rounds,
+    save_round,
+)
+from hf_dash.starts import Start, StartContext, Started, StartsConfig
+from hf_dash.training.config import TrainingConfig
+from hf_dash.training.evaluation import evaluate_model
+from hf_dash.training.loop import TrainingResult, train_round
+from hf_dash.training.memorization import measure_round
+from hf_dash.utils.distributed import gather, hardware, synchronize
+
+
+@dataclass
+class _Run:
+    """What stays the same through all rounds of one run."""
+
+    held_out: ImageExamples
+    start: Start
+    name: str
+    seed: int
+    history: History
+    accelerator: Accelerator
+    dash: DashConfig
+    starts: StartsConfig
+    training: TrainingConfig
+    output_dir: Path | None
+    save_total_limit: int | None
+    memorization: bool
+
+    def finished(self, round_: Round, parent: RoundRecord | None) -> RoundRecord | None:
+        """Return the record of a round that an earlier call has finished, or None."""
+        if self.output_dir is None:
+            return None
+        key = (self.name, self.seed, round_.index)
+        return finished_round(self.output_dir, self.history, key, round_.fingerprint, parent)
+
+    def measure(self, model: PreTrainedModel, round_: Round) -> dict[str, float]:
+        """Measure what the model remembers, where that was asked for."""
+        if not self.memorization:
+            return {}
+        return measure_round(model, round_, self.held_out, self.accelerator)
+
+
+def run_rounds(
+    model: PreTrainedModel,
+    rounds: Iterable[Round],
+    held_out: ImageExamples,
+    start: Start,
+    *,
+    name: str,
+    seed: int,
+    history: History,
+    accelerator: Accelerator,
+    dash: DashConfig | None = None,
+    starts: StartsConfig | None = None,
+    training: TrainingConfig | None = None,
+    output_dir: str | Path | None = None,
+    save_total_limit: int | None = None,
+    measure_memorization: bool = False,
+    parent: RoundRecord | None = None,
+) -> PreTrainedModel:
+    """Take a model through all rounds; go on where an earlier call on the same folder ended.
+
+    Args:
+        model: freshly initialized with ``seed``; the first round trains it as it is.
+        rounds: in order, from the first, or from the one after ``parent``.
+        held_out: examples never trained on; a label the model does not know yet counts as wrong.
+        start: called before every round but the first; before the first too if its attribute
+            ``every_round`` is true.
+        name: of the start, for the history.
+        seed: of the run; the data order and the start of every round derive from it.
+        history: gets one record per round; written by the main process only.
+        accelerator: gives devices, processes and precision.
+        dash: settings of the gradient pass.
+        starts: settings of the other starts.
+        training: settings of the training.
+        output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
+        save_total_limit: keep the folders of so many newest rounds, at least 1, and the champion's;
+            None keeps all.
+        measure_memorization: measure right before and after every start what the model remembers
+            (:func:`~hf_dash.training.memorization.measure_round`); not counted in the seconds.
+        parent: a round of any start, saved below ``output_dir``, whose weights the first of
+            ``rounds`` starts from; None begins with the model as it is.
+
+    Returns:
+        The model, trained on the last round: the given one, unless new labels made it grow.
+
+    Raises:
+        ValueError: what is recorded was made with other data or settings, or its weights are gone.
+        OSError: a round could not be saved; the rounds before it are whole.
+    """
+    if save_total_limit is not None and save_total_limit < 1:
+        raise ValueError(f"save_total_limit must be at least 1, got {save_total_limit!r}")
+    if parent is not None and output_dir is None:
+        raise ValueError("output_dir must be given with parent, whose weights lie below it")
+    run = _Run(
+        held_out,
+        start,
+        name,
+        seed,
+        history,
+        accelerator,
+        dash or DashConfig(),
+        starts or StartsConfig(),
+        training or TrainingConfig(),
+        None if output_dir is None else Path(output_dir),
+        save_total_limit,
+        measure_memorization,
+    )
+    model.to(accelerator.device)
+    kept: dict[str, Tensor] = {}
+    trained = False
+    for round_ in rounds:
+        done = run.finished(round_, parent)
+        if done is not None:
+            model, _ = _with_classes_of(round_, model, seed)
+            parent, trained = done, False
+            continue
+        if run.output_dir is not None and parent is not None:
+            load_weights_(model, run.output_dir, parent)
+            kept = load_optimizer_state(run.output_dir, parent)
+        model, parent, kept = _train_one(run, model, round_, parent, kept)
+        trained = True
+    if parent is not None and not trained and run.output_dir is not None:
+        load_weights_(model, run.output_dir, parent)
+    return model
+
+
+def _with_classes_of(
+    round_: Round, model: PreTrainedModel, seed: int
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Grow the head by the labels that are new in a round; return the new rows too."""
+    new = round_.label_names[model.config.num_labels :]
+    return grow_head(model, new, seed=seed) if new else (model, {})
+
+
+def _train_one(
+    run: _Run,
+    model: PreTrainedModel,
+    round_: Round,
+    parent: RoundRecord | None,
+    kept: dict[str, Tensor],
+) -> tuple[PreTrainedModel, RoundRecord, dict[str, Tensor]]:
+    """Start, train, evaluate, save and record one round."""
+    round_seed = seed_of_round(run.seed, round_.index)
+    set_seed(round_seed)
+    model, rows = _with_classes_of(round_, model, round_seed)
+    measured = {} if parent is None else {"before": run.measure(model, round_)}
+    begun, start_seconds = _start(run, model, round_, round_seed, rows)
+    if parent is not None:
+        measured["after"] = run.measure(model, round_)
+    result = train_round(
+        model,
+        train_batches(
+            round_,
+            run.training.train_batch_size,
+            seed=round_seed,
+            num_workers=run.training.num_workers,
+            augment=RandomCropFlip(black_pixel(model)) if run.training.augment else None,
+            num_processes=run.accelerator.num_processes,
+            process_index=run.accelerator.process_index,
+        ),
+        run.training,
+        run.accelerator,
+        penalty=begun.penalty,
+        optimizer_state=kept if begun.keep_optimizer else None,
+        description=f"{run.name} round {round_.index}",
+    )
+    metrics = evaluate_model(model, run.held_out, run.accelerator)
+    record = _record(run, round_, model, metrics, result, begun, start_seconds)
+    record = replace(
+        record,
+        parent=None if parent is None else parent.folder,
+        memorization=measured if run.memorization and measured else None,
+    )
+    return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
+
+
+def _record(
+    run: _Run,
+    round_: Round,
+    model: PreTrainedModel,
+    metrics: dict[str, Any],
+    result: TrainingResult,
+    begun: Started,
+    start_seconds: float,
+) -> RoundRecord:
+    names, report = model.config.id2label, begun.report
+    return RoundRecord(
+        start=run.name,
+        seed=run.seed,
+        round_index=round_.index,
+        num_new=round_.num_new,
+        num_total=round_.num_total,
+        accuracy=metrics["accuracy"],
+        per_class_accuracy={
+            str(names[label]): accuracy
+            for label, accuracy in metrics["per_class_accuracy"].items()
+            if label in names
+        },
+        train_accuracy=result.train_accuracy,
+        converged=result.converged,
+        epochs=result.epochs,
+        steps=result.steps,
+        start_seconds=start_seconds,
+        train_seconds=result.seconds,
+        shrink=None if report is None else report.to_dict(),
+        data_fingerprint=round_.fingerprint,
+        files=list(round_.files) or None,
+        skipped=list(round_.skipped) or None,
+        images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
+        versions=library_versions(),
+        hardware=hardware(run.accelerator),
+        held_out_fingerprint=joint_fingerprint([run.held_out]),
+    )
+
+
+def _start(
+    run: _Run, model: PreTrainedModel, round_: Round, seed: int, rows: dict[str, Tensor]
+) -> tuple[Started, float]:
+    """Call the start where the round has one, and time it; rows of new classes stay fresh."""
+    if round_.index == 1 and not getattr(run.start, "every_round", False):
+        return Started(), 0.0
+    synchronize(run.accelerator.device)
+    started = time.perf_counter()
+    context = StartContext(
+        round_,
+        seed,
+        init_seed=run.seed,
+        dash=run.dash,
+        starts=run.starts,
+        accelerator=run.accelerator,
+    )
+    begun = run.start(model, context) or Started()
+    state = model.timm_model.state_dict()
+    with torch.no_grad():
+        for name, fresh in rows.items():
+            state[name][-len(fresh) :] = fresh
+    synchronize(run.accelerator.device)
+    return begun, time.perf_counter() - started
+
+
+def _save(
+    run: _Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
+) -> RoundRecord:
+    error: OSError | None = None
+    if run.output_dir is not None and run.accelerator.is_main_process:
+        try:
+            settings = run.history.settings
+            record = save_round(run.output_dir, model, optimizer_state, record, settings)
+        except OSError as failure:
+            error = failure
+    # All processes keep the main one's record, or stop with it.
+    record, message = gather((record, None if error is None else str(error)))[0]
+    if message is not None:
+        raise error or OSError(message)
+    run.history.append(record)
+    if run.save_total_limit is not None and run.output_dir is not None:
+        own = run.history.select(run.name, run.seed)
+        prune_rounds(run.output_dir, own, run.save_total_limit, run.history.champion)
+    return record
+
+
+def seed_of_round(seed: int, round_index: int) -> int:
+    """Return a seed of its own for every run and round, the same on every process."""
+    return int(np.random.SeedSequence([seed, round_index]).generate_state(1)[0])

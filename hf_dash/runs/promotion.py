@@ -1,0 +1,260 @@
+"""Which model of a run is in use: the champion, and how it came to be.
+
+Flow: two recorded models of one run → predictions on the same held-out examples, by label name →
+``compare_models`` → ``decide`` → an entry in ``history.json``, which names the champion.
+Differs from a registry's stages: nothing is copied or moved; the ledger alone says which folder is
+in use, with the evidence for it, so that going back is one more entry.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path, PurePath
+from typing import Any, TypeAlias
+
+import numpy as np
+import timm
+from accelerate import Accelerator
+from torch.utils.data import Dataset as TorchDataset
+
+from hf_dash.data.examples import ImageExamples, Transform
+from hf_dash.history import History, Promotion, PromotionKind, RoundRecord, read_history
+from hf_dash.models import image_transform, load_model, model_labels
+from hf_dash.runs.comparison import Comparison, Labels, Verdict, check_rules, compare_models, decide
+from hf_dash.training.evaluation import predict
+from hf_dash.utils.checks import check_confidence
+from hf_dash.utils.files import one_writer
+
+Examples: TypeAlias = TorchDataset[dict[str, Any]]
+
+HeldOut: TypeAlias = Examples | Callable[[Transform], Examples]
+
+
+def promote(
+    output_dir: str | Path,
+    challenger: str,
+    held_out: HeldOut,
+    *,
+    champion: str | None = None,
+    force: bool = False,
+    label_names: Sequence[str] | None = None,
+    held_out_fingerprint: str | None = None,
+    confidence: float = 0.95,
+    min_gain: float = 0.0,
+    max_loss: float = 0.02,
+    max_class_drop: float = 0.05,
+    batch_size: int = 256,
+    accelerator: Accelerator | None = None,
+) -> Verdict:
+    """Hold a challenger against the champion and record what came of it.
+
+    Both predict the same held-out examples; labels are compared by name, so that a model may know
+    classes that the other does not. Without a champion the challenger becomes the first. The entry
+    goes into ``history.json`` of the output directory; while a run is at work there it is refused.
+
+    Args:
+        output_dir: of a run, with its ``history.json`` and the models of its rounds.
+        challenger: folder of a recorded round below it, such as ``"rounds/003/dash_seed0"``.
+        held_out: the examples, or a callable from a model's transform to them, so that each model
+            reads the images its own way; the same examples in the same order every time.
+        champion: folder of the recorded round to compare with; by default the champion in use.
+        force: promote in spite of a verdict against it; recorded as forced, with the verdict.
+        label_names: of the examples' labels 0, 1, …; by default those of the dataset of
+            :class:`ImageExamples`, and of other examples the challenger's.
+        held_out_fingerprint: goes into the entry; by default a digest of label names, labels and
+            pixels as the challenger reads them, which takes one more pass over the examples.
+        confidence: see :func:`compare_models`.
+        min_gain: see :func:`decide`.
+        max_loss: see :func:`decide`.
+        max_class_drop: see :func:`decide`.
+        batch_size: images per batch and process.
+        accelerator: gives devices and processes, all of which must call; by default a new one.
+
+    Raises:
+        TypeError: a folder is not given as text.
+        ValueError: an argument is out of range; a folder is not that of a recorded round below the
+            output directory, or has no model any more; challenger and champion are the same; or
+            the two models do not read the same examples; or a run is at work there.
+    """
+    check_confidence(confidence)
+    check_rules(min_gain, max_loss, max_class_drop)
+    accelerator = accelerator or Accelerator()
+    history = _read_ledger(output_dir)
+    record, folder = _find_round(history, output_dir, "challenger", challenger)
+    champion = history.champion if champion is None else champion
+    rival = None
+    if champion is not None:
+        rival, rival_folder = _find_round(history, output_dir, "champion", champion)
+        if rival == record:
+            raise ValueError(f"challenger must not be the champion itself, got {challenger!r}")
+
+    own = _predict(folder, held_out, label_names, batch_size, accelerator)
+    verdict = Verdict(True, "first champion")
+    if rival is not None:
+        other = _predict(rival_folder, held_out, own.label_names, batch_size, accelerator)
+        comparison = _compare(own, other, shared=not callable(held_out), confidence=confidence)
+        verdict = decide(
+            comparison, min_gain=min_gain, max_loss=max_loss, max_class_drop=max_class_drop
+        )
+    kind: PromotionKind = "promote" if verdict.promote else "reject"
+    if force and not verdict.promote:
+        kind = "force"
+        verdict = replace(verdict, promote=True, reason=f"forced, in spite of: {verdict.reason}")
+    if accelerator.is_main_process:
+        entry = Promotion(
+            kind=kind,
+            challenger=record.folder,
+            champion=None if rival is None else rival.folder,
+            reason=verdict.reason,
+            time=_now(),
+            accuracy=own.accuracy,
+            comparison=None if verdict.comparison is None else verdict.comparison.to_dict(),
+            num_held_out=len(own.references),
+            held_out_fingerprint=held_out_fingerprint or _fingerprint(own),
+        )
+        with one_writer(output_dir):
+            # Read again: the comparison took its time.
+            _read_ledger(output_dir).append_promotion(entry)
+    accelerator.wait_for_everyone()
+    return verdict
+
+
+def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") -> Promotion:
+    """Make an earlier model the champion again; nothing is compared.
+
+    Where several processes run, one of them must call this.
+
+    Args:
+        output_dir: of a run, with its ``history.json`` and the models of its rounds.
+        to: folder of a recorded round below it: of an earlier round than the champion's, or of a
+            model that was champion before. Others are for :func:`promote`.
+        reason: goes into the entry.
+
+    Returns:
+        The entry added to the ledger.
+
+    Raises:
+        TypeError: the folder is not given as text.
+        ValueError: there is no champion to go back from; the folder is not that of such a round,
+            or has no model any more; or a run is at work there.
+    """
+    with one_writer(output_dir):
+        return _rollback(_read_ledger(output_dir), output_dir, to, reason)
+
+
+def _rollback(history: History, output_dir: str | Path, to: str, reason: str) -> Promotion:
+    record, _ = _find_round(history, output_dir, "to", to)
+    if history.champion is None:
+        raise ValueError(f"to is {to!r}, but {output_dir} has no champion to go back from")
+    if record.folder == history.champion:
+        raise ValueError(f"to must not be the champion itself, got {to!r}")
+    rounds = {r.folder: r.round_index for r in history.records}
+    taken = {entry.challenger for entry in history.promotions if entry.kind != "reject"}
+    if record.folder not in taken and record.round_index >= rounds[history.champion]:
+        raise ValueError(
+            f"to must be of an earlier round than the champion, {history.champion!r}, or have been"
+            f" champion before, got {to!r}; promote it instead"
+        )
+    entry = Promotion("rollback", record.folder, history.champion, reason, _now())
+    history.append_promotion(entry)
+    return entry
+
+
+def _read_ledger(output_dir: str | Path) -> History:
+    path = Path(output_dir) / "history.json"
+    if not path.is_file():
+        raise ValueError(f"output_dir must hold the history.json of a run, got {str(output_dir)!r}")
+    return read_history(path)
+
+
+def _find_round(
+    history: History, output_dir: str | Path, argument: str, name: str
+) -> tuple[RoundRecord, Path]:
+    """Return the record and the folder of a round; refuse all else."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a folder's name, got {name!r}")
+    # A trailing slash is the shell's.
+    wanted = PurePath(name).as_posix()
+    record = next((r for r in history.records if r.folder == wanted), None)
+    if record is None:
+        known = ", ".join([r.folder for r in history.records][-5:])
+        raise ValueError(
+            f"{argument} must be the folder of a round recorded in {history.path} (the last are"
+            f" {known}), got {name!r}"
+        )
+    folder = Path(output_dir) / record.folder
+    if not folder.resolve().is_relative_to(Path(output_dir).resolve()):
+        raise ValueError(f"{argument} must lie below {output_dir}, but {name!r} leads out of it")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{argument} is {name!r}, but there is no model in it any more")
+    return record, folder
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What one model makes of the held-out examples, in labels that both models share."""
+
+    examples: Any
+    label_names: list[str]
+    predictions: Labels
+    references: Labels
+    reads: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        return float(((self.predictions == self.references) & (self.references >= 0)).mean())
+
+
+def _predict(
+    folder: Path,
+    held_out: HeldOut,
+    label_names: Sequence[str] | None,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> _Predictions:
+    model = load_model(str(folder))
+    examples: Any = held_out(image_transform(model)) if callable(held_out) else held_out
+    own_names = model_labels(model)
+    if label_names is None and isinstance(examples, ImageExamples):
+        label_names = examples.dataset.features["label"].names
+    names = list(own_names if label_names is None else label_names)
+    predictions, references = predict(model, examples, accelerator, batch_size=batch_size)
+    # A class of the model that the held-out examples do not have is never right.
+    labels = {name: label for label, name in enumerate(names)}
+    shared = np.array([labels.get(name, -1) for name in own_names], dtype=np.int64)
+    reads = timm.data.resolve_data_config(getattr(model.config, "pretrained_cfg", None) or {})
+    return _Predictions(examples, names, shared[predictions], references, reads)
+
+
+def _compare(
+    own: _Predictions, other: _Predictions, *, shared: bool, confidence: float
+) -> Comparison:
+    if shared and own.reads != other.reads:
+        raise ValueError(
+            "held_out must be a callable from a transform to the examples, because the models read"
+            f" images differently: challenger {own.reads}, champion {other.reads}"
+        )
+    if not np.array_equal(own.references, other.references):
+        raise ValueError("held_out must give both models the same examples in the same order")
+    return compare_models(
+        own.predictions,
+        other.predictions,
+        own.references,
+        label_names=own.label_names,
+        confidence=confidence,
+    )
+
+
+def _fingerprint(read: _Predictions) -> str:
+    """Return a digest of the label names, and of label and pixels of every example, in order."""
+    digest = hashlib.sha256(repr(read.label_names).encode())
+    for index, label in enumerate(read.references.tolist()):
+        pixels = read.examples[index]["pixel_values"]
+        digest.update(f"{label} {tuple(pixels.shape)}".encode())
+        digest.update(pixels.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

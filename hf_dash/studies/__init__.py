@@ -1,0 +1,5 @@
+"""Two studies that explain why a warm start harms, each with its table and figure."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

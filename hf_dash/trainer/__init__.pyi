@@ -1,0 +1,4 @@
+from .accuracy_stop import TrainAccuracyStop as TrainAccuracyStop
+from .arguments import DataTrainingArguments as DataTrainingArguments
+from .arguments import ModelArguments as ModelArguments
+from .callback import DashCallback as DashCallback

@@ -1,0 +1,337 @@
+"""DASH in a ``Trainer``, by one line: ``Trainer(..., callbacks=[DashCallback()])``.
+
+Flow: ``train()`` begins → a few batches of the training data → ``dash_shrink_`` → fresh optimizer
+state → the report is logged → training continues as if nothing had been read.
+Differs from ``dash_shrink_``: training data of a Trainer are shuffled and carry no age: any K
+batches do, unless ``batches`` or ``gradient_dataset`` is given.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from hf_dash.method.batches import Batch
+from hf_dash.method.config import DashConfig, Grouping, Variant
+from hf_dash.method.dash import dash_shrink_
+from hf_dash.method.gradients import LossFn
+from hf_dash.method.preserve import rng_preserved
+from hf_dash.method.shrink import ShrinkReport
+from hf_dash.trainer.batches import Training, trainer_loss
+from hf_dash.trainer.logging import DeferredLog, log_through, tag_model, write_report
+from hf_dash.utils.checks import check_count
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+When = Literal["train_begin", "epoch", "manual"]
+
+
+def check_schedule(when: str, every_n_epochs: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where these do not say when to shrink."""
+    if when not in get_args(When):
+        raise ValueError(f"when must be one of {get_args(When)}, got {when!r}")
+    check_count("every_n_epochs", every_n_epochs)
+
+
+def check_epochs(when: str, loader: "DataLoader[Any]") -> None:
+    """Raise ``ValueError`` where epochs are to be counted that have no end to be known."""
+    if when == "epoch" and not has_length(loader):
+        raise ValueError(
+            "when='epoch' needs training data with a length, which a stream has not: use"
+            " when='train_begin', or when='manual' and shrink_()"
+        )
+
+
+def check_trainer(trainer: Trainer | None, state: TrainerState) -> None:
+    """Raise ``ValueError`` where the Trainer that trains is not the one bound."""
+    if trainer is not None and trainer.state is not state:
+        raise ValueError(
+            "this DashCallback is bound to another Trainer than the one that trains: bind it to"
+            " this one, or give each Trainer a callback of its own"
+        )
+
+
+def refuse_duplicates(state: TrainerState) -> None:
+    """Raise ``ValueError`` where a Trainer has more than one DashCallback."""
+    entries = [e if isinstance(e, list) else [e] for e in state.stateful_callbacks.values()]
+    found = sum("shrunk_at" in one.get("attributes", {}) for entry in entries for one in entry)
+    if found > 1:
+        raise ValueError(
+            f"a Trainer can have one DashCallback, got {found}, each of which would shrink: remove"
+            " the others, e.g. by trainer.remove_callback(DashCallback)"
+        )
+
+
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raise ``NotImplementedError`` where the weights are DeepSpeed's."""
+    if getattr(args, "deepspeed", None):
+        raise NotImplementedError(
+            "DashCallback cannot shrink under DeepSpeed: the Trainer hands it the model without"
+            " the engine, which would undo the shrink; call dash_shrink_ before trainer.train()"
+        )
+
+
+def refuse_incomplete(lost: list[str]) -> None:
+    """Raise ``ValueError`` where arguments were lost that the shrink depends on."""
+    if lost:
+        raise ValueError(
+            f"this DashCallback was made anew from a checkpoint, which cannot hold {lost}: set"
+            " restore_callback_states_from_checkpoint=False, it finds its steps without"
+        )
+
+
+logger = logging.get_logger(__name__)
+
+# Arguments that no checkpoint can hold.
+NOT_SAVED = ("trainer", "batches", "gradient_dataset", "loss_fn")
+
+
+class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
+    """Shrink the model's weights when training begins, and never on resume.
+
+    Every ``train()`` is a round: it shrinks once, in evaluation mode. By default the gradients come
+    from K batches of the Trainer's own training data, through its dataset and collator; whatever
+    augmentation these contain stays in, unless ``batches`` or ``gradient_dataset`` is given. A run
+    that dies before its first checkpoint starts again from the weights it was given and shrinks
+    them once; one that resumes from a checkpoint does not shrink again.
+
+    A Trainer does not show itself to its callbacks. Bound to it (``trainer=`` or :meth:`bind`) the
+    callback computes the loss exactly as training does and logs to every tracker; without, it uses
+    the model's own loss, and the summary appears in the console, in ``trainer_state.json`` and in
+    ``dash_report.json`` only.
+
+    Args:
+        alpha: as in :func:`~hf_dash.dash_shrink_`, like all that is not explained here.
+        lam: smallest factor.
+        when: ``"train_begin"``; ``"epoch"``: at the beginning of every ``every_n_epochs``-th epoch
+            after the first, for data with a length; ``"manual"``: only by :meth:`shrink_`.
+        every_n_epochs: at least 1; read where ``when`` is ``"epoch"``.
+        trainer: whose loss and trackers to use.
+        batches: minibatches from oldest to newest to use instead, with evaluation transforms;
+            on several processes each one's own share. A list or loader, where it is read again.
+        gradient_dataset: examples to use instead, without augmentation, for the Trainer's collator:
+            of a map-style dataset ordered from oldest to newest the last, of a stream the first.
+        loss_fn: called as ``loss_fn(model, batch)``; by default the bound Trainer's loss.
+        reset_optimizer: forget optimizer state that belongs to the weights before the shrink.
+
+    Attributes:
+        report: the last :class:`~hf_dash.method.shrink.ShrinkReport`, None before.
+        shrunk_at: the global step of every shrink of this training; kept in checkpoints.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        lam: float = 0.3,
+        *,
+        when: When = "train_begin",
+        every_n_epochs: int = 1,
+        trainer: Trainer | None = None,
+        batches: Iterable[Batch] | None = None,
+        gradient_dataset: Any = None,
+        loss_fn: LossFn | None = None,
+        grouping: Grouping = "kernel",
+        tolerance: float = 1e-3,
+        num_batches: int | None = None,
+        micro_batch_size: int | None = None,
+        include_frozen: bool = False,
+        variant: Variant | None = None,
+        reset_optimizer: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = DashConfig(
+            alpha=alpha,
+            lam=lam,
+            grouping=grouping,
+            tolerance=tolerance,
+            num_batches=num_batches,
+            micro_batch_size=micro_batch_size,
+            include_frozen=include_frozen,
+            variant=variant,
+        )
+        check_schedule(when, every_n_epochs)
+        if batches is not None and gradient_dataset is not None:
+            raise ValueError("give one of batches and gradient_dataset: both say what is read")
+        self.when, self.every_n_epochs = when, every_n_epochs
+        self.batches, self.gradient_dataset, self.loss_fn = batches, gradient_dataset, loss_fn
+        self.reset_optimizer = reset_optimizer
+        self.report: ShrinkReport | None = None
+        self.shrunk_at: list[int] = []
+        self.trainer: Trainer | None = None
+        self._given: list[str] = []
+        self._training: Training | None = None
+        self._unfinished = False
+        if trainer is not None:
+            self.bind(trainer)
+
+    def bind(self, trainer: Trainer) -> "DashCallback":
+        """Use this Trainer's loss and trackers; returns the callback itself.
+
+        Raises:
+            TypeError: ``trainer`` is no Trainer.
+        """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
+        self.trainer = trainer
+        return self
+
+    def shrink_(
+        self,
+        model: nn.Module | None = None,
+        batches: Iterable[Batch] | None = None,
+        *,
+        optimizer: "Optimizer | None" = None,
+    ) -> ShrinkReport:
+        """Shrink now, whatever ``when`` says.
+
+        Args:
+            model: by default the Trainer's, during training or where one is bound.
+            batches: by default those that the callback would read.
+            optimizer: whose state to forget; by default the Trainer's.
+
+        Raises:
+            ValueError: there is no Trainer to take the model or the batches from.
+        """
+        training = self._training
+        if training is None and self.trainer is not None:
+            own = self.trainer
+            with rng_preserved():
+                loader = own.get_train_dataloader()
+            training = Training(own.args, own.state, own.model, own.optimizer, loader)
+        if training is not None:
+            return self._shrink(training, model, batches, optimizer)
+        batches = self.batches if batches is None else batches
+        if model is None or batches is None:
+            raise ValueError(
+                "outside of training, and bound to no Trainer, shrink_ needs model and batches, got"
+                f" {type(model).__name__} and {type(batches).__name__}"
+            )
+        self.report = dash_shrink_(model, batches, self.loss_fn, **self.config.arguments)
+        if self.reset_optimizer and optimizer is not None:
+            reset_optimizer_(optimizer)
+        return self.report
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the settings, and at which steps weights were shrunk."""
+        settings = ("when", "every_n_epochs", "reset_optimizer")
+        given = {name for name in NOT_SAVED if getattr(self, name) is not None}
+        return {
+            "args": {**self.config.arguments, **{name: getattr(self, name) for name in settings}},
+            "attributes": {
+                "shrunk_at": list(self.shrunk_at),
+                "_given": sorted(given | set(self._given)),
+            },
+        }
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a second callback of this kind."""
+        refuse_duplicates(state)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        train_dataloader: "DataLoader[Any]",
+        optimizer: "Optimizer | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shrink, unless this training resumes one that has begun."""
+        check_trainer(self.trainer, state)
+        check_epochs(self.when, train_dataloader)
+        self._training = Training(args, state, model, optimizer, train_dataloader)
+        if state.global_step > 0:
+            self._resume(state, model)
+            return
+        refuse_duplicates(state)
+        if self._unfinished and args.auto_find_batch_size:
+            # The Trainer starts over with smaller batches, but from weights that have been shrunk.
+            logger.info("DASH: training starts over after a shrink, no second one")
+            return
+        if self.when != "manual":
+            self.shrunk_at = []
+        if self.when == "train_begin":
+            self._shrink(self._training)
+            self._unfinished = True
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Shrink, where it is the turn of this epoch."""
+        # A whole number only between epochs, not where training resumes in the midst of one.
+        epoch = state.epoch or 0
+        due = self.when == "epoch" and epoch > 0 and epoch % self.every_n_epochs == 0
+        if due and state.global_step not in self.shrunk_at and self._training is not None:
+            self._shrink(self._training)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of what belongs to this training."""
+        self._training, self._unfinished = None, False
+
+    def _resume(self, state: TrainerState, model: nn.Module) -> None:
+        # The Trainer cannot save a callback that the checkpoint it resumes from did not know.
+        held = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        held = held[0] if isinstance(held, list) else held
+        self.shrunk_at = list(held["attributes"].get("shrunk_at", []))
+        if self.shrunk_at:
+            tag_model(model)
+        logger.info("DASH: training resumes at step %d, no shrink", state.global_step)
+
+    def _shrink(
+        self,
+        training: Training,
+        model: nn.Module | None = None,
+        batches: Iterable[Batch] | None = None,
+        optimizer: "Optimizer | None" = None,
+    ) -> ShrinkReport:
+        args, state = training.args, training.state
+        model = training.model if model is None else model
+        optimizer = training.optimizer if optimizer is None else optimizer
+        refuse_deepspeed(args)
+        refuse_incomplete([name for name in self._given if getattr(self, name) is None])
+        if self.loss_fn is None and self.trainer is None and args.label_smoothing_factor > 0:
+            logger.info("DASH: the loss is the model's, not smoothed: bind(trainer) to have it so")
+        own_loss = None if self.trainer is None else trainer_loss(self.trainer)
+        batches = self.batches if batches is None else batches
+        with rng_preserved():
+            if batches is None:
+                batches = training.batches(self.gradient_dataset, self.config.newest)
+            self.report = dash_shrink_(
+                model,
+                batches,
+                self.loss_fn or own_loss,
+                disable_tqdm=args.disable_tqdm or None,
+                seed=args.seed,
+                **self.config.arguments,
+            )
+        if self.reset_optimizer and optimizer is not None:
+            reset_optimizer_(optimizer)
+        self.shrunk_at.append(state.global_step)
+        tag_model(model)
+        write_report(self.report, args, state)
+        if self.trainer is not None:
+            log_through(self.trainer, self.report, model)
+        else:
+            self.log_later(self.report.summary(), state)
+        return self.report
+
+
+def reset_optimizer_(optimizer: "Optimizer") -> None:
+    """Forget an optimizer's state, such as momentum, in place; its settings stay."""
+    optimizer.state.clear()

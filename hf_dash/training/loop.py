@@ -1,0 +1,198 @@
+"""Train one round under Accelerate, to convergence.
+
+Flow: model and shuffled batches → epochs of SGD or AdamW, by SAM where it is asked for → stop at
+the first epoch whose training accuracy reaches the threshold.
+Source: the convergence criterion of Shin et al. (arXiv:2410.23495): training accuracy over an epoch
+of at least 99.9 %, here counted while training, without a second pass over the data.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ChainedScheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_dash.method.batches import to_device
+from hf_dash.training.config import TrainingConfig
+from hf_dash.training.optimizers import (
+    kept_state,
+    make_optimizer,
+    make_schedule,
+    restore_optimizer_,
+    sharpest_point,
+)
+from hf_dash.utils.distributed import synchronize
+
+# Called with the model, wrapped as it is trained, in every step; joins the loss.
+Penalty = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training went.
+
+    Args:
+        epochs: number of epochs.
+        steps: number of optimizer steps.
+        train_accuracy: over the last epoch, in [0, 1].
+        converged: whether the threshold was reached; None where there was none.
+        seconds: duration.
+        optimizer_state: what the optimizer kept, momentum for one, as tensors on the CPU by
+            ``"<parameter name>::<entry>"``; a later ``train_round`` can go on with it.
+    """
+
+    epochs: int
+    steps: int
+    train_accuracy: float
+    converged: bool | None
+    seconds: float
+    optimizer_state: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass
+class _Training:
+    """What every step of one training needs; the model is prepared."""
+
+    model: nn.Module
+    optimizer: Any
+    schedule: ChainedScheduler | None
+    accelerator: Accelerator
+    penalty: Penalty | None
+    sam_rho: float
+
+    def step(self, batch: Any) -> Any:
+        """Train on one batch; return the model's outputs at the weights before the step."""
+        outputs = self._backward(batch)
+        if self.sam_rho > 0:
+            with sharpest_point(self.model, self.sam_rho):
+                self.optimizer.zero_grad()
+                self._backward(batch)
+        self.optimizer.step()
+        # Where scaled gradients overflow, float16 training skips a step and tries a smaller scale.
+        if self.schedule is not None and not self.optimizer.step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return outputs
+
+    def _backward(self, batch: Any) -> Any:
+        outputs = self.model(**batch)
+        loss = outputs.loss if self.penalty is None else outputs.loss + self.penalty(self.model)
+        self.accelerator.backward(loss)
+        return outputs
+
+    def epoch(self, batches: Iterable[Any], progress: "tqdm[Any]") -> tuple[float, int]:
+        """Train one epoch; return its running accuracy over all processes and the steps."""
+        self.model.train()
+        device = self.accelerator.device
+        # Right answers, images, loss summed over images: read once an epoch, so no step waits.
+        totals = torch.zeros(3, device=device)
+        steps = 0
+        for item in batches:
+            # Prepared loaders have moved their batches already; then this does nothing.
+            batch: Any = to_device(item, device)
+            outputs = self.step(batch)
+            totals += _totals(outputs, batch["labels"])
+            steps += 1
+            progress.update()
+        right, images, loss = self.accelerator.reduce(totals, reduction="sum").tolist()
+        if images == 0:
+            raise ValueError(
+                "batches gave no image in an epoch: they must hold one, and be iterable anew for"
+                " every epoch"
+            )
+        if not loss - loss == 0:
+            raise FloatingPointError(f"the training loss is not finite: {loss / images}")
+        return right / images, steps
+
+
+def train_round(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    *,
+    penalty: Penalty | None = None,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    description: str = "training",
+) -> TrainingResult:
+    """Train a model in place until its training accuracy reaches the threshold.
+
+    Args:
+        model: a transformers image classifier; not prepared.
+        batches: a shuffled ``DataLoader`` of mappings with ``labels``, not prepared; or anything
+            else that gives such mappings anew for every epoch, each process its own equal share.
+            Where it has ``set_epoch``, that is called with 0, 1, … before the epochs.
+        config: optimizer, schedule and stopping.
+        accelerator: gives devices, processes and precision.
+        penalty: called as ``penalty(model)`` in every step with the prepared model; its scalar is
+            added to the loss. Reported losses and accuracies are without it.
+        optimizer_state: of an earlier ``TrainingResult``, to go on with, under one process or DDP.
+            What no longer fits in shape, name or kind of optimizer is dropped.
+        description: shown beside the progress bar.
+
+    Raises:
+        FloatingPointError: the loss of an epoch is not finite.
+        ValueError: an epoch had no image; ``config`` has a learning-rate schedule and ``batches``
+            no length; a key of ``optimizer_state`` is malformed.
+    """
+    inner = model
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer: Any = make_optimizer(model, config)
+    if optimizer_state:
+        restore_optimizer_(model, optimizer, optimizer_state)
+    plain_optimizer = optimizer
+    if _length(batches) is None:
+        # A schedule that cannot be made is refused before anything is prepared.
+        make_schedule(optimizer, config, None)
+    # A prepared DataLoader sets the epoch itself.
+    set_epoch = None if isinstance(batches, DataLoader) else getattr(batches, "set_epoch", None)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    # Not prepared by Accelerate, which would step it once per process.
+    schedule = make_schedule(plain_optimizer, config, _length(batches))
+    training = _Training(model, optimizer, schedule, accelerator, penalty, config.sam_rho)
+    goal = config.accuracy_threshold
+    synchronize(accelerator.device)
+    started = time.perf_counter()
+    epochs = steps = 0
+    accuracy = 0.0
+    hidden = config.disable_tqdm or not accelerator.is_main_process
+    with tqdm(desc=description, unit=" steps", disable=hidden) as progress:
+        while epochs < config.max_epochs and (goal is None or accuracy < goal):
+            if set_epoch is not None:
+                set_epoch(epochs)
+            accuracy, epoch_steps = training.epoch(batches, progress)
+            epochs, steps = epochs + 1, steps + epoch_steps
+            progress.set_postfix(epoch=epochs, train_accuracy=f"{accuracy:.4f}")
+    synchronize(accelerator.device)
+    seconds = time.perf_counter() - started
+    # Takes the precision wrapper off the model's forward, or the next round would wrap it again.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if config.channels_last:
+        # So that the next start computes the same on this model as on its saved weights.
+        inner.to(memory_format=torch.contiguous_format)
+    accelerator.free_memory()
+    converged = None if goal is None else accuracy >= goal
+    kept = kept_state(inner, plain_optimizer)
+    return TrainingResult(epochs, steps, accuracy, converged, seconds, kept)
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches in an epoch where it is known; a stream's loader has none."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+@torch.no_grad()
+def _totals(outputs: Any, labels: Tensor) -> Tensor:
+    right = (outputs.logits.argmax(dim=-1) == labels).sum()
+    images = torch.full_like(right, labels.shape[0])
+    return torch.stack([right.float(), images.float(), outputs.loss.float() * labels.shape[0]])

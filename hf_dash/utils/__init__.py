@@ -1,0 +1,5 @@
+"""What every package needs: files that are whole, processes that agree, checked arguments."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

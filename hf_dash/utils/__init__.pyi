@@ -1,0 +1,1 @@
+from .files import one_writer as one_writer

@@ -1,0 +1,113 @@
+"""What every process needs of the others: agreement, one mean, and whole tensors of sharded ones.
+
+Plain and DDP models: every rank keeps its own moving average and exchanges nothing until the end.
+The average is linear in the gradients, so the mean of the ranks' averages is the average of the
+mean gradients.
+FSDP2 models (``fully_shard``): every rank holds some rows of each tensor as a ``DTensor``. FSDP
+itself has averaged the gradients, so rows stay where they are, and only vectors that are cut across
+ranks, such as biases, are put together.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What one rank has to tell the others.
+
+    Args:
+        batch_sizes: number of images in each of its minibatches, oldest to newest.
+        error: the message of what went wrong on it, or None.
+    """
+
+    batch_sizes: tuple[int, ...]
+    error: str | None = None
+
+
+def num_processes() -> int:
+    """Return the number of processes of the default group, 1 where none is set up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that reports."""
+    return num_processes() == 1 or dist.get_rank() == 0
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds: all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor on every process; gathers a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_like(part: Tensor, like: Tensor) -> Tensor:
+    """Return the whole of what ``part`` is this process's share of, sharded as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return part
+    shape, stride = like.shape, torch.empty(like.shape, device="meta").stride()
+    placed = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return whole(placed)
+
+
+def agree(status: RankStatus) -> None:
+    """Let all ranks learn of each other's batches and errors, so that all go on or none.
+
+    Raises:
+        RuntimeError: another rank failed.
+        ValueError: the ranks have different batch counts or sizes, so that their mean would not
+            be the gradient of the global minibatches.
+    """
+    statuses = gather(status)
+    for rank, other in enumerate(statuses):
+        if other.error is not None and status.error is None:
+            raise RuntimeError(f"the gradient pass failed on rank {rank}: {other.error}")
+    sizes = {rank: other.batch_sizes for rank, other in enumerate(statuses)}
+    if status.error is None and len(set(sizes.values())) > 1:
+        raise ValueError(
+            "every rank must pass the same number of batches of the same sizes to the shrink, got"
+            f" the sizes {sizes} by rank"
+        )
+
+
+def gather(item: Any) -> list[Any]:
+    """Return what every rank brought, in the order of the ranks."""
+    if num_processes() == 1:
+        return [item]
+    items = [None] * num_processes()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def mean_across_ranks_(tensor: Tensor) -> Tensor:
+    """Replace ``tensor`` by its mean over all processes, with a single all-reduce."""
+    if num_processes() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        tensor.div_(num_processes())
+    return tensor
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a clock read next tells the truth."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def hardware(accelerator: "Accelerator") -> str:
+    """Name the processes, the kind of device and the precision, such as ``"2 × cuda, bf16"``."""
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{accelerator.num_processes} × {accelerator.device.type}, {precision}"

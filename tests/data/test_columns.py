@@ -1,0 +1,129 @@
+import hashlib
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from PIL import Image as PILImage
+
+from hf_dash.data import fingerprint, label_names
+from hf_dash.data.columns import label_kind, standard_columns
+
+BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+
+
+def labeled(labels, kind, streaming):
+    features = Features({"image": Image(), "label": kind})
+    images = [PILImage.new("L", (4, 4), level) for level in range(len(labels))]
+    dataset = Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("labels", "dtype", "names"),
+    [
+        ([2, 0], "uint8", ["0", "1", "2"]),
+        (["dog", "cat"], "string", ["cat", "dog"]),
+    ],
+)
+def test_labels_get_names_streamed_or_not(streaming, labels, dtype, names):
+    source = labeled(labels, Value(dtype), streaming)
+    dataset = standard_columns(source, "image", "label", None)
+    assert label_names(dataset) == names
+    rows = list(dataset)
+    assert [names[row["label"]] for row in rows] == [str(label) for label in labels]
+    assert [row["image"].getpixel((0, 0)) for row in rows] == [0, 1]
+
+
+def test_long_text_labels_get_names():
+    # Of pandas 3; a stream of them needs a datasets later than 4.0.
+    source = labeled(["dog", "cat"], Value("large_string"), streaming=False)
+    assert standard_columns(source, "image", "label", None)["label"][:] == [1, 0]
+
+
+@BOTH
+def test_labels_in_records(streaming):
+    kind = {"name": Value("string"), "by": Value("string")}
+    source = labeled([{"name": "dog", "by": "me"}, {"name": "cat"}], kind, streaming)
+    dataset = standard_columns(source, "image", "label.name", None)
+    assert [row["label"] for row in dataset] == [1, 0]
+    stored = dataset.cast_column("image", Image(decode=False))
+    before = source.cast_column("image", Image(decode=False))
+    assert [row["image"] for row in stored] == [row["image"] for row in before]
+    with pytest.raises(ValueError, match=r"label_column 'label.nope' is not a column"):
+        standard_columns(source, "image", "label.nope", None)
+
+
+@BOTH
+def test_other_labels_are_refused(streaming):
+    with pytest.raises(ValueError, match="labels must not be negative, got -2"):
+        standard_columns(labeled([0, -2], Value("int8"), streaming), "image", "label", None)
+    with pytest.raises(ValueError, match=r"label_column must hold ClassLabel.*float32"):
+        standard_columns(labeled([0.5], Value("float32"), streaming), "image", "label", None)
+
+
+def test_kinds_of_labels():
+    assert label_kind(ClassLabel(names=["a"])) == "class labels"
+    assert label_kind(Value("uint16")) == "integers"
+    assert label_kind(Value("large_string")) == "strings"
+    assert label_kind({"a": Value("int8")}) == label_kind(Value("bool")) == "others"
+
+
+def of_files(contents, labels, names=("a", "b")):
+    features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
+    images = [{"bytes": content, "path": None} for content in contents]
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def test_the_fingerprint_is_the_hash_of_names_labels_and_bytes():
+    expected = hashlib.sha256(json.dumps(["a", "b"]).encode())
+    for label, content in ((1, b"first"), (0, b"2nd")):
+        expected.update(label.to_bytes(8, "little") + len(content).to_bytes(8, "little") + content)
+    assert fingerprint(of_files([b"first", b"2nd"], [1, 0])) == expected.hexdigest()
+
+
+def test_the_fingerprint_does_not_depend_on_how_examples_are_held(tmp_path, digits):
+    part = digits.select(range(130))  # more than are read at a time
+    expected = fingerprint(part)
+    assert fingerprint(part.to_iterable_dataset(num_shards=3)) == expected
+    assert fingerprint(part.cast_column("image", Image(mode="L"))) == expected
+    assert fingerprint(part.with_format("torch")) == expected
+    images = part.cast_column("image", Image(decode=False))["image"][:]
+    paths = []
+    for row, image in enumerate(images):
+        (tmp_path / f"{row}.png").write_bytes(image["bytes"])
+        paths.append({"bytes": None, "path": str(tmp_path / f"{row}.png")})
+    rows = {"image": paths, "label": part["label"][:]}
+    assert fingerprint(Dataset.from_dict(rows, features=part.features)) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        of_files([b"y", b"x"], [0, 1]),
+        of_files([b"x", b"y"], [1, 1]),
+        of_files([b"x", b"y"], [0, 1], names=("a", "c")),
+        of_files([b"x"], [0]),
+    ],
+    ids=["order", "label", "name", "length"],
+)
+def test_other_examples_have_another_fingerprint(other):
+    assert fingerprint(other) != fingerprint(of_files([b"x", b"y"], [0, 1]))
+
+
+def test_images_in_memory_count_by_their_pixels():
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+
+    def stream(*levels):
+        rows = [{"image": PILImage.new("L", (2, 2), level), "label": 0} for level in levels]
+        return IterableDataset.from_generator(lambda: iter(rows), features=features)
+
+    assert fingerprint(stream(1, 2)) == fingerprint(stream(1, 2)) != fingerprint(stream(1, 3))
+
+
+def test_a_fingerprint_needs_images_and_class_labels():
+    with pytest.raises(ValueError, match="dataset must have a column label of ClassLabel"):
+        fingerprint(Dataset.from_dict({"image": [0], "label": [0]}))
+    features = Features({"image": Value("int64"), "label": ClassLabel(names=["a"])})
+    with pytest.raises(TypeError, match="image must hold images, got int"):
+        fingerprint(Dataset.from_dict({"image": [0], "label": [0]}, features=features))

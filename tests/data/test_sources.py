@@ -1,0 +1,248 @@
+import tarfile
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+import hf_dash
+from hf_dash.data.sources import is_local
+
+
+def gray(level):
+    return PILImage.new("L", (4, 4), level)
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(tmp_path_factory, digits, digits_test):
+    folder = tmp_path_factory.mktemp("parquet")
+    digits.select(range(30)).to_parquet(folder / "train-00000-of-00002.parquet")
+    digits.select(range(30, 50)).to_parquet(folder / "train-00001-of-00002.parquet")
+    digits_test.select(range(10)).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 3), ("test", 1)):
+        for name in ("cat", "dog"):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                gray(index).save(place / f"{index}.png")
+    return folder
+
+
+def test_the_digits_are_real_whole_and_always_the_same(digits, digits_test):
+    assert (len(digits), len(digits_test)) == (1437, 360)
+    assert hf_dash.data.label_names(digits) == [str(digit) for digit in range(10)]
+    image = digits[0]["image"]
+    assert (image.size, image.mode) == (((32, 32), "RGB"))
+    assert digits[:50]["label"] == hf_dash.load_images("digits")[:50]["label"]
+    # Stratified: every digit makes about a tenth of either split.
+    for part in (digits, digits_test):
+        shares = np.bincount(part["label"]) / len(part)
+        assert np.abs(shares - 0.1).max() < 0.005
+
+
+def test_an_unknown_split_of_the_digits_is_refused():
+    with pytest.raises(ValueError, match="split of the digits must be 'train' or 'test', got 'va'"):
+        hf_dash.load_images("digits", split="va")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_parquet_files(parquet_folder, digits, streaming):
+    train = hf_dash.load_images(str(parquet_folder), streaming=streaming)
+    assert [row["label"] for row in train] == digits[:50]["label"]
+    test = hf_dash.load_images(str(parquet_folder), split="test", streaming=streaming)
+    assert len(list(test)) == 10
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_glob_of_parquet_files(parquet_folder, digits, streaming):
+    name = str(parquet_folder / "train-*.parquet")
+    rows = list(hf_dash.load_images(name, streaming=streaming))
+    assert [row["label"] for row in rows] == digits[:50]["label"]
+    assert rows[0]["image"].size == (32, 32)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_imagefolder(image_folder, streaming):
+    train = hf_dash.load_images(str(image_folder), streaming=streaming)
+    assert hf_dash.data.label_names(train) == ["cat", "dog"]
+    assert sorted(row["label"] for row in train) == [0, 0, 0, 1, 1, 1]
+
+
+def test_columns_are_renamed_and_images_converted(tmp_path):
+    features = Features(
+        {"img": Image(), "fine": ClassLabel(names=["a", "b"]), "id": Value("int64")}
+    )
+    rows = {"img": [gray(0), gray(9)], "fine": [1, 0], "id": [5, 6]}
+    path = tmp_path / "rows.parquet"
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+    dataset = hf_dash.load_images(
+        str(path), image_column="img", label_column="fine", image_mode="RGB"
+    )
+    assert dataset.column_names == ["image", "label"]
+    assert dataset[0]["image"].mode == "RGB"
+    assert dataset["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("argument", ["image_column", "label_column"])
+def test_a_missing_column_is_named(parquet_folder, argument):
+    with pytest.raises(ValueError, match=rf"{argument} 'nope' is not a column .*'image', 'label'"):
+        hf_dash.load_images(str(parquet_folder), **{argument: "nope"})
+
+
+def _labeled(tmp_path, labels, kind):
+    features = Features({"image": Image(), "label": Value(kind)})
+    rows = {"image": [gray(0)] * len(labels), "label": labels}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    return hf_dash.load_images(str(tmp_path / "rows.parquet"))
+
+
+def test_integer_and_text_labels_get_names(tmp_path):
+    assert hf_dash.data.label_names(_labeled(tmp_path, [0, 2], "int32")) == ["0", "1", "2"]
+    words = tmp_path / "words"
+    words.mkdir()
+    assert hf_dash.data.label_names(_labeled(words, ["dog", "cat"], "string")) == ["cat", "dog"]
+
+
+def test_other_labels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="labels must not be negative, got -1"):
+        _labeled(tmp_path, [0, -1], "int64")
+    floats = tmp_path / "floats"
+    floats.mkdir()
+    with pytest.raises(ValueError, match="label_column must hold ClassLabel"):
+        _labeled(floats, [0.5], "float32")
+
+
+def test_arrival_order_is_a_seeded_permutation_with_stable_ids(digits):
+    first = hf_dash.data.in_arrival_order(digits, seed=1)
+    assert sorted(first["example_id"]) == list(range(len(digits)))
+    assert first["example_id"][:] == hf_dash.data.in_arrival_order(digits, seed=1)["example_id"][:]
+    assert first["example_id"][:] != hf_dash.data.in_arrival_order(digits, seed=2)["example_id"][:]
+    labels = digits["label"][:]
+    assert [labels[i] for i in first["example_id"]] == first["label"][:]
+
+
+def test_a_stream_is_read_in_a_seeded_order_with_the_ids_of_the_source(digits):
+    stream = hf_dash.load_images("digits", streaming=True)
+    taken = hf_dash.data.in_arrival_order(stream, seed=3, num_examples=40, buffer_size=100)
+    again = hf_dash.data.in_arrival_order(stream, seed=3, num_examples=40, buffer_size=100)
+    assert taken["example_id"][:] == again["example_id"][:]
+    assert taken["example_id"][:] != list(range(40))
+    assert max(taken["example_id"]) < 140  # only as far as the buffer reaches
+    labels = digits["label"][:]
+    assert [labels[i] for i in taken["example_id"]] == taken["label"][:]
+    assert np.array_equal(taken[0]["image"], digits[taken[0]["example_id"]]["image"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_too_few_examples_are_refused(streaming):
+    dataset = hf_dash.load_images("digits", split="test", streaming=streaming)
+    with pytest.raises(ValueError, match="num_examples is 400, but the dataset holds only 360"):
+        hf_dash.data.in_arrival_order(dataset, seed=0, num_examples=400)
+
+
+def test_a_glob_needs_another_dataset_to_hold_out(parquet_folder, digits_test):
+    glob = str(parquet_folder / "train-*.parquet")
+    with pytest.raises(ValueError, match="test_dataset_name must be given"):
+        hf_dash.DataConfig(dataset_name=glob).load_held_out()
+    config = hf_dash.DataConfig(
+        dataset_name=glob, test_dataset_name=str(parquet_folder / "test-*.parquet")
+    )
+    assert config.load_held_out()["label"][:] == digits_test[:10]["label"]
+    assert len(config.load_train()) == 50
+    assert len(config.load_train("digits")) == 1437
+
+
+def test_what_is_trained_on_is_not_held_out():
+    with pytest.raises(ValueError, match="test_split must differ from train_split, got 'train'"):
+        hf_dash.DataConfig(test_split="train").load_held_out()
+    elsewhere = hf_dash.DataConfig(train_split="test", test_dataset_name="digits")
+    assert len(elsewhere.load_held_out()) == 360
+
+
+def test_a_stream_keeps_images_as_they_are_stored(tmp_path):
+    # A JPEG encoded again would be another image.
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    PILImage.fromarray(noise).save(tmp_path / "a.jpg", quality=50)
+    content = (tmp_path / "a.jpg").read_bytes()
+    features = Features({"img": Image(), "label": ClassLabel(names=["a"])})
+    rows = {"img": [{"bytes": content, "path": None}], "label": [0]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    stream = hf_dash.load_images(
+        str(tmp_path / "rows.parquet"), image_column="img", streaming=True, image_mode="L"
+    )
+    arrived = hf_dash.data.in_arrival_order(stream, seed=0)
+    assert arrived[0]["image"].mode == "L"
+    stored = arrived.cast_column("image", Image(decode=False))[0]["image"]
+    assert stored["bytes"] == content
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_glob_of_tar_files(tmp_path, streaming):
+    for shard, label in (("a", b"0"), ("b", b"1")):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            gray(9).save(tmp_path / "0.png")
+            (tmp_path / "0.cls").write_bytes(label)
+            for name in ("0.png", "0.cls"):
+                tar.add(tmp_path / name, arcname=name)
+    config = hf_dash.DataConfig(
+        dataset_name=str(tmp_path / "*.tar"),
+        streaming=streaming,
+        image_column_name="png",
+        label_column_name="cls",
+    )
+    assert [row["label"] for row in config.load_train()] == [0, 1]
+    with pytest.raises(ValueError, match="test_dataset_name must be given"):
+        config.load_held_out()
+
+
+def test_settings_of_arriving_files_are_checked():
+    with pytest.raises(
+        ValueError, match=r"arrive_by must be one of \('examples', 'files'\), got 'x'"
+    ):
+        hf_dash.DataConfig(arrive_by="x")
+    with pytest.raises(ValueError, match=r"on_bad_example must be one of \('error', 'skip'\)"):
+        hf_dash.DataConfig(on_bad_example="ignore")
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="files_per_round must be at least 1"):
+            hf_dash.DataConfig(arrive_by="files", files_per_round=count)
+    for count in (True, 1.5, "2"):
+        with pytest.raises(TypeError, match="files_per_round must be an integer of at least 1"):
+            hf_dash.DataConfig(arrive_by="files", files_per_round=count)
+    with pytest.raises(ValueError, match="None unless arrive_by is 'files', got 2"):
+        hf_dash.DataConfig(files_per_round=2)
+    config = hf_dash.DataConfig(dataset_name="incoming", arrive_by="files", files_per_round=2)
+    with pytest.raises(ValueError, match="test_dataset_name must be given"):
+        config.load_held_out()
+
+
+def test_what_is_local(tmp_path):
+    assert is_local("data/*.tar")
+    assert is_local("data/day-*")
+    assert is_local("digits")
+    assert is_local(str(tmp_path))
+    assert not is_local("user/some-dataset")
+
+
+def test_a_whole_stream_arrives_as_the_dataset_does(digits):
+    stream = digits.select(range(50)).to_iterable_dataset(num_shards=3)
+    plain = hf_dash.data.in_arrival_order(digits.select(range(50)), seed=4)
+    streamed = hf_dash.data.in_arrival_order(stream, seed=4)
+    assert streamed["example_id"][:] == plain["example_id"][:]
+    assert streamed["label"][:] == plain["label"][:]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ids_are_positions_whatever_the_shards(digits, seed):
+    stream = digits.select(range(60)).to_iterable_dataset(num_shards=4)
+    arrived = hf_dash.data.in_arrival_order(stream, seed=seed, num_examples=30, buffer_size=10)
+    ids = arrived["example_id"][:]
+    assert len(set(ids)) == 30
+    assert ids != sorted(ids)
+    assert max(ids) < 40  # what lies beyond the buffer was not read
+    assert arrived["label"][:] == [digits["label"][index] for index in ids]

@@ -1,0 +1,275 @@
+import random
+
+import pytest
+import torch
+from datasets import IterableDataset
+from helpers import FEATURES, as_tensor, both, broken_stream, numbered, numbers, run
+
+from hf_dash.data import StreamedImages, StreamLoader
+from hf_dash.data.stream_loader import _batch_sizes
+from hf_dash.models import image_transform
+
+# Two workers are as right on a machine of one core, only slower.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def streams(*sizes, num_shards=1):
+    return both(list(sizes), num_shards)[1].streams
+
+
+def flat(batches):
+    return [number for batch in numbers(batches) for number in batch]
+
+
+def loaders(monkeypatch, arrivals, num_processes, **options):
+    """Return the loaders of several simulated processes."""
+    from hf_dash.data.stream_loader import count_share
+
+    counts = [sum(count_share(a, num_processes, r) for a in arrivals) for r in range(num_processes)]
+    gathered = [(count, None) for count in counts]
+    monkeypatch.setattr("hf_dash.data.stream_loader.gather", lambda item: gathered)
+    ranks = [{"num_processes": num_processes, "process_index": r} for r in range(num_processes)]
+    return [StreamLoader(arrivals, 4, seed=0, **rank, **options) for rank in ranks]
+
+
+def random_transform(number):
+    return as_tensor(number) + torch.rand(1) * 0.5 + random.random() * 0.1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("cache", [False, True])
+def test_every_epoch_holds_every_example_in_a_seeded_new_order(num_workers, num_shards, cache):
+    arrivals = [StreamedImages(s.stream, as_tensor, cache=cache) for s in streams(12, 1, 9)]
+    options = {"buffer_size": 8, "num_workers": num_workers}
+    loader = StreamLoader(arrivals, 4, seed=5, **options)
+    first, second = list(loader), list(loader)
+    for epoch in (first, second):
+        assert [len(batch["labels"]) for batch in epoch] == [4, 4, 4, 4, 4, 2]
+        assert sorted(flat(epoch)) == list(range(22))
+        for batch in epoch:
+            assert batch["labels"].dtype == torch.int64
+            assert batch["labels"].tolist() == [int(n) % 2 for n in batch["pixel_values"]]
+    assert numbers(first) != numbers(second)
+    again = StreamLoader(arrivals, 4, seed=5, **options)
+    again.set_epoch(1)
+    assert numbers(again) == numbers(second)
+    assert numbers(StreamLoader(arrivals, 4, seed=6, **options)) != numbers(first)
+
+
+def test_old_and_new_examples_mix():
+    first = flat(StreamLoader(streams(400, 400), 8, seed=0))[:100]
+    assert 25 < sum(number < 400 for number in first) < 75
+
+
+def test_digits_are_those_of_map_style_data(digits, small_model):
+    rows, transform = digits.select(range(50)), image_transform(small_model)
+    arrivals = [
+        StreamedImages(rows.select(range(*part)).to_iterable_dataset(num_shards=2), transform)
+        for part in ((0, 30), (30, 50))
+    ]
+    found = [
+        (image.numpy().tobytes(), int(label))
+        for batch in StreamLoader(arrivals, 16, seed=0, num_workers=2)
+        for image, label in zip(batch["pixel_values"], batch["labels"], strict=True)
+    ]
+    expected = [(transform(row["image"]).numpy().tobytes(), row["label"]) for row in rows]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_a_cache_changes_no_batch_and_decodes_once(num_workers):
+    seen = []
+
+    def transform(number):
+        seen.append(number)
+        return as_tensor(number)
+
+    plain = streams(7, 30, 11)
+    cached = [StreamedImages(arrival.stream, transform, cache=True) for arrival in plain]
+    options = {"seed": 1, "buffer_size": 8, "num_workers": num_workers}
+    options["augment"] = lambda image, generator: image + torch.rand(1) / 2
+    loader, other = StreamLoader(plain, 4, **options), StreamLoader(cached, 4, **options)
+    for _ in range(3):
+        for one, two in zip(loader, other, strict=True):
+            assert torch.equal(one["pixel_values"], two["pixel_values"])
+            assert torch.equal(one["labels"], two["labels"])
+    # Workers decode in processes of their own, where their counting is lost.
+    assert sorted(seen) == (list(range(48)) if num_workers == 0 else [])
+    again = StreamLoader(cached[:2], 4, **options)
+    assert sorted(int(n) for b in again for n in b["pixel_values"]) == list(range(37))
+    assert len(seen) == (48 if num_workers == 0 else 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_loader_resumes_with_the_batches_that_would_have_followed(num_workers, cache):
+    transform = as_tensor if cache else random_transform
+    arrivals = [StreamedImages(s.stream, transform, cache=cache) for s in streams(25, 40)]
+    options = {"seed": 3, "buffer_size": 16, "num_workers": num_workers}
+    options["augment"] = lambda image, generator: image + torch.rand(1) / 4
+    loader = StreamLoader(arrivals, 4, **options)
+    list(loader)
+    whole = [batch["pixel_values"].tolist() for batch in loader]
+    loader.set_epoch(1)
+    batches = iter(loader)
+    for _ in range(6):
+        next(batches)
+    state = loader.state_dict()
+    assert (state["epoch"], state["batches"]) == (1, 6)
+
+    resumed = StreamLoader(arrivals, 4, **options)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(1)  # as before every epoch: it stays where it is
+    assert [batch["pixel_values"].tolist() for batch in resumed] == whole[6:]
+    assert (resumed.state_dict()["epoch"], resumed.state_dict()["batches"]) == (2, 0)
+    assert [b["pixel_values"].tolist() for b in resumed] != whole
+    resumed.set_epoch(1)
+    assert [batch["pixel_values"].tolist() for batch in resumed] == whole
+
+
+def test_what_is_skipped_is_not_decoded():
+    decoded = []
+
+    def transform(number):
+        decoded.append(number)
+        return as_tensor(number)
+
+    arrivals = [StreamedImages(streams(40)[0].stream, transform)]
+    loader = StreamLoader(arrivals, 4, seed=0)
+    loader.load_state_dict({**loader.state_dict(), "batches": 8})
+    assert sorted(flat(loader)) == sorted(decoded)
+    assert len(decoded) == 8
+
+
+def test_a_state_of_another_order_is_refused():
+    state = StreamLoader(streams(9), 4, seed=0).state_dict()
+    with pytest.raises(ValueError, match="loader with seed 0, this one has 1"):
+        StreamLoader(streams(9), 4, seed=1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("sizes", "num_shards"), [((13, 9), 1), ((13, 9), 2), ((13, 9), 4)])
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_share_all_out(monkeypatch, num_workers, sizes, num_shards, num_processes):
+    arrivals = streams(*sizes, num_shards=num_shards)
+    ranks = loaders(monkeypatch, arrivals, num_processes, num_workers=num_workers, buffer_size=4)
+    epochs = [list(rank) for rank in ranks]
+    assert {len(rank) for rank in ranks} == {len(epoch) for epoch in epochs} == {len(ranks[0])}
+    assert sorted(number for epoch in epochs for number in flat(epoch)) == list(range(22))
+    for epoch in epochs:
+        assert max(len(batch["labels"]) for batch in epoch) <= 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cut", ["skip", "take", "filter"])
+def test_streams_whose_order_matters_keep_their_examples(monkeypatch, num_workers, cut):
+    # Split by shards, each of these would select other examples.
+    stream = numbered(0, 24).to_iterable_dataset(num_shards=4)
+    part = {
+        "skip": stream.skip(7),
+        "take": stream.take(9),
+        "filter": stream.filter(lambda row, index: index % 5 == 0, with_indices=True),
+    }[cut]
+    expected = {"skip": list(range(7, 24)), "take": list(range(9)), "filter": [0, 5, 10, 15, 20]}
+    arrivals = [StreamedImages(part, as_tensor)]
+    for num_processes in (1, 2):
+        ranks = loaders(monkeypatch, arrivals, num_processes, num_workers=num_workers)
+        assert sorted(number for rank in ranks for number in flat(rank)) == expected[cut]
+
+
+def test_uneven_processes_cut_equally_many_batches():
+    # By hand: the largest has ⌈11 / 4⌉ = 3 batches, so the one of 7 cuts 2 + 2 + 3.
+    assert _batch_sizes([7, 11], 0, 4) == [2, 2, 3]
+    assert _batch_sizes([7, 11], 1, 4) == [3, 4, 4]
+    assert _batch_sizes([9, 9], 1, 4) == [4, 4, 1]
+    with pytest.raises(ValueError, match=r"each of the 3 batches, got \[2, 11\] examples"):
+        _batch_sizes([2, 11], 0, 4)
+
+
+def test_uneven_shards_are_counted_and_agreed_on(monkeypatch):
+    # Two shards of 9 and 3 examples, one for each process.
+    def generate(ranges):
+        for begin, end in ranges:
+            yield from ({"image": n, "label": n % 2} for n in range(begin, end))
+
+    stream = IterableDataset.from_generator(
+        generate, features=FEATURES, gen_kwargs={"ranges": [(0, 9), (9, 12)]}
+    )
+    ranks = loaders(monkeypatch, [StreamedImages(stream, as_tensor)], 2)
+    epochs = [numbers(rank) for rank in ranks]
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[3, 3, 3], [1, 1, 1]]
+    examples = [sorted(number for batch in epoch for number in batch) for epoch in epochs]
+    assert examples == [list(range(9)), [9, 10, 11]]
+
+
+def test_processes_without_a_group_are_refused():
+    with pytest.raises(ValueError, match="num_processes is 2, but the process group has 1"):
+        StreamLoader(streams(9), 4, seed=0, num_processes=2)
+    broken = StreamedImages(broken_stream(), as_tensor)
+    with pytest.raises(OSError, match="opened"):
+        StreamLoader([broken], 4, seed=0, num_processes=2)
+
+
+def test_the_failure_of_another_process_is_told(monkeypatch):
+    told = [(9, None), (0, "OSError: opened")]
+    monkeypatch.setattr("hf_dash.data.stream_loader.gather", lambda item: told)
+    with pytest.raises(RuntimeError, match="counting the examples failed on rank 1: OSError: open"):
+        StreamLoader(streams(18), 4, seed=0, num_processes=2)
+
+
+@pytest.mark.parametrize(("given", "word"), [(8, "less"), (10, "more")])
+def test_a_wrong_number_of_examples_is_noticed(given, word):
+    arrivals = [StreamedImages(streams(9)[0].stream, as_tensor, num_examples=given)]
+    with pytest.raises(ValueError, match=f"num_examples is {word} than a stream holds"):
+        list(StreamLoader(arrivals, 4, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"buffer_size": 0}, "buffer_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"process_index": 1}, r"process_index must be in 0 … 0, got 1"),
+        ({"arrivals": []}, r"arrivals must be at least one, .* got \[\]"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        StreamLoader(**{"arrivals": streams(9), "batch_size": 4, "seed": 0, **options})
+
+
+def test_random_states_are_left_alone():
+    loader = StreamLoader([StreamedImages(streams(9)[0].stream, random_transform)], 4, seed=0)
+    before = torch.get_rng_state(), random.getstate()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    cases = ["stream", "stream_uneven", "stream_broken"]
+    return run(2, cases, tmp_path_factory.mktemp("two"))
+
+
+def test_two_processes_agree_on_the_batches(two_processes):
+    ranks = two_processes["stream"]
+    for epoch in range(2):
+        sizes = [[len(batch) for batch in rank["batches"][epoch]] for rank in ranks]
+        assert sizes == [[3, 3, 3], [1, 2, 2]]
+        assert sorted(
+            number for rank in ranks for batch in rank["batches"][epoch] for number in batch
+        ) == list(range(14))
+    assert [(rank["world"], rank["length"]) for rank in ranks] == [(2, 3)] * 2
+
+
+def test_two_processes_refuse_together(two_processes):
+    for rank in two_processes["stream_uneven"]:
+        assert rank["error"].startswith("ValueError: every process needs an example for each of")
+        assert "got [9, 1] examples by process" in rank["error"]
+    told, failed = (rank["error"] for rank in two_processes["stream_broken"])
+    assert told.startswith("RuntimeError: counting the examples failed on rank 1: TypeError")
+    assert failed.startswith("TypeError: 'NoneType' object")

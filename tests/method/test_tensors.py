@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from hf_dash.method.tensors import find_shrinkable
+
+
+def found(model, grouping="kernel"):
+    tensors, untouched = find_shrinkable(model, grouping)
+    return {tensor.name: tensor.num_vectors for tensor in tensors}, untouched
+
+
+def test_which_tensors_of_a_model_shrink(every_layer):
+    tensors, untouched = found(every_layer)
+    assert tensors == {
+        "conv.weight": 24,
+        "conv.bias": 1,
+        "depthwise.weight": 8,
+        "pointwise.weight": 48,
+        "pointwise.bias": 1,
+        "transposed.weight": 12,
+        "transposed.bias": 1,
+        "head.weight": 10,
+        "head.bias": 1,
+    }
+    assert untouched == ["norm.weight", "norm.bias", "frozen.weight", "frozen.bias"]
+
+
+def test_grouping_by_filter_and_auto(every_layer):
+    filters, _ = found(every_layer, "filter")
+    assert [filters[f"{n}.weight"] for n in ("conv", "depthwise", "pointwise")] == [8, 8, 6]
+    # Two groups of two output channels each.
+    assert filters["transposed.weight"] == 4
+    auto, _ = found(every_layer, "auto")
+    assert (auto["conv.weight"], auto["pointwise.weight"]) == (24, 6)
+
+
+@pytest.mark.parametrize(("layer", "vectors"), [(nn.Conv1d, 6), (nn.Conv3d, 6)])
+def test_convolutions_of_other_dimensions(layer, vectors):
+    assert found(nn.Sequential(layer(2, 3, 3, bias=False)))[0] == {"0.weight": vectors}
+
+
+def test_attention_shrinks_by_rows():
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    tensors, untouched = found(attention)
+    assert tensors == {
+        "in_proj_weight": 24,
+        "in_proj_bias": 1,
+        "out_proj.weight": 8,
+        "out_proj.bias": 1,
+    }
+    assert untouched == ["bias_k", "bias_v"]
+    separate, _ = found(nn.MultiheadAttention(8, 2, kdim=4, vdim=6))
+    assert {f"{letter}_proj_weight": 8 for letter in "qkv"}.items() <= separate.items()
+
+
+def test_a_tied_tensor_is_taken_once_under_its_first_name():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert found(model)[0] == {"0.weight": 4}
+
+
+def test_a_view_never_copies_channels_last_memory():
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=2).to(memory_format=torch.channels_last)
+    (tensor, _), _ = find_shrinkable(layer, "filter")
+    view = tensor.view(layer.weight)
+    assert view.shape == (2, 2, 3, 3, 3)
+    assert view.data_ptr() == layer.weight.data_ptr()
+
+
+def test_a_model_without_shrinkable_tensors_is_refused():
+    with pytest.raises(ValueError, match="model LayerNorm has no shrinkable tensor"):
+        find_shrinkable(nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="no shrinkable tensor"):
+        find_shrinkable(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_parametrized_weights_are_refused():
+    with pytest.raises(NotImplementedError, match="ParametrizedLinear is parametrized"):
+        find_shrinkable(weight_norm(nn.Linear(2, 2)))

@@ -1,0 +1,253 @@
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import same_state, state_of
+
+import hf_dash
+from hf_dash._version import library_versions
+from hf_dash.runs.continual import _start, seed_of_round
+
+TRAINING = hf_dash.TrainingConfig(max_epochs=2, train_batch_size=30, disable_tqdm=True)
+
+
+def run(model, rounds, start, accelerator, name="mine", seed=0):
+    history = hf_dash.History(None, {})
+    hf_dash.run_rounds(
+        model,
+        rounds,
+        rounds[0].new,
+        start,
+        name=name,
+        seed=seed,
+        history=history,
+        accelerator=accelerator,
+        training=TRAINING,
+        dash=hf_dash.DashConfig(gradient_batch_size=30),
+    )
+    return history.records
+
+
+def test_the_first_round_has_no_start_and_every_other_one(small_model, two_rounds, accelerator):
+    calls = []
+
+    def start(model, context):
+        calls.append((context.round_.index, context.seed, state_of(model)))
+
+    records = run(small_model, two_rounds, start, accelerator)
+    assert [(index, seed) for index, seed, _ in calls] == [(2, seed_of_round(0, 2))]
+    assert [(r.start, r.round_index, r.num_new, r.num_total) for r in records] == [
+        ("mine", 1, 60, 60),
+        ("mine", 2, 60, 120),
+    ]
+    assert [r.steps for r in records] == [2 * r.epochs * r.round_index for r in records]
+    assert records[0].start_seconds == 0 < records[1].start_seconds
+    assert set(records[0].per_class_accuracy) <= {str(digit) for digit in range(10)}
+
+
+def test_the_start_gets_the_last_rounds_final_weights(small_model, two_rounds, accelerator):
+    given = []
+
+    def start(model, context):
+        given.append(state_of(model))
+        with torch.no_grad():
+            model.timm_model.fc.weight.zero_()
+
+    rounds = run(small_model, two_rounds[:1], start, accelerator)
+    after_first = state_of(small_model)
+    assert (len(rounds), given) == (1, [])
+    small_model.load_state_dict(
+        hf_dash.create_model(
+            "test_resnet", label_names=[str(digit) for digit in range(10)], image_size=32
+        ).state_dict()
+    )
+    run(small_model, two_rounds, start, accelerator)
+    assert same_state(given[0], after_first)
+
+
+def test_the_shrink_report_is_recorded(small_model, two_rounds, accelerator):
+    records = run(small_model, two_rounds, hf_dash.find_start("dash"), accelerator, name="dash")
+    assert records[0].shrink is None
+    assert records[1].shrink["num_images"] == 120
+    assert records[1].start_seconds >= records[1].shrink["seconds"]
+
+
+def test_runs_repeat_by_seed(two_rounds, accelerator):
+    def final(seed):
+        model = hf_dash.create_model(
+            "test_resnet", label_names=[str(digit) for digit in range(10)], image_size=32
+        )
+        run(model, two_rounds, hf_dash.find_start("dash"), accelerator, seed=seed)
+        return state_of(model)
+
+    assert same_state(final(3), final(3))
+    assert not same_state(final(3), final(4))
+
+
+def test_seeds_differ_between_runs_and_rounds():
+    seeds = {seed_of_round(seed, index) for seed in range(20) for index in range(20)}
+    assert len(seeds) == 400
+
+
+def test_cold_equals_training_from_scratch(two_rounds, accelerator):
+    """On the second round, cold is a new model of that round's seed trained on all data."""
+    names = [str(digit) for digit in range(10)]
+    model = hf_dash.create_model("test_resnet", label_names=names, image_size=32)
+    run(model, two_rounds, hf_dash.find_start("cold"), accelerator)
+    seed = seed_of_round(0, 2)
+    scratch = hf_dash.create_model("test_resnet", label_names=names, image_size=32, seed=seed)
+    batches = hf_dash.data.train_batches(two_rounds[1], 30, seed=seed)
+    hf_dash.training.train_round(scratch, batches, TRAINING, accelerator)
+    assert same_state(state_of(model), state_of(scratch))
+
+
+def names_of(count):
+    return tuple(str(digit) for digit in range(count))
+
+
+def saved_run(
+    folder, rounds, accelerator, settings=None, start="dash", training=TRAINING, **options
+):
+    """A run that keeps its rounds on disk, as the recipes make it."""
+    history = hf_dash.history.open_history(folder / "history.json", settings or {})
+    names = rounds[0].label_names or names_of(10)
+    model = hf_dash.run_rounds(
+        hf_dash.create_model("test_resnet", label_names=list(names), image_size=32, seed=0),
+        rounds,
+        rounds[0].new,
+        hf_dash.find_start(start),
+        name=start,
+        seed=0,
+        history=history,
+        accelerator=accelerator,
+        training=training,
+        dash=hf_dash.DashConfig(gradient_batch_size=30),
+        output_dir=folder,
+        **options,
+    )
+    return model, history
+
+
+def test_a_record_tells_where_a_round_came_from(two_rounds, accelerator, tmp_path):
+    _, history = saved_run(tmp_path, two_rounds, accelerator)
+    first, second = history.records
+    assert (first.parent, second.parent) == (None, "rounds/001/dash_seed0")
+    assert second.data_fingerprint == two_rounds[1].fingerprint != first.data_fingerprint
+    # These runs are held against the images of their own first round.
+    assert second.held_out_fingerprint == first.held_out_fingerprint == first.data_fingerprint
+    assert second.images_read == second.epochs * 120 + second.shrink["num_images"]
+    assert second.hardware == "1 × cpu, fp32"
+    assert second.versions == library_versions()
+
+
+@pytest.mark.parametrize("changes", [{}, {"channels_last": True}], ids=["plain", "channels_last"])
+@pytest.mark.parametrize("start", ["dash", "warm"])
+def test_rounds_go_on_where_an_earlier_call_ended(
+    two_rounds, accelerator, tmp_path, start, changes
+):
+    how = {"start": start, "training": dataclasses.replace(TRAINING, **changes)}
+    whole, expected = saved_run(tmp_path / "whole", two_rounds, accelerator, **how)
+    saved_run(tmp_path / "parts", two_rounds[:1], accelerator, **how)
+    parts, found = saved_run(tmp_path / "parts", two_rounds, accelerator, **how)
+    again, _ = saved_run(tmp_path / "parts", two_rounds, accelerator, **how)
+    assert same_state(state_of(whole), state_of(parts))
+    assert same_state(state_of(whole), state_of(again))
+    assert [r.weights_sha256 for r in found.records] == [r.weights_sha256 for r in expected.records]
+
+
+def test_a_round_that_was_saved_but_not_recorded_is_taken_over(two_rounds, accelerator, tmp_path):
+    _, expected = saved_run(tmp_path, two_rounds, accelerator)
+    (tmp_path / "history.json").unlink()
+    _, found = saved_run(tmp_path, two_rounds, accelerator)
+    assert found.records == expected.records
+    (tmp_path / "history.json").unlink()
+    with pytest.raises(ValueError, match=r"other settings \(lam was None, is 0.1\)"):
+        saved_run(tmp_path, two_rounds, accelerator, {"lam": 0.1})
+
+
+def test_other_data_are_refused(two_rounds, accelerator, tmp_path, digits):
+    saved_run(tmp_path, two_rounds, accelerator)
+    before = (tmp_path / "history.json").read_bytes()
+    other = hf_dash.data.in_arrival_order(digits, seed=1, num_examples=120)
+    rounds = list(hf_dash.data.cut_rounds(other, 2, two_rounds[0].new.transform, in_memory=True))
+    with pytest.raises(ValueError, match="round 1 of 'dash' was trained on other data"):
+        saved_run(tmp_path, rounds, accelerator)
+    assert (tmp_path / "history.json").read_bytes() == before
+
+
+def test_only_the_newest_rounds_are_kept(two_rounds, accelerator, tmp_path):
+    whole, _ = saved_run(tmp_path / "whole", two_rounds, accelerator)
+    saved_run(tmp_path / "newest", two_rounds, accelerator, save_total_limit=1)
+    folders = [p.parent.name for p in (tmp_path / "newest").glob("rounds/*/dash_seed0")]
+    assert folders == ["002"]
+    again, _ = saved_run(tmp_path / "newest", two_rounds, accelerator, save_total_limit=1)
+    assert same_state(state_of(again), state_of(whole))
+    with pytest.raises(ValueError, match="save_total_limit must be at least 1, got 0"):
+        saved_run(tmp_path / "none", two_rounds, accelerator, save_total_limit=0)
+
+
+def test_another_start_branches_off_a_finished_round(two_rounds, accelerator, tmp_path):
+    straight, _ = saved_run(tmp_path / "straight", two_rounds, accelerator)
+    saved_run(tmp_path / "branch", two_rounds[:1], accelerator, start="warm")
+    first = hf_dash.read_history(tmp_path / "branch" / "history.json").records[0]
+    branch, history = saved_run(tmp_path / "branch", two_rounds[1:], accelerator, parent=first)
+    assert same_state(state_of(branch), state_of(straight))
+    assert (history.records[-1].start, history.records[-1].parent) == ("dash", first.folder)
+    with pytest.raises(ValueError, match="output_dir must be given with parent"):
+        hf_dash.run_rounds(
+            branch,
+            two_rounds[1:],
+            two_rounds[0].new,
+            hf_dash.find_start("dash"),
+            name="dash",
+            seed=0,
+            history=history,
+            accelerator=accelerator,
+            parent=first,
+        )
+
+
+def growing_rounds(digits, transform):
+    """Two rounds of digits: 0 to 6 first, then all ten."""
+    labels = np.array(digits["label"][:])
+    first = np.flatnonzero(labels < 7)[:60]
+    second = np.setdiff1d(np.arange(200), first)[:60]
+    arrivals = tuple(
+        hf_dash.data.ImageExamples(digits.select(rows), transform, in_memory=True)
+        for rows in (first, second)
+    )
+    return [
+        hf_dash.Round(1, arrivals[:1], label_names=names_of(7)),
+        hf_dash.Round(2, arrivals, label_names=names_of(10)),
+    ]
+
+
+@pytest.mark.parametrize("start", ["dash", "cold"])
+def test_new_labels_grow_the_head(digits, small_model, accelerator, tmp_path, start):
+    rounds = growing_rounds(digits, hf_dash.models.image_transform(small_model))
+    model, history = saved_run(tmp_path / "a", rounds, accelerator, start=start)
+    assert list(model.config.id2label.values()) == list(names_of(10))
+    assert set(history.records[0].per_class_accuracy) <= set(names_of(7))
+    # Going on in a second call grows the same head.
+    saved_run(tmp_path / "b", rounds[:1], accelerator, start=start)
+    again, _ = saved_run(tmp_path / "b", rounds, accelerator, start=start)
+    assert same_state(state_of(model), state_of(again))
+
+
+def test_old_rows_start_as_usual_and_new_ones_fresh(digits, small_model, accelerator, tmp_path):
+    rounds = growing_rounds(digits, hf_dash.models.image_transform(small_model))
+
+    def halve(model, context):
+        with torch.no_grad():
+            model.timm_model.fc.weight.mul_(0.5)
+
+    model, _ = saved_run(tmp_path, rounds[:1], accelerator)
+    old = state_of(model)["timm_model.fc.weight"]
+    run = SimpleNamespace(start=halve, seed=0, dash=None, starts=None, accelerator=accelerator)
+    grown, rows = hf_dash.models.grow_head(model, names_of(10)[7:], seed=3)
+    _start(run, grown, rounds[1], 3, rows)
+    weight = grown.timm_model.fc.weight.detach()
+    assert torch.equal(weight[:7], 0.5 * old)
+    assert torch.equal(weight[7:], rows["fc.weight"])

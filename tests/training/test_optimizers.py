@@ -1,0 +1,156 @@
+import copy
+
+import pytest
+import torch
+from helpers import random_pairs, same_state, state_of
+from torch import nn
+
+from hf_dash import TrainingConfig
+from hf_dash.training.optimizers import (
+    kept_state,
+    make_optimizer,
+    make_schedule,
+    restore_optimizer_,
+    sharpest_point,
+)
+
+
+def rates(config, steps_per_epoch, steps):
+    """The learning rate of each of these steps."""
+    optimizer = make_optimizer(nn.Linear(1, 1), config)
+    schedule = make_schedule(optimizer, config, steps_per_epoch)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_warm_up_and_milestones_by_hand():
+    config = TrainingConfig(learning_rate=8.0, warmup_epochs=2, lr_milestones=[3, 4], lr_gamma=0.25)
+    # Two steps an epoch: four of warm-up, two at 8, two at 2, then 0.5.
+    expected = [2, 4, 6, 8, 8, 8, 2, 2, 0.5, 0.5]
+    assert rates(config, 2, 10) == pytest.approx(expected, rel=1e-12)
+
+
+def test_milestones_alone_and_warm_up_alone():
+    config = TrainingConfig(learning_rate=1.0, lr_milestones=[1], lr_gamma=0.5)
+    assert rates(config, 3, 5) == [1, 1, 1, 0.5, 0.5]
+    config = TrainingConfig(learning_rate=1.0, warmup_epochs=1)
+    assert rates(config, 2, 4) == [0.5, 1, 1, 1]
+    assert rates(config, 1, 2) == [1, 1]
+
+
+def test_a_milestone_within_warm_up_counts():
+    config = TrainingConfig(learning_rate=4.0, warmup_epochs=2, lr_milestones=[1], lr_gamma=0.5)
+    assert rates(config, 2, 5) == pytest.approx([1, 2, 1.5, 2, 2], rel=1e-12)
+
+
+def test_no_schedule_where_the_rate_never_changes():
+    optimizer = make_optimizer(nn.Linear(1, 1), TrainingConfig())
+    assert make_schedule(optimizer, TrainingConfig(), None) is None
+    with pytest.raises(ValueError, match=r"batches must have a length; got lr_milestones \[2\]"):
+        make_schedule(optimizer, TrainingConfig(lr_milestones=[2]), None)
+
+
+def stepped(optim, steps=2):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    optimizer = make_optimizer(model, TrainingConfig(optim=optim))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("optim", "entries"),
+    [("sgd", ["momentum_buffer"]), ("adamw", ["step", "exp_avg", "exp_avg_sq"])],
+)
+def test_state_is_kept_by_name_and_put_back(optim, entries):
+    model, optimizer = stepped(optim)
+    state = kept_state(model, optimizer)
+    trained = ["0.weight", "1.weight", "1.bias"]
+    assert set(state) == {f"{name}::{entry}" for name in trained for entry in entries}
+    fresh = make_optimizer(model, TrainingConfig(optim=optim))
+    assert restore_optimizer_(model, fresh, state) == trained
+    assert same_state(kept_state(model, fresh), state)
+    # Both copies: stepping on changes neither the model's new state nor what was kept.
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    for one in (optimizer, fresh):
+        one.step()
+    assert same_state(state, before)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_state_that_does_not_fit_is_dropped(optim):
+    model, optimizer = stepped(optim)
+    state = kept_state(model, optimizer)
+    grown = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    fresh = make_optimizer(grown, TrainingConfig(optim=optim))
+    assert restore_optimizer_(grown, fresh, {**state, "2.weight::step": torch.ones(())}) == [
+        "0.weight"
+    ]
+    grown(torch.ones(1, 3)).sum().backward()
+    fresh.step()
+    other = "adamw" if optim == "sgd" else "sgd"
+    assert (
+        restore_optimizer_(model, make_optimizer(model, TrainingConfig(optim=other)), state) == []
+    )
+
+
+@pytest.mark.parametrize("key", ["0.weight", "::step", "0.weight::"])
+def test_malformed_keys_are_refused(key):
+    model, optimizer = stepped("sgd")
+    before = kept_state(model, optimizer)
+    with pytest.raises(ValueError, match=f"'<parameter name>::<entry>', got '{key}'"):
+        restore_optimizer_(model, optimizer, {key: torch.ones(4, 3)})
+    assert same_state(kept_state(model, optimizer), before)
+
+
+def test_the_sharpest_point_is_rho_away_along_the_gradient(every_layer):
+    (images, labels) = random_pairs(1)[0]
+    nn.functional.cross_entropy(every_layer(images), labels).backward()
+    before = state_of(every_layer)
+    trained = [p for p in every_layer.parameters() if p.requires_grad]
+    gradients = [p.grad.double() for p in trained]
+    norm = sum(g.square().sum() for g in gradients).sqrt()
+    weights = [p.detach().double() for p in trained]
+    with sharpest_point(nn.Sequential(every_layer), 0.1):
+        for parameter, w, g in zip(trained, weights, gradients, strict=True):
+            moved = parameter.detach().double()
+            torch.testing.assert_close(moved, w + 0.1 * g / norm, rtol=0, atol=1e-6)
+        distance = sum((p - w).square().sum() for p, w in zip(trained, weights, strict=True)).sqrt()
+        assert distance.item() == pytest.approx(0.1, rel=1e-4)
+        assert torch.equal(every_layer.frozen.weight, before["frozen.weight"])
+        every_layer(images)  # updates no running statistics
+    assert same_state(state_of(every_layer), before)
+    every_layer(images)
+    assert not torch.equal(every_layer.norm.running_mean, before["norm.running_mean"])
+
+
+def test_a_zero_gradient_moves_nothing_and_an_overflow_is_undone(every_layer):
+    before = state_of(every_layer)
+    with sharpest_point(every_layer, 0.1):  # no gradients at all
+        assert same_state(state_of(every_layer), before)
+    for parameter in every_layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with sharpest_point(every_layer, 0.1):
+        assert same_state(state_of(every_layer), before)
+    every_layer.head.bias.grad.fill_(float("inf"))
+    with sharpest_point(every_layer, 0.1):
+        assert not every_layer.head.bias.isfinite().any()
+    assert same_state(state_of(every_layer), before)
+
+
+def test_an_error_within_puts_everything_back(every_layer):
+    (images, labels) = random_pairs(1)[0]
+    nn.functional.cross_entropy(every_layer(images), labels).backward()
+    before = copy.deepcopy(state_of(every_layer))
+    with pytest.raises(RuntimeError, match="oops"), sharpest_point(every_layer, 0.1):
+        raise RuntimeError("oops")
+    assert same_state(state_of(every_layer), before)
+    assert every_layer.norm.track_running_stats
