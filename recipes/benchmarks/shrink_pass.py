@@ -139,9 +139,8 @@ def main():
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} … {ratios[-1]:.3f})"
         rows.append([f"{rounds} × 1,000", *times, spread, f"1/{saved:.1f}"])
     model, _ = prepare(args, 1)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    base = peak("dropped", args)
-    extra = [f"{(peak(way, args) - base) / size:.2f}" for way in ways]
+    size, base = sum(p.nbytes for p in model.parameters()), peak("dropped", args)
+    extra = (f"{(peak(way, args) - base) / size:.2f}" for way in ways)
     rows.append(["extra memory / parameters", *extra, "", ""])
     header = ["", *(f"({way})" for way in ways), "b / a", "b / c"]
     print(hf_dash.report.markdown_table(header, rows))
