@@ -44,11 +44,11 @@ class DashConfig:
             what it loses; ``"orthogonal"`` replaces every shrunk matrix by its nearest scaled
             orthogonal one, as FIRE does (``hf_dash.method.variants``). Measured vs. plain DASH on
             CIFAR-10 (recipes/results), 5 seeds, 3 where they lose: fill gains 1.1 points (0.3 …
-            1.8) on an MLP in 0.75 of the last round's steps, 2.4 points (0.5 … 4.4) on a small ConvNeXt,
-            takes 0.89 of the steps (0.82 … 0.97) on a small ViT, and loses 3 points on a ResNet
-            with batch norm; orthogonal gains 2.5 points (2.2 … 2.8) on the MLP, loses as many on
-            the ViT and nothing on the ResNet. So neither is the default; try fill where norms are
-            layer norms.
+            1.8) on an MLP in 0.75 of the last round's steps, 2.4 points (0.5 … 4.4) on a small
+            ConvNeXt, takes 0.89 of the steps (0.82 … 0.97) on a small ViT, and loses 3 points on a
+            ResNet with batch norm; orthogonal gains 2.5 points (2.2 … 2.8) on the MLP, loses as
+            many on the ViT and nothing on the ResNet. So neither is the default; try fill where
+            norms are layer norms.
 
     Raises:
         TypeError: an argument is of the wrong kind.
