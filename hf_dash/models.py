@@ -40,8 +40,8 @@ def require_safetensors(
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | bool | None = None,
-) -> None:
-    """Check that a model's weights are safetensors; those of a repository are downloaded by it.
+) -> Path:
+    """Check that a model's weights are safetensors; those of a repository are downloaded.
 
     Asked before transformers, which would have another service convert a repository's weights.
 
@@ -51,25 +51,46 @@ def require_safetensors(
         cache_dir: where files of the Hub are kept.
         token: for private repositories.
 
+    Returns:
+        The file with the weights, or with the index of several.
+
     Raises:
-        ValueError: they are not.
+        ValueError: the weights are not safetensors.
     """
-    if Path(name_or_path).is_dir():
-        if any((Path(name_or_path) / name).is_file() for name in NAMES):
-            return
-    else:
-        for name in NAMES:
-            try:
-                hf_hub_download(
-                    name_or_path, name, revision=revision, cache_dir=cache_dir, token=token
-                )
-                return
-            except RemoteEntryNotFoundError:
-                continue
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    for name in NAMES:
+        if Path(name_or_path).is_dir():
+            if (Path(name_or_path) / name).is_file():
+                return Path(name_or_path) / name
+            continue
+        try:
+            return Path(hf_hub_download(name_or_path, name, **where))
+        except RemoteEntryNotFoundError:
+            continue
     raise ValueError(
         f"{name_or_path!r} holds no {NAMES[0]}: only safetensors are loaded, because weights of"
         " other kinds, such as pytorch_model.bin, can run code; save the model as safetensors first"
     )
+
+
+def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path]:
+    """Return the safetensors files of a model, those of a repository downloaded.
+
+    Args:
+        name_or_path: a folder, or the id of a repository.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: the weights are not safetensors.
+    """
+    first = require_safetensors(name_or_path, revision=revision)
+    if first.suffix != ".json":
+        return [first]
+    index = json.loads(first.read_text(encoding="utf-8"))
+    names = sorted({str(name) for name in index["weight_map"].values()})
+    if Path(name_or_path).is_dir():
+        return [first.parent / name for name in names]
+    return [Path(hf_hub_download(name_or_path, name, revision=revision)) for name in names]
 
 
 # The one PIL mode in which an image has that many channels as timm's transforms read it.

@@ -1,7 +1,8 @@
 """From the averaged gradient to smaller weights.
 
 Flow: G and w, vector by vector → cosine → factor in [λ, 1] → w multiplied in place → report.
-Source: Algorithm 1 (arXiv:2410.23495): w ← w · clamp(cos(G, w), min=λ, max=1).
+Source: Algorithm 1 (arXiv:2410.23495): w ← w · clamp(cos(G, w), min=λ, max=1). With a base w₀ the
+change since it takes the place of w: w ← w₀ + (w − w₀) · clamp(cos(G, w − w₀), λ, 1).
 Differs from the authors' commit 3d3cea6: the cosine is free of scale. ``cosine_similarity`` raises
 each norm to at least 1e-8, so there vectors with tiny gradients count as disagreeing.
 Symbols: G (``gradient``), w (``weight``), λ (``lam``).
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_dash.method.base import Base
 from hf_dash.method.config import DashConfig
 from hf_dash.method.gradients import GradientAverage
 from hf_dash.method.tensors import ShrinkableTensor, is_sharded
@@ -184,12 +186,18 @@ def _unit(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_factors(
-    tensors: list[ShrinkableTensor], average: GradientAverage, lam: float
+    tensors: list[ShrinkableTensor], average: GradientAverage, lam: float, base: Base | None = None
 ) -> list[Tensor]:
     """Return the factors of every tensor; uses up ``average``, whose memory they take.
 
     Of a sharded tensor each process gets the factors of its own rows, and all those of vectors
     that are cut across processes.
+
+    Args:
+        tensors: what shrinks.
+        average: G.
+        lam: the smallest factor, in [0, 1].
+        base: the checkpoint to shrink towards; None stands for zero.
 
     Raises:
         FloatingPointError: a factor is not finite, because a weight is not.
@@ -197,11 +205,12 @@ def all_factors(
     factors = []
     for tensor, part in zip(tensors, average.parts, strict=True):
         if tensor.is_cut:
-            gradient = whole_like(part, tensor.parameter)
-            factors.append(shrink_factors(gradient, whole(tensor.parameter), tensor.dims, lam))
+            gradient, weight = whole_like(part, tensor.parameter), whole(tensor.parameter)
+            if base is not None and base.holds(tensor):
+                weight = weight - base.origin(tensor, whole=True)
+            factors.append(shrink_factors(gradient, weight, tensor.dims, lam))
         else:
-            weight = tensor.view(local(tensor.parameter))
-            factors.append(_factors_in_place(part, weight, tensor.dims, lam))
+            factors.append(_factors_in_place(part, tensor, lam, base))
     finite = [bool(factor.isfinite().all()) for factor in factors]
     names = [tensor.name for tensor, good in zip(tensors, finite, strict=True) if not good]
     if is_sharded(tensors):
@@ -213,41 +222,64 @@ def all_factors(
 
 
 def _factors_in_place(
-    gradient: Tensor, weight: Tensor, dims: tuple[int, ...], lam: float
+    gradient: Tensor, tensor: ShrinkableTensor, lam: float, base: Base | None
 ) -> Tensor:
     """Compute factors slice by slice and write them over the beginning of the gradient's memory.
 
     A slice never has more factors than elements, so what is overwritten has been read.
     """
-    shape = _reduced(gradient, dims)
+    shape, weight = _reduced(gradient, tensor.dims), tensor.view(local(tensor.parameter))
     factors = gradient.view(-1)[: math.prod(shape)].view(shape)
-    rows = gradient.shape[0]
-    if 0 in dims:
-        return factors.copy_(shrink_factors(gradient, weight, dims, lam))
-    step = max(1, SLICE * rows // max(1, gradient.numel()))
-    for begin in range(0, rows, step):
-        piece = slice(begin, begin + step)
-        factors[piece] = shrink_factors(gradient[piece], weight[piece], dims, lam)
+    for rows in _slices(gradient, tensor.dims):
+        change = weight[rows]
+        if base is not None and base.holds(tensor):
+            change = change - base.origin(tensor, rows)
+        values = shrink_factors(gradient[rows], change, tensor.dims, lam)
+        factors[rows if 0 not in tensor.dims else slice(None)] = values
     return factors
 
 
-def shrink_(tensors: list[ShrinkableTensor], factors: list[Tensor]) -> None:
-    """Multiply every vector by its factor, in place.
+def _slices(tensor: Tensor, dims: tuple[int, ...]) -> list[slice]:
+    """Return rows that are few at a time and cut no vector."""
+    rows = tensor.shape[0]
+    if 0 in dims:
+        return [slice(0, rows)]
+    step = max(1, SLICE * rows // max(1, tensor.numel()))
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+@torch.no_grad()
+def shrink_(
+    tensors: list[ShrinkableTensor], factors: list[Tensor], base: Base | None = None
+) -> None:
+    """Multiply every vector, or its change since the base, by its factor, in place.
 
     Args:
         tensors: what to shrink.
         factors: one tensor of factors each, as :func:`all_factors` returns them.
+        base: the checkpoint to shrink towards; None stands for zero.
 
     Warns:
-        NoEffectWarning: every factor is 1.
+        NoEffectWarning: every factor is 1, or the weights are those of the base.
     """
-    with torch.no_grad():
-        for tensor, factor in zip(tensors, factors, strict=True):
-            tensor.view(local(tensor.parameter)).mul_(factor)
-    if all(bool((factor == 1).all()) for factor in factors):
-        warnings.warn(
-            "the shrink changed nothing: every factor is 1", NoEffectWarning, stacklevel=3
-        )
+    changed = False
+    for tensor, factor in zip(tensors, factors, strict=True):
+        weight = tensor.view(local(tensor.parameter))
+        if base is None or not base.holds(tensor):
+            weight.mul_(factor)
+            changed = changed or not bool((factor == 1).all())
+            continue
+        for rows in _slices(weight, tensor.dims):
+            own = factor if 0 in tensor.dims else factor[rows]
+            origin = base.origin(tensor, rows)
+            shrunk = origin + (weight[rows] - origin) * own
+            # A factor of 1 keeps the weight to the bit, which the sum does not promise.
+            shrunk = torch.where(own == 1, weight[rows], shrunk.to(weight.dtype))
+            changed = changed or not torch.equal(shrunk, weight[rows])
+            weight[rows] = shrunk
+    if not changed:
+        reason = "every factor is 1" if base is None else f"the weights are those of {base.name}"
+        warnings.warn(f"the shrink changed nothing: {reason}", NoEffectWarning, stacklevel=3)
 
 
 def report_tensors(
