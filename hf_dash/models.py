@@ -1,11 +1,11 @@
-"""Image classifiers of timm and transformers: created, loaded, saved, given more classes.
+"""Create, load and save image classifiers of timm and transformers, and add classes to them.
 
 Flow: architecture and label names → ``TimmWrapperForImageClassification`` with timm's own
-initialization → a folder that transformers, its pipeline and timm all load. Any other image
+initialization → a folder that transformers, its pipeline and timm can all load. Any other image
 classifier of transformers is loaded and saved in the layout of transformers.
 Differs from ``TimmWrapperForImageClassification(config)``: transformers fills every convolution and
-linear layer with N(0, 0.02); here timm's own initialization is put back. Only safetensors are
-loaded: weights of any other kind are refused before they are read.
+linear layer with N(0, 0.02); here timm's own initialization is restored. Only safetensors are
+loaded; weights in any other format are refused before they are read.
 """
 
 import copy
@@ -41,14 +41,14 @@ def require_safetensors(
     cache_dir: str | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """Check that a model's weights are safetensors; those of a repository are downloaded.
+    """Check that a model's weights are safetensors, downloading them if they are on the Hub.
 
-    Asked before transformers, which would have another service convert a repository's weights.
+    Call it before transformers, which would ask a Hub service to convert other formats.
 
     Args:
-        name_or_path: a folder, or the id of a repository.
+        name_or_path: a folder or a repository id.
         revision: branch, tag or commit on the Hub.
-        cache_dir: where files of the Hub are kept.
+        cache_dir: where downloads are kept.
         token: for private repositories.
 
     Returns:
@@ -68,16 +68,16 @@ def require_safetensors(
         except RemoteEntryNotFoundError:
             continue
     raise ValueError(
-        f"{name_or_path!r} holds no {NAMES[0]}: only safetensors are loaded, because weights of"
-        " other kinds, such as pytorch_model.bin, can run code; save the model as safetensors first"
+        f"{name_or_path!r} holds no {NAMES[0]}: only safetensors are loaded, because weights in"
+        " other formats, such as pytorch_model.bin, can run code; save the model as safetensors"
     )
 
 
 def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path]:
-    """Return the safetensors files of a model, those of a repository downloaded.
+    """Return the safetensors files of a model, downloading them if they are on the Hub.
 
     Args:
-        name_or_path: a folder, or the id of a repository.
+        name_or_path: a folder or a repository id.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -93,7 +93,7 @@ def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path
     return [Path(hf_hub_download(name_or_path, name, revision=revision)) for name in names]
 
 
-# The one PIL mode in which an image has that many channels as timm's transforms read it.
+# The PIL mode for each number of channels, as timm's transforms read images.
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -105,18 +105,24 @@ def create_model(
     image_size: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Make an untrained timm model in the transformers wrapper.
+    """Create an untrained timm model in the transformers wrapper.
 
     Args:
-        architecture: a name timm knows, such as ``"resnet18"``.
+        architecture: a timm model name, such as ``"resnet18"``.
         label_names: one name per class, all different; they go into the config.
         model_args: for ``timm.create_model``, such as ``{"in_chans": 1}``.
         image_size: height and width of the input in pixels; the architecture's own by default.
-        seed: of the initialization; the global random state is left alone.
+        seed: seed for the initialization; the global random state is left alone.
 
     Raises:
-        ValueError: an unknown architecture, no or repeated label names, or ``num_classes`` among
-            ``model_args``.
+        ValueError: timm does not know the architecture, label names are missing or repeated, or
+            ``model_args`` holds ``num_classes``.
+
+    Example:
+        >>> import hf_dash
+        >>> model = hf_dash.create_model("test_resnet", label_names=["cat", "dog"], image_size=32)
+        >>> model.config.id2label
+        {0: 'cat', 1: 'dog'}
     """
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -142,7 +148,7 @@ def create_model(
         pretrained_cfg={
             "input_size": [model_args.get("in_chans", 3), *size],
             "interpolation": getattr(defaults, "interpolation", "bicubic"),
-            # Nothing is cropped: the model is trained on whole images.
+            # No crop: the model trains on whole images.
             "crop_pct": 1.0,
             "crop_mode": "center",
             **_normalization(defaults, model_args.get("in_chans", 3)),
@@ -162,11 +168,19 @@ def _normalization(defaults: Any, channels: int) -> dict[str, list[float]]:
 
 
 def fresh_state(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """Return the weights of a new timm model of the same make, as timm initializes it.
+    """Return the weights of a new timm model of the same architecture, as timm initializes it.
 
     Args:
         model: a timm wrapper; only its config is read.
-        seed: of the initialization; the global random state is left alone.
+        seed: seed for the initialization; the global random state is left alone.
+
+    Example:
+        >>> import torch
+        >>> from hf_dash.models import create_model, fresh_state
+        >>> model = create_model("test_resnet", label_names=["cat", "dog"], seed=3)
+        >>> fresh = fresh_state(model, seed=3)
+        >>> all(torch.equal(fresh[k], v) for k, v in model.timm_model.state_dict().items())
+        True
     """
     config = model.config
     with torch.random.fork_rng(devices=[]):
@@ -184,15 +198,15 @@ def model_labels(model: PreTrainedModel) -> list[str]:
 
 
 def is_timm(model: PreTrainedModel) -> bool:
-    """Tell whether a model is a timm wrapper."""
+    """Check whether a model is a timm wrapper."""
     return getattr(model, "timm_model", None) is not None
 
 
 def timm_model_of(model: PreTrainedModel) -> Any:
-    """Return the timm model in a wrapper.
+    """Return the timm model inside a wrapper.
 
     Raises:
-        TypeError: the model is no timm wrapper.
+        TypeError: the model is not a timm wrapper.
     """
     if not is_timm(model):
         raise TypeError(f"model must be a timm wrapper, got {type(model).__name__}")
@@ -202,20 +216,27 @@ def timm_model_of(model: PreTrainedModel) -> Any:
 def grow_head(
     model: PreTrainedModel, new_names: Sequence[str], *, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Return a model that knows more classes: everything old is kept, new rows are fresh.
+    """Return a model with more classes: old weights are kept, new classifier rows are fresh.
 
     Args:
-        model: a timm wrapper; left as it is.
-        new_names: of the classes to add after the old ones, all different and none of them known.
-        seed: of the new rows, which are those of a fresh model of the new size and that seed.
+        model: a timm wrapper; not changed.
+        new_names: names of the classes to add after the old ones, all different and unknown so far.
+        seed: seed for the new rows, which come from a fresh model of the new size.
 
     Returns:
-        The grown model, on the device of the old one, and the new rows by the name of the tensor of
-        ``model.timm_model`` whose last rows they are.
+        The grown model, on the device of the old one, and the new rows by name: the tensors of
+        ``model.timm_model`` that end with them.
 
     Raises:
-        ValueError: no new name, or one that is repeated or known.
-        NotImplementedError: the architecture does not keep one row per class in its classifier.
+        ValueError: there is no new name, or one is repeated or already known.
+        NotImplementedError: the architecture's classifier does not have one row per class.
+
+    Example:
+        >>> from hf_dash.models import create_model, grow_head, model_labels
+        >>> model = create_model("test_resnet", label_names=["cat", "dog"])
+        >>> grown, rows = grow_head(model, ["owl"], seed=0)
+        >>> model_labels(grown), {name: len(fresh) for name, fresh in rows.items()}
+        (['cat', 'dog', 'owl'], {'fc.weight': 1, 'fc.bias': 1})
     """
     names = model_labels(model)
     if not new_names or len({*names, *new_names}) != len(names) + len(new_names):
@@ -238,7 +259,7 @@ def grow_head(
             state[name] = torch.cat([old, rows[name].to(old)])
         else:
             raise NotImplementedError(
-                f"the classifier of {config.architecture!r} cannot grow: {name!r} would turn from"
+                f"the classifier of {config.architecture!r} cannot grow: {name!r} would change from"
                 f" {tuple(old.shape)} to {tuple(fresh.shape)}"
             )
     grown.timm_model.load_state_dict(state)
@@ -246,20 +267,26 @@ def grow_head(
 
 
 def black_pixel(model: PreTrainedModel) -> tuple[float, ...]:
-    """Return black as the model sees it: the value of 0 per channel after its normalization.
+    """Return black as the model sees it: the normalized value of 0 for each channel.
 
     Args:
         model: a timm wrapper whose config has a ``pretrained_cfg``.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the config has no ``pretrained_cfg``.
+
+    Example:
+        >>> from hf_dash.models import black_pixel, create_model
+        >>> model = create_model("test_resnet", label_names=["cat", "dog"])  # mean 0.5, std 0.5
+        >>> black_pixel(model)
+        (-1.0, -1.0, -1.0)
     """
     data_config = timm.data.resolve_data_config(_pretrained_cfg(model))
     return tuple(-m / s for m, s in zip(data_config["mean"], data_config["std"], strict=True))
 
 
 def architecture_of(model: PreTrainedModel) -> str:
-    """Return timm's name of a wrapped architecture, else the model type, such as ``"vit"``."""
+    """Return timm's name for a wrapped architecture, else the model type, such as ``"vit"``."""
     config = model.config
     return str(config.architecture if is_timm(model) else config.model_type)
 
@@ -274,27 +301,36 @@ def load_model(
     token: str | bool | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Load an image classifier that knows all classes of some data; only safetensors are read.
+    """Load an image classifier that knows all classes in ``label_names``; reads only safetensors.
 
-    Known classes keep their places. Where the data have more, a timm wrapper's head grows by
-    :func:`~hf_dash.models.grow_head`; with ``ignore_mismatched_sizes`` any model gets a head of
-    the new size instead, all of it fresh, as in transformers' scripts. That head knows the old
-    classes too, unless the model knows none of the data's: then it knows the data's alone, and
-    where the sizes happen to agree, its weights stay and only the names change.
+    Known classes keep their indices. If there are new ones, a timm wrapper's head grows by
+    :func:`grow_head`. With ``ignore_mismatched_sizes`` any model gets a completely fresh head of
+    the new size instead, as in transformers' scripts. That head knows the old classes too, unless
+    the data contain none of them: then it knows only the classes of the data, and if the sizes
+    happen to match, the weights stay and only the names change.
 
     Args:
-        name_or_path: a folder, or the id of a repository.
-        label_names: of the data, by which classes are matched; None asks for nothing.
+        name_or_path: a folder or a repository id.
+        label_names: classes of the data, matched by name; None takes the model as it is.
         ignore_mismatched_sizes: see above.
         revision: branch, tag or commit on the Hub.
-        cache_dir: where files of the Hub are kept.
+        cache_dir: where downloads are kept.
         token: for private repositories.
-        seed: of grown rows.
+        seed: seed for new rows.
 
     Raises:
-        ValueError: the data have classes unknown to a model that is no timm wrapper, and
-            ``ignore_mismatched_sizes`` is not set; or the weights are no safetensors.
+        ValueError: the weights are not safetensors; or there are new classes, the model is not a
+            timm wrapper, and ``ignore_mismatched_sizes`` is not set.
         NotImplementedError: the classifier of a timm wrapper cannot grow.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import hf_dash
+        >>> with TemporaryDirectory() as folder:
+        ...     cats = hf_dash.create_model("test_resnet", label_names=["cat", "dog"])
+        ...     hf_dash.save_model(cats, folder)
+        ...     hf_dash.load_model(folder, ["dog", "owl"]).config.id2label
+        {0: 'cat', 1: 'dog', 2: 'owl'}
     """
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     require_safetensors(name_or_path, **where)
@@ -325,17 +361,24 @@ def load_model(
 def image_transform(
     model: PreTrainedModel, image_processor: Any | None = None
 ) -> Callable[[Image.Image], Tensor]:
-    """Return the evaluation transform of a model: resize, crop, scale, normalize; no augmentation.
+    """Return a model's evaluation transform: resize, crop, scale, normalize; no augmentation.
+
+    The transform raises ``ValueError`` for an image whose mode does not have the channels the
+    model expects, instead of converting it silently.
 
     Args:
-        model: a timm wrapper, whose config tells the transform, or any other image classifier.
-        image_processor: of a model that is no timm wrapper.
-
-    The transform raises ``ValueError`` for an image whose mode has not the channels the model
-    takes, instead of converting it unasked.
+        model: a timm wrapper, whose config defines the transform, or another image classifier.
+        image_processor: required for a model that is not a timm wrapper.
 
     Raises:
         ValueError: the model needs an image processor and none is given.
+
+    Example:
+        >>> from PIL import Image
+        >>> from hf_dash.models import create_model, image_transform
+        >>> model = create_model("test_resnet", label_names=["cat", "dog"], image_size=32)
+        >>> image_transform(model)(Image.new("RGB", (100, 80))).shape
+        torch.Size([3, 32, 32])
     """
     if is_timm(model):
         return _timm_transform(model)
@@ -347,8 +390,8 @@ def image_transform(
     def processed(image: Image.Image) -> Tensor:
         if image.mode != "RGB":
             raise ValueError(
-                f"image mode is {image.mode!r}, but the image processor takes 'RGB'; convert on"
-                " loading with image_mode='RGB'"
+                f"image mode is {image.mode!r}, but the image processor takes 'RGB'; load images"
+                " with image_mode='RGB'"
             )
         pixels: Tensor = image_processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
@@ -366,7 +409,7 @@ def _timm_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
         if mode is not None and image.mode != mode:
             raise ValueError(
                 f"image mode is {image.mode!r}, but the model takes {channels} channels"
-                f" ({mode!r}); convert on loading with image_mode={mode!r}, or give the model"
+                f" ({mode!r}); load images with image_mode={mode!r} or create the model with"
                 " another in_chans"
             )
         tensor: Tensor = transform(image)
@@ -390,15 +433,25 @@ def save_model(
 ) -> None:
     """Save a model: a timm wrapper in timm's layout, any other with its image processor.
 
-    The files are written aside and moved into place when they are whole.
+    Files are written aside and moved into place once they are complete.
 
     Args:
         model: an image classifier of transformers.
-        folder: made where it does not exist; other files in it stay.
-        image_processor: saved beside a model that is no timm wrapper.
+        folder: created if necessary; other files in it stay.
+        image_processor: saved with a model that is not a timm wrapper.
 
     Raises:
-        TypeError: ``model`` is not one of transformers.
+        TypeError: ``model`` is not a transformers model.
+
+    Example:
+        >>> import os
+        >>> from tempfile import TemporaryDirectory
+        >>> import hf_dash
+        >>> with TemporaryDirectory() as folder:
+        ...     model = hf_dash.create_model("test_resnet", label_names=["cat", "dog"])
+        ...     hf_dash.save_model(model, folder)
+        ...     sorted(os.listdir(folder))
+        ['config.json', 'model.safetensors']
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -414,7 +467,7 @@ def save_model(
 
 
 def _save_timm(model: PreTrainedModel, aside: Path) -> None:
-    """Write timm's own layout, which transformers and timm both load."""
+    """Write timm's own layout, which both transformers and timm can load."""
     timm_model = timm_model_of(model)
     config = model.config
     native = {

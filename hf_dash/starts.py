@@ -1,11 +1,11 @@
-"""Where a round starts from: one function per strategy, one dict of their names, their settings.
+"""Where a round starts from: one function per strategy, their names and their settings.
 
 Flow: the model with the last round's final weights → the start changes it in place → training.
-Every start has the same form, ``start(model, context)``, so your own function works too. The first
-round has no weights to start from: all strategies share one fresh model there, and only a start
-marked by ``every_round`` is called. A name may carry settings: ``"dash+alpha=0.1+grouping=auto"``
-is DASH with these two fields set, so one run compares settings on the same rounds and seeds.
-Source: named by each start.
+Every start is a function ``start(model, context)``, and so is your own. In the first round there
+are no earlier weights: all strategies share one fresh model, and only starts marked with
+``every_round`` are called. A name may carry settings: ``"dash+alpha=0.1+grouping=auto"`` is DASH
+with these two fields set, so one run can compare settings on the same rounds and seeds.
+Source: see each start.
 """
 
 import json
@@ -32,20 +32,25 @@ from hf_dash.utils.checks import check_count, check_flag, check_number
 
 @dataclass(frozen=True)
 class StartsConfig:
-    """Settings of the starts other than DASH; each start names its source.
+    """Settings of all starts except DASH.
 
     Args:
-        perturb_lam: what shrink-and-perturb multiplies weights by, in [0, 1].
-        perturb_sigma: standard deviation of the noise it adds, at least 0.
-        l2_init_lam: weight of the penalty ‖θ − θ₀‖² of L2-init, at least 0.
+        perturb_lam: factor of shrink-and-perturb, in [0, 1].
+        perturb_sigma: standard deviation of its noise, at least 0.
+        l2_init_lam: weight of L2-init's penalty ‖θ − θ₀‖², at least 0.
         fire_steps: Newton-Schulz steps of FIRE, at least 1.
-        reset_optimizer: let training begin with fresh optimizer state where a start changed the
-            weights (shrink-and-perturb, head reset, FIRE, DASH); otherwise momentum lives on, as it
-            does in the authors' code. The warm start and L2-init always keep it, a cold one never.
+        reset_optimizer: train with fresh optimizer state after a start that changed the weights
+            (shrink-and-perturb, head reset, FIRE, DASH). False keeps the momentum, as the authors'
+            code does. The warm start and L2-init always keep it; the cold start never does.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of its range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from hf_dash.starts import StartsConfig
+        >>> StartsConfig(perturb_lam=0.5).perturb_sigma
+        0.01
     """
 
     perturb_lam: float = 0.3
@@ -64,15 +69,25 @@ class StartsConfig:
 
 @dataclass(frozen=True)
 class StartContext:
-    """What a start may use.
+    """Everything a start may use.
 
     Args:
         round_: the round about to be trained: old and new examples.
-        seed: for anything random; differs between rounds, is the same on every process.
-        init_seed: with which the run's first weights were initialized.
+        seed: seed for anything random; differs between rounds and is the same on every process.
+        init_seed: seed of the run's first weights.
         dash: settings of the gradient pass and the shrink.
         starts: settings of the other starts.
-        accelerator: tells processes and precision; None outside Accelerate.
+        accelerator: gives processes and precision; None without Accelerate.
+
+    Example:
+        >>> import hf_dash
+        >>> model = hf_dash.create_model("test_resnet", label_names=list("0123456789"))
+        >>> transform = hf_dash.models.image_transform(model)
+        >>> digits = hf_dash.load_images().select(range(256))
+        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, transform)
+        >>> context = hf_dash.StartContext(round_, seed=0)
+        >>> len(context.gradient_batches())
+        2
     """
 
     round_: Round
@@ -96,12 +111,20 @@ class StartContext:
 
 @dataclass(frozen=True)
 class Started:
-    """What a start has to tell the training that follows.
+    """What a start tells the training that follows.
 
     Args:
-        report: of the shrink, where there was one.
-        keep_optimizer: go on with the optimizer state of the round before, momentum included.
-        penalty: called as ``penalty(model)`` in every step; joins the loss.
+        report: report of the shrink, if there was one.
+        keep_optimizer: keep the previous round's optimizer state, including momentum.
+        penalty: called as ``penalty(model)`` at every step and added to the loss.
+
+    Example:
+        >>> import hf_dash
+        >>> def frozen_(model, context):  # a start of your own that keeps the momentum
+        ...     model.requires_grad_(False)
+        ...     return hf_dash.Started(keep_optimizer=True)
+        >>> hf_dash.Started().keep_optimizer
+        False
     """
 
     report: ShrinkReport | None = None
@@ -109,23 +132,30 @@ class Started:
     penalty: Callable[[nn.Module], Tensor] | None = None
 
 
-# A start changes the model in place, its timm weights being those of the last round, and returns
-# what training has to know, or None where it is to go on with a fresh optimizer and nothing else.
-# Your own is a function of this form, given to ``run_rounds`` in place of one from ``STARTS``:
+# A start gets the model with the last round's weights, changes it in place, and returns what
+# training needs to know. None means a fresh optimizer and nothing else. Your own start is a
+# function of this form, passed to ``run_rounds`` instead of one from ``STARTS``:
 #
 #     def halve_(model: PreTrainedModel, context: StartContext) -> None:
 #         with torch.no_grad():
 #             model.timm_model.get_classifier().weight.mul_(0.5)
 #
-# The first round begins with fresh weights and calls no start, unless the start says that it has
-# something to do there too, by the decorator ``every_round``.
+# The first round trains fresh weights and calls no start, except those marked ``every_round``.
 Start = Callable[[PreTrainedModel, StartContext], Started | None]
 
 
 def every_round(start: Start) -> Start:
-    """Mark a start that is to be called in the first round too; use it as a decorator.
+    """Decorate a start to be called in the first round too.
 
-    The mark is the attribute ``every_round = True`` on the function itself.
+    It sets the attribute ``every_round = True`` on the function.
+
+    Example:
+        >>> from hf_dash.starts import every_round
+        >>> @every_round
+        ... def penalize_(model, context):
+        ...     return None
+        >>> penalize_.every_round
+        True
     """
     start.every_round = True  # type: ignore[attr-defined]
     return start
@@ -135,13 +165,13 @@ def cold_(model: PreTrainedModel, context: StartContext) -> None:
     """Replace all weights by timm's fresh initialization: training from scratch.
 
     Raises:
-        TypeError: the model is no timm wrapper.
+        TypeError: the model is not a timm wrapper.
     """
     timm_model_of(model).load_state_dict(fresh_state(model, context.seed))
 
 
 def warm_(model: PreTrainedModel, context: StartContext) -> Started:
-    """Keep the last round's weights as they are, and the optimizer's momentum with them.
+    """Keep the last round's weights and the optimizer's momentum.
 
     Source: the warm start of Ash & Adams, NeurIPS 2020 (arXiv:1910.08475).
     """
@@ -149,10 +179,10 @@ def warm_(model: PreTrainedModel, context: StartContext) -> Started:
 
 
 def warm_reset_momentum_(model: PreTrainedModel, context: StartContext) -> None:
-    """Keep the last round's weights as they are, but let momentum begin from zero.
+    """Keep the last round's weights but start with zero momentum.
 
-    Source: the warm start of Ash & Adams, NeurIPS 2020 (arXiv:1910.08475), whose every round makes
-    a new optimizer.
+    Source: the warm start of Ash & Adams, NeurIPS 2020 (arXiv:1910.08475), which creates a new
+    optimizer every round.
     """
 
 
@@ -160,31 +190,31 @@ def warm_reset_momentum_(model: PreTrainedModel, context: StartContext) -> None:
 def shrink_perturb_(model: PreTrainedModel, context: StartContext) -> Started:
     """Shrink and perturb: w ← λ·w + N(0, σ²), λ = ``perturb_lam``, σ = ``perturb_sigma``.
 
-    Weights and biases of linear and convolution layers change, as in the code of the authors of
-    DASH; norms, embeddings and frozen tensors stay. The noise follows from the context's seed
-    alone: it is the same on every process, and the global random state is left alone.
+    Weights and biases of linear and convolution layers change, as in the DASH authors' code;
+    norms, embeddings and frozen tensors stay. The noise depends only on the context's seed: it is
+    the same on every process, and the global random state is left alone.
 
     Source: Ash & Adams, NeurIPS 2020 (arXiv:1910.08475).
     """
     generator = torch.Generator().manual_seed(context.seed)
     for tensor in find_shrinkable(model)[0]:
         weight = tensor.parameter
-        # Drawn on the CPU, where every machine draws the same.
+        # Drawn on the CPU, so that every machine draws the same.
         noise = torch.randn(weight.shape, generator=generator).to(weight)
         weight.mul_(context.starts.perturb_lam).add_(noise, alpha=context.starts.perturb_sigma)
     return Started(keep_optimizer=not context.starts.reset_optimizer)
 
 
 def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
-    """Give the classifier timm's fresh initialization and keep everything below it.
+    """Replace the classifier by timm's fresh initialization and keep everything below it.
 
-    Models with two classifiers (a second one on a distillation token) get both anew.
+    If a model has two classifiers (the second on a distillation token), both are replaced.
 
     Source: the last layer's reset of Nikishin et al., ICML 2022 (arXiv:2205.07802).
 
     Raises:
-        TypeError: the model is no timm wrapper.
-        ValueError: timm names no classifier with weights in it.
+        TypeError: the model is not a timm wrapper.
+        ValueError: timm finds no classifier with weights in the model.
     """
     timm_model = timm_model_of(model)
     classifier: Any = timm_model.get_classifier()
@@ -195,7 +225,7 @@ def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
     head = {name: tensor for name, tensor in fresh.items() if name.startswith(prefixes)}
     if not head:
         raise ValueError(
-            f"model must have a classifier to reset, but timm names none in"
+            f"model must have a classifier to reset, but timm finds none in"
             f" {model.config.architecture!r}"
         )
     timm_model.load_state_dict(head, strict=False)
@@ -204,18 +234,18 @@ def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
 
 @every_round
 def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
-    """Keep the weights, and pull them to the first ones in training: penalty λ·‖θ − θ₀‖².
+    """Keep the weights and pull them toward the initial ones in training: penalty λ·‖θ − θ₀‖².
 
-    θ are all trainable parameters, θ₀ what timm draws for them from ``context.init_seed``, where
-    the run's first weights came from; λ = ``l2_init_lam``. The model has to be on its device. The
-    first round is trained with the penalty too.
+    θ are all trainable parameters, θ₀ the run's first weights, which timm draws again from
+    ``context.init_seed``; λ = ``l2_init_lam``. The model must already be on its device. The first
+    round uses the penalty too.
 
     Source: Kumar et al., 2023 (arXiv:2308.11958).
-    Differs from the code of the authors of DASH, which squares the sum of per-module norms.
+    Differs from the DASH authors' code, which squares the sum of per-module norms.
 
     Raises:
-        TypeError: the model is no timm wrapper.
-        ValueError: a trainable parameter is none of timm's.
+        TypeError: the model is not a timm wrapper.
+        ValueError: a trainable parameter is not one of timm's.
     """
     timm_model_of(model)
     fresh = fresh_state(model, context.init_seed)
@@ -225,14 +255,14 @@ def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
             continue
         if name.removeprefix("timm_model.") not in fresh:
             raise ValueError(
-                f"model has the trainable parameter {name!r}, which a fresh"
-                f" {model.config.architecture!r} of timm has not, so it has no first value"
+                f"model has the trainable parameter {name!r}, but a fresh"
+                f" {model.config.architecture!r} of timm does not, so its initial value is unknown"
             )
         initial.append(fresh[name.removeprefix("timm_model.")].to(parameter))
     lam = context.starts.l2_init_lam
 
     def penalty(trained: nn.Module) -> Tensor:
-        # By order, since a wrapper such as DDP changes the names and not the order.
+        # By order: a wrapper such as DDP changes the names but not the order.
         trainable = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         pairs = zip(trainable, initial, strict=True)
         return lam * torch.stack([(now - first).square().sum() for now, first in pairs]).sum()
@@ -258,10 +288,10 @@ def dash_(model: PreTrainedModel, context: StartContext) -> Started:
 
 @torch.no_grad()
 def fire_(model: PreTrainedModel, context: StartContext) -> Started:
-    """Replace each trainable linear and convolution weight by its nearest scaled orthogonal one.
+    """Replace each trainable linear and convolution weight by the nearest scaled orthogonal one.
 
-    Biases stay, so do depthwise kernels and zero matrices; a fused query-key-value projection is
-    one matrix (``hf_dash.method.variants.orthogonal_weight``). ``fire_steps`` says how many steps.
+    Biases, depthwise kernels and zero matrices stay. A fused query-key-value projection counts as
+    one matrix (``hf_dash.method.variants.orthogonal_weight``). ``fire_steps`` sets the steps.
 
     Source: Han et al., ICLR 2026 (arXiv:2602.08040).
     """
@@ -284,16 +314,22 @@ STARTS: dict[str, Start] = {
 
 
 def find_start(name: str) -> Start:
-    """Return the start of that name.
+    """Return the start with this name.
 
     Args:
-        name: one of ``STARTS``, followed by any number of ``+field=value`` with the fields of
-            :class:`~hf_dash.DashConfig` and :class:`~hf_dash.starts.StartsConfig` that differ from
-            the run's. A value is JSON where it can be read so, else a word.
+        name: one of ``STARTS``, followed by any number of ``+field=value``: fields of
+            :class:`~hf_dash.DashConfig` or :class:`~hf_dash.starts.StartsConfig` that differ from
+            the run's. A value that is not valid JSON is taken as text.
 
     Raises:
-        TypeError: a value is of the wrong kind.
-        ValueError: there is no such start or field, or a value is out of its range.
+        TypeError: a value has the wrong type.
+        ValueError: the start or field does not exist, or a value is out of range.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.find_start("warm") is hf_dash.STARTS["warm"]
+        True
+        >>> dash = hf_dash.find_start("dash+alpha=0.1+grouping=auto")
     """
     base, *settings = name.split("+")
     if base not in STARTS:
@@ -308,7 +344,7 @@ def find_start(name: str) -> Start:
             f"settings of start {name!r} must be +field=value with fields of DashConfig or"
             f" StartsConfig, got {unknown}"
         )
-    # What is out of range is refused here, not at the first round.
+    # Values out of range are refused here, before the first round.
     DashConfig(**dash)
     StartsConfig(**starts)
 
@@ -320,7 +356,7 @@ def find_start(name: str) -> Start:
 
 
 def _own_fields(name: str, settings: list[str], config: type) -> dict[str, Any]:
-    """Return the settings that are fields of a config, by name."""
+    """Return the settings that are fields of this config, by name."""
     known = {entry.name for entry in fields(config)}
     own: dict[str, Any] = {}
     for setting in settings:

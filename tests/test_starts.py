@@ -158,7 +158,7 @@ def test_head_reset_takes_both_heads_of_a_distilled_model(context):
 def test_head_reset_refuses_a_model_without_a_head(small_model, context, monkeypatch):
     monkeypatch.setattr(small_model.timm_model, "get_classifier", torch.nn.Identity)
     before = state_of(small_model)
-    with pytest.raises(ValueError, match="timm names none in 'test_resnet'"):
+    with pytest.raises(ValueError, match=r"classifier .* none in 'test_resnet'"):
         run_start("head_reset", small_model, context)
     assert same_state(before, state_of(small_model))
 
@@ -198,7 +198,7 @@ def test_l2_init_of_the_first_weights_is_nothing(small_model, context):
 
 def test_l2_init_refuses_parameters_that_timm_does_not_draw(small_model, context):
     small_model.adapter = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"trainable parameter 'adapter\.weight', which a fresh"):
+    with pytest.raises(ValueError, match=r"trainable parameter 'adapter\.weight'"):
         run_start("l2_init", small_model, context)
 
 

@@ -1,4 +1,3 @@
-from .columns import fingerprint as fingerprint
 from .columns import label_names as label_names
 from .examples import ImageExamples as ImageExamples
 from .examples import RandomCropFlip as RandomCropFlip
@@ -9,14 +8,10 @@ from .rounds import gradient_batches as gradient_batches
 from .rounds import train_batches as train_batches
 from .rounds import training_stream as training_stream
 from .schedule import Schedule as Schedule
-from .schedule import cut_schedule as cut_schedule
-from .schedule import file_schedule as file_schedule
 from .schedule import load_schedules as load_schedules
 from .shards import Arrival as Arrival
-from .shards import arrivals_root as arrivals_root
 from .shards import list_arrivals as list_arrivals
 from .shards import load_arrival as load_arrival
-from .shards import new_arrivals as new_arrivals
 from .sources import DataConfig as DataConfig
 from .sources import in_arrival_order as in_arrival_order
 from .sources import load_images as load_images

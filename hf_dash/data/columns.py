@@ -1,9 +1,9 @@
-"""The two columns of every labeled image dataset, ``image`` and ``label``, and what they hold.
+"""The two columns of every labeled image dataset, ``image`` and ``label``.
 
-Flow: a dataset as its loader gives it → its columns found, renamed and typed → names of its
-classes, fingerprint of its examples.
-Differs from plain ``datasets``: labels always know their names, in streams too; the fingerprint is
-of the content, so that it does not depend on how the content was loaded.
+Flow: a dataset as its loader returns it → columns found, renamed and typed → class names, and a
+fingerprint of the examples.
+Differs from plain ``datasets``: labels always have names, in streams too. The fingerprint covers
+the content, so it does not depend on how the content was loaded.
 """
 
 import hashlib
@@ -18,26 +18,26 @@ from PIL import Image as PILImage
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
-# Encoded images held at a time.
+# Encoded images in memory at a time.
 BATCH_SIZE = 100
 
 
 def standard_columns(
     dataset: AnyDataset, image_column: str, label_column: str, image_mode: str | None
 ) -> AnyDataset:
-    """Keep the columns of images and labels, as ``image`` and ``label``; name the labels.
+    """Keep two columns, renamed to ``image`` and ``label``, and name the classes.
 
     Args:
-        dataset: as loaded; a stream of integer or text labels is read once to name them.
-        image_column: name of the column of images in the source.
-        label_column: name of the column of labels in the source, or of a field in a column of
-            records, such as ``"json.label"`` in a webdataset. Classes of integers are named
-            ``"0"``, ``"1"`` … up to the greatest that occurs; classes of text are sorted.
-        image_mode: PIL mode to convert every image to; None keeps them.
+        dataset: as loaded. A stream of integer or text labels is read once to find its classes.
+        image_column: the source's column of images.
+        label_column: the source's column of labels, or a field of a column of records, such as
+            ``"json.label"`` in a webdataset. Integer classes are named ``"0"``, ``"1"`` … up to
+            the largest one; text classes are sorted.
+        image_mode: PIL mode to convert every image to; None leaves them alone.
 
     Raises:
-        ValueError: a column is missing, or the labels are neither class labels nor integers of at
-            least 0 nor strings.
+        ValueError: a column is missing, or the labels are not class labels, integers of at least
+            0, or strings.
     """
     if dataset.features is None:
         # A stream of files without a stored schema: its first rows tell.
@@ -62,7 +62,7 @@ def standard_columns(
 
 
 def _take_field(dataset: AnyDataset, image_column: str, label_column: str) -> AnyDataset:
-    """Make a column of its own of a label that is a field of a column of records."""
+    """Turn a label that is a field of a column of records into a column."""
     record, _, field = label_column.partition(".")
     features = dataset.features
     fields = features.get(record)
@@ -81,7 +81,7 @@ def _take_field(dataset: AnyDataset, image_column: str, label_column: str) -> An
 
 
 def _undecoded(dataset: AnyDataset, image_column: str) -> AnyDataset:
-    """Keep images as they are stored: a stream that maps or renames would encode them anew."""
+    """Keep images as stored: a stream that maps or renames would encode them again."""
     if not isinstance(dataset.features[image_column], Image):
         return dataset
     return dataset.cast_column(image_column, Image(decode=False))
@@ -90,7 +90,7 @@ def _undecoded(dataset: AnyDataset, image_column: str) -> AnyDataset:
 def map_columns(
     dataset: AnyDataset, function: Callable[..., Any], features: Features, **settings: Any
 ) -> AnyDataset:
-    """Map batches of undecoded columns to columns of the given features."""
+    """Map batches of undecoded columns to columns with the given features."""
     settings = {"batched": True, "batch_size": BATCH_SIZE, **settings}
     if isinstance(dataset, Dataset):
         return dataset.map(function, features=features, **settings)
@@ -107,7 +107,7 @@ def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
     values = _label_values(dataset)
     if kind == "strings":
         names = values
-        # datasets 4.0 encodes no other kind of text.
+        # datasets 4.0 encodes only this kind of text.
         dataset = dataset.cast_column("label", Value("string"))
     elif values and values[0] < 0:
         raise ValueError(f"labels must not be negative, got {values[0]}")
@@ -117,7 +117,7 @@ def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
 
 
 def label_kind(feature: Any) -> str:
-    """Tell what a column of labels holds: class labels, integers, strings or others."""
+    """Return what a column of labels holds: class labels, integers, strings or others."""
     if isinstance(feature, ClassLabel):
         return "class labels"
     dtype = feature.dtype if isinstance(feature, Value) else ""
@@ -127,7 +127,7 @@ def label_kind(feature: Any) -> str:
 
 
 def _label_values(dataset: AnyDataset) -> list[Any]:
-    """Return the labels that occur, sorted; a stream is read through once for them."""
+    """Return the labels that occur, sorted; reads a stream once."""
     if isinstance(dataset, Dataset):
         values = set(dataset.unique("label"))
     else:
@@ -137,17 +137,23 @@ def _label_values(dataset: AnyDataset) -> list[Any]:
 
 
 def label_names(dataset: AnyDataset) -> list[str]:
-    """Return the names of the classes, in the order of the labels."""
+    """Return the names of the classes, in the order of the labels.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.data.label_names(hf_dash.load_images("digits"))
+        ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']
+    """
     names: list[str] = dataset.features["label"].names
     return names
 
 
 def fingerprint(dataset: AnyDataset) -> str:
-    """Return a SHA-256 of the class names and of all labels and encoded images in their order.
+    """Return a SHA-256 of the class names and of all labels and encoded images, in order.
 
-    Images are read as they are stored, without decoding, from their file where only a path is
-    stored; images in memory that were never encoded count by their mode, size and pixels. The
-    same examples give the same fingerprint, streamed or not, whatever mode they are converted to.
+    Images are read as stored, without decoding. Images in memory that were never encoded count by
+    their mode, size and pixels. The same examples have the same fingerprint, streamed or not,
+    whatever mode they are converted to.
 
     Args:
         dataset: with the columns ``image`` and ``label`` (``ClassLabel``); read once.
@@ -156,8 +162,8 @@ def fingerprint(dataset: AnyDataset) -> str:
         64 hexadecimal digits.
 
     Raises:
-        ValueError: ``label`` is no column of class labels.
-        TypeError: ``image`` holds no images.
+        ValueError: ``label`` is not a column of class labels.
+        TypeError: ``image`` does not hold images.
     """
     features = dataset.features or {}
     if not isinstance(features.get("label"), ClassLabel):
@@ -168,7 +174,7 @@ def fingerprint(dataset: AnyDataset) -> str:
     for batch in plain.iter(batch_size=BATCH_SIZE):
         for value, label in zip(batch["image"], batch["label"], strict=True):
             content = stored_bytes(value)
-            # The length tells where an image ends and the next label begins.
+            # The length marks where an image ends and the next label begins.
             digest.update(struct.pack("<qq", label, len(content)))
             digest.update(content)
     return digest.hexdigest()
@@ -178,7 +184,7 @@ def stored_bytes(value: Any) -> bytes:
     """Return an image's encoded bytes, read from its file where only the path is stored.
 
     Raises:
-        TypeError: it is no image.
+        TypeError: the value is not an image.
     """
     if isinstance(value, PILImage.Image):
         return f"{value.mode} {value.size} ".encode() + value.tobytes()

@@ -1,10 +1,9 @@
 """Labeled images as model inputs: decoded, labeled, and augmented where asked for.
 
 Flow: a HF dataset with the columns ``image`` and ``label`` → a torch dataset of ``pixel_values``
-and ``labels``, decoded on every use or once, some labels wrong where that is asked for → randomly
-cropped and flipped.
+and ``labels``, decoded once or on every use, with label noise on request → random crops and flips.
 Source: the usual augmentation of CIFAR-sized images (padding 4, random crop, horizontal flip).
-Differs from torchvision's ``RandomCrop``: the draws come from a given generator, and padding is
+Differs from torchvision's ``RandomCrop``: draws come from a given generator, and the padding is
 black as the model sees it, after normalization.
 """
 
@@ -23,21 +22,28 @@ from torchvision.transforms.v2 import functional as vision
 from hf_dash.data.columns import fingerprint
 from hf_dash.method.batches import check_labels
 
-# Called with one image [channels, height, width] and where to draw from; None is torch's own state.
+# Takes one image [channels, height, width] and a generator; None draws from torch's global state.
 Augment = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 @dataclass(frozen=True)
 class RandomCropFlip:
-    """Pad an image, cut its old size out at random, and mirror every second one left to right.
+    """Pad an image, crop its original size at random, and flip it left to right half of the time.
 
     Args:
-        fill: value of the padding per channel, in the units of the image; for black under a
+        fill: value of the padding per channel, in the units of the image. For black under a
             model's normalization see :func:`~hf_dash.models.black_pixel`.
         padding: pixels added on every side, at least 0.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from hf_dash.data import RandomCropFlip
+        >>> augment = RandomCropFlip(fill=(0.0, 0.0, 0.0), padding=4)
+        >>> augment(torch.rand(3, 32, 32), torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 32, 32])
     """
 
     fill: tuple[float, ...]
@@ -50,7 +56,7 @@ class RandomCropFlip:
             raise ValueError(f"padding must be at least 0, got {self.padding!r}")
 
     def __call__(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return another view of an image [channels, height, width], of the same shape."""
+        """Return another view of an image [channels, height, width], in the same shape."""
         channels, height, width = pixels.shape
         if channels != len(self.fill):
             raise ValueError(
@@ -67,13 +73,13 @@ class RandomCropFlip:
 
 
 class AugmentedExamples(TorchDataset[dict[str, Any]]):
-    """Examples whose ``pixel_values`` are another view of the image each time they are read.
+    """Examples whose ``pixel_values`` are a new view of the image at every read.
 
     Args:
         examples: mappings with ``pixel_values``.
-        augment: makes the view.
-        generator: drawn from in this process. A worker process of a ``DataLoader`` draws from its
-            own random state, which the loader seeds from its generator.
+        augment: creates the view.
+        generator: source of randomness in this process. A ``DataLoader`` worker draws from its own
+            random state, which the loader seeds.
     """
 
     def __init__(
@@ -100,18 +106,26 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
 
     Args:
         dataset: with the columns ``image`` and ``label``.
-        transform: from a PIL image to a tensor; deterministic where ``in_memory`` is set.
-        in_memory: decode every image once, on first use of the dataset, and keep the tensors.
-        label_ids: the model's index of every class of the dataset, in the order of the dataset's
-            labels; −1 where the model does not know the class. None where both are the same.
-        label_noise: share of the examples to be trained with a wrong label, in [0, 1]; see
+        transform: from a PIL image to a tensor; must be deterministic if ``in_memory`` is set.
+        in_memory: decode all images on first use and keep the tensors.
+        label_ids: the model's index for each of the dataset's classes, −1 for a class the model
+            does not know. None if both use the same indices.
+        label_noise: fraction of the examples that get a wrong label, in [0, 1]; see
             :func:`flip_labels`. ``flipped`` holds their indices.
-        noise_seed: of the choice.
-        fingerprint: of the dataset, where it is known; see ``hf_dash.data.columns.fingerprint``.
+        noise_seed: seed for choosing them.
+        fingerprint: of the dataset, if known; see ``hf_dash.data.columns.fingerprint``.
 
     Raises:
-        ValueError: a label is none of the dataset's classes, ``label_ids`` does not fit them, or
-            ``label_noise`` is out of its range.
+        ValueError: a label is not one of the dataset's classes, ``label_ids`` does not match them,
+            or ``label_noise`` is out of range.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> digits = hf_dash.load_images("digits", split="test")
+        >>> examples = hf_dash.data.ImageExamples(digits, pil_to_tensor)
+        >>> len(examples), examples[0]["pixel_values"].shape
+        (360, torch.Size([3, 32, 32]))
     """
 
     def __init__(
@@ -151,12 +165,12 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
 
     @property
     def labels(self) -> list[int]:
-        """The model's label of every example, as trained."""
+        """The label each example is trained with, in the model's indices."""
         return self._labels
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of the images and their true labels; reads them all once, not decoded."""
+        """A checksum of the images and their true labels; reads all of them once, undecoded."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.dataset)
         return self._fingerprint
@@ -174,24 +188,29 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
 def flip_labels(
     labels: Sequence[int] | np.ndarray, share: float, num_classes: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Replace the labels of a random share of the examples by other ones: symmetric label noise.
+    """Give a random fraction of the examples a wrong label: symmetric label noise.
 
-    The wrong label is any of the other classes, each as likely. Which examples are flipped, and to
-    what, follows from the seed and the number of examples: flip an arrival once, by its own seed,
-    and it is the same in every round.
+    All other classes are equally likely. The result depends only on the seed and the number of
+    examples, so an arrival with a seed of its own has the same wrong labels in every round.
 
     Args:
-        labels: integers in [0, num_classes), one an example.
-        share: of the examples to flip, in [0, 1]; exactly ``round(share * len(labels))`` are.
+        labels: integers in [0, num_classes), one per example.
+        share: fraction of the examples, in [0, 1]; exactly ``round(share * len(labels))`` change.
         num_classes: at least 2.
-        seed: of the choice; the global random state is left alone.
+        seed: seed for the choice; the global random state is left alone.
 
     Returns:
-        The labels (int64, a copy) and a mask that is True where they were flipped, both [examples].
+        The labels (int64, a copy) and a mask that is True where they changed, both [examples].
 
     Raises:
-        TypeError: the labels are no integers.
-        ValueError: an argument is out of its range.
+        TypeError: the labels are not integers.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from hf_dash.data import flip_labels
+        >>> labels, flipped = flip_labels([0, 1, 2, 3], 0.5, num_classes=10, seed=0)
+        >>> int(flipped.sum())
+        2
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share!r}")
@@ -204,7 +223,7 @@ def flip_labels(
     check_labels(torch.from_numpy(changed), num_classes)
     generator = np.random.default_rng(seed)
     chosen = generator.choice(len(changed), round(share * len(changed)), replace=False)
-    # A step of 1 … classes − 1 around the circle of classes never comes back to the same one.
+    # A step of 1 … num_classes − 1 around the circle of classes always ends at another class.
     changed[chosen] += generator.integers(1, num_classes, size=len(chosen))
     changed[chosen] %= num_classes
     flipped = np.zeros(len(changed), dtype=bool)

@@ -1,9 +1,9 @@
 """Rounds: what is new, what was seen before, and the minibatches made of both.
 
 Flow: examples in arrival order → equal arrivals → ``Round`` → shuffled training batches, and
-gradient batches from the oldest to the newest arrival.
-Source: the protocol of Shin et al. (arXiv:2410.23495, section 2): in every round a new chunk of the
-same distribution arrives, and training goes on over all data so far.
+gradient batches from the oldest to the newest example.
+Source: the protocol of Shin et al. (arXiv:2410.23495, section 2): every round a new chunk from the
+same distribution arrives, and training continues on all data so far.
 """
 
 import hashlib
@@ -30,12 +30,23 @@ class Round:
 
     Args:
         index: 1 for the first round.
-        arrivals: all that has arrived, oldest first; the last one is new in this round. All are
-            map-style or all are streams.
-        label_names: of the classes known by now, in the order of the model's; empty where a model
-            knows all of them from the first round.
-        files: names of the files that arrived in this round, where files do.
-        skipped: corrupt images among them, as ``"file:row"``.
+        arrivals: everything that has arrived, oldest first; the last one is new in this round.
+            All are map-style or all are streams.
+        label_names: classes known by now, in the model's order; empty if the model knows them all
+            from the first round.
+        files: names of the shards that arrived in this round, if shards arrive.
+        skipped: corrupt images in them, as ``"shard:row"``.
+
+    Raises:
+        ValueError: nothing is new, or map-style arrivals are mixed with streams.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> digits = hf_dash.load_images("digits").select(range(50))
+        >>> first, second = hf_dash.data.cut_rounds(digits, 2, pil_to_tensor)
+        >>> second.index, second.num_new, second.num_total
+        (2, 25, 50)
     """
 
     index: int
@@ -68,7 +79,7 @@ class Round:
 
     @property
     def streams(self) -> tuple[StreamedImages, ...]:
-        """The arrivals where they are streams; empty where they are map-style."""
+        """The arrivals if they are streams, else an empty tuple."""
         return tuple(a for a in self.arrivals if isinstance(a, StreamedImages))
 
     @property
@@ -78,12 +89,12 @@ class Round:
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of all labeled images, old and new; the same on every machine."""
+        """A checksum of all labeled images, old and new, the same on every machine."""
         return joint_fingerprint(self.arrivals)
 
     @property
     def flipped_seen(self) -> "TorchDataset[dict[str, Any]] | None":
-        """What arrived in earlier rounds with a wrong label, as trained; None where nothing did."""
+        """The examples of earlier rounds that have a wrong label; None if there are none."""
         old = [a for a in self.arrivals[:-1] if isinstance(a, ImageExamples) and a.flipped]
         return ConcatDataset([Subset(a, a.flipped) for a in old]) if old else None
 
@@ -97,7 +108,7 @@ class Round:
     ) -> "ConcatDataset[dict[str, Any]]":
         if self.streams:
             raise TypeError(
-                f"round {self.index} holds streams, of which no example can be looked up; use"
+                f"round {self.index} holds streams, whose examples have no index; use"
                 " train_batches or gradient_batches"
             )
         return ConcatDataset([a for a in arrivals if isinstance(a, ImageExamples)])
@@ -114,13 +125,21 @@ def cut_rounds(
     """Cut a dataset in arrival order into rounds whose sizes differ by at most one.
 
     Args:
-        dataset: with the columns ``image`` and ``label``; see ``in_arrival_order``.
+        dataset: with the columns ``image`` and ``label``; see :func:`in_arrival_order`.
         num_rounds: at least 1 and at most the number of examples.
         transform: from a PIL image to a tensor.
         in_memory: see :class:`ImageExamples`.
 
     Raises:
         ValueError: ``num_rounds`` is out of range.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> digits = hf_dash.data.in_arrival_order(hf_dash.load_images(), seed=0)
+        >>> rounds = hf_dash.data.cut_rounds(digits, 5, pil_to_tensor)
+        >>> [round_.num_total for round_ in rounds]
+        [288, 576, 863, 1150, 1437]
     """
     arrivals = tuple(
         ImageExamples(part, transform, in_memory=in_memory)
@@ -154,19 +173,28 @@ def train_batches(
     process_index: int = 0,
     buffer_size: int = 1000,
 ) -> "DataLoader[dict[str, Any]] | StreamLoader":
-    """Return shuffled training batches over old and new examples.
+    """Return shuffled training batches of old and new examples.
 
     Args:
         round_: the round to train on.
         batch_size: images per batch and process.
-        seed: of the order, which changes from epoch to epoch, and of the augmentation.
-        num_workers: as in ``DataLoader``; they live as long as the loader. With augmentation the
-            same seed gives the same images for the same number of workers only.
-        augment: makes another view of an image each time, such as
-            :class:`~hf_dash.data.examples.RandomCropFlip`; None trains on the images as they are.
-        num_processes: that share streams out; map-style data are shared out by Accelerate.
-        process_index: which of them this one is.
-        buffer_size: of streams, see :class:`~hf_dash.data.stream_loader.StreamLoader`.
+        seed: seed for the order, which changes every epoch, and for the augmentation.
+        num_workers: as in ``DataLoader``; workers live as long as the loader. With augmentation,
+            results for one seed also depend on the number of workers.
+        augment: returns a new view of an image at every read, such as :class:`RandomCropFlip`;
+            None trains on the images as they are.
+        num_processes: number of processes that share a stream. Accelerate shares map-style data.
+        process_index: index of this process.
+        buffer_size: for streams; see :class:`StreamLoader`.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> digits = hf_dash.load_images().select(range(64))
+        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, pil_to_tensor)
+        >>> batch = next(iter(hf_dash.data.train_batches(round_, 16, seed=0)))
+        >>> batch["pixel_values"].shape, batch["labels"].shape
+        (torch.Size([16, 3, 32, 32]), torch.Size([16]))
     """
     if round_.streams:
         return StreamLoader(
@@ -189,24 +217,33 @@ def train_batches(
         shuffle=True,
         generator=generator,
         num_workers=num_workers,
-        # Workers that ended with the epoch would take the images they decoded with them.
+        # Workers that end with the epoch lose the images they have decoded.
         persistent_workers=num_workers > 0,
     )
 
 
 def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> IterableDataset:
-    """Return the streams of a round as one, for a ``Trainer``: shuffled anew in every epoch.
+    """Return a round's streams as one stream for a ``Trainer``, shuffled again every epoch.
 
     Args:
-        round_: of streams.
-        seed: of the order, which also depends on the epoch, as ``set_epoch`` sets it.
-        buffer_size: number of encoded images among which the order is drawn, at least 1.
+        round_: must hold streams.
+        seed: seed for the order, which also depends on the epoch given to ``set_epoch``.
+        buffer_size: number of encoded images to draw the next one from, at least 1.
 
     Returns:
-        A stream of ``{"pixel_values": [channels, h, w], "labels": int}``, decoded last.
+        A stream of ``{"pixel_values": [channels, h, w], "labels": int}``. Images are decoded last.
 
     Raises:
-        ValueError: the round holds no streams.
+        ValueError: the round does not hold streams.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> stream = hf_dash.load_images("digits", streaming=True)
+        >>> arrival = hf_dash.data.StreamedImages(stream, pil_to_tensor, num_examples=1437)
+        >>> images = hf_dash.data.training_stream(hf_dash.Round(1, (arrival,)), seed=0)
+        >>> next(iter(images))["pixel_values"].shape
+        torch.Size([3, 32, 32])
     """
     if not round_.streams:
         raise ValueError(f"round {round_.index} must hold streams")
@@ -239,19 +276,28 @@ def gradient_batches(
 ) -> "DataLoader[dict[str, Any]] | StreamGradientBatches":
     """Return the minibatches of the gradient pass, oldest examples first.
 
-    Batches are counted from the newest example backwards, so a short one is the oldest, where it
-    weighs least. Under the paper's preset every arrival is one minibatch. Of streams only what is
-    asked for is read: the newest minibatches are a slice of the sequence returned.
+    Batches are counted backward from the newest example, so a short one is the oldest and weighs
+    least. With the paper's preset every arrival is one minibatch. For streams, the result is a
+    sequence; a slice of it reads only the images in that slice.
 
     Args:
-        round_: whose examples, old and new, are read.
-        config: gives the preset and the number of images in one minibatch, over all processes.
-        num_processes: among which every minibatch is shared out equally; a remainder is dropped
-            from its old end.
-        process_index: which of them this one is.
+        round_: the round whose old and new examples are read.
+        config: gives the preset and the number of images per minibatch, over all processes.
+        num_processes: number of processes that share each minibatch equally; a remainder is
+            dropped from its old end.
+        process_index: index of this process.
 
     Raises:
-        ValueError: no minibatch has an example for every process.
+        ValueError: there are fewer examples than processes.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> digits = hf_dash.load_images().select(range(100))
+        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, pil_to_tensor)
+        >>> config = hf_dash.DashConfig(gradient_batch_size=40)
+        >>> [len(batch["labels"]) for batch in hf_dash.data.gradient_batches(round_, config)]
+        [20, 40, 40]
     """
     sizes = [len(arrival) for arrival in round_.arrivals]
     if config.preset == "paper":

@@ -1,8 +1,8 @@
-"""What arrives when: the rounds of a run, and what is held out.
+"""What arrives when: all rounds of a run, and the held-out images.
 
-Flow: ``DataConfig`` → one dataset cut into equal arrivals, or files that appear over time, of which
-those that no recorded round has seen make the next ones → ``Round`` objects and held-out examples,
-labeled alike by name; or the images of a single round, labeled as the model that continues.
+Flow: ``DataConfig`` → one dataset cut into equal arrivals; or shards that appear over time, where
+those that no recorded round has seen make the next rounds; or the datasets of a single round →
+``Round`` objects and held-out examples, with classes matched by name.
 """
 
 from collections.abc import Sequence
@@ -30,20 +30,29 @@ from hf_dash.history import RoundRecord
 
 logger = logging.get_logger(__name__)
 
-# Examples of a stream among which its order is drawn.
+# Examples of a stream to draw the next one from.
 BUFFER_SIZE = 10_000
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All arrivals of a run so far, and its held-out data.
+    """All arrivals of a run so far, and its held-out images.
 
     Args:
         arrivals: one per round, oldest first.
         held_out: with the columns ``image`` and ``label``.
         cache_images: keep decoded images in memory.
-        first_names: of the classes that come first in the model, before those the arrivals name.
-        held_out_split: what the held-out images are, in words for the card.
+        first_names: classes that come first in the model, before those of the arrivals.
+        held_out_split: name of the held-out images, for the card.
+
+    Example:
+        >>> import hf_dash
+        >>> config = hf_dash.DataConfig("digits")
+        >>> (schedule,) = hf_dash.data.load_schedules(config, [0], 3, 100, [])
+        >>> model = hf_dash.create_model("test_resnet", label_names=list(schedule.label_names()))
+        >>> rounds = schedule.rounds(hf_dash.models.image_transform(model))
+        >>> [round_.num_total for round_ in rounds]
+        [100, 200, 300]
     """
 
     arrivals: tuple[Arrival, ...]
@@ -53,7 +62,7 @@ class Schedule:
     held_out_split: str = "test"
 
     def label_names(self, num_rounds: int | None = None) -> tuple[str, ...]:
-        """Return the names of all classes of the first ``num_rounds`` arrivals, oldest first."""
+        """Return the names of all classes in the first ``num_rounds`` arrivals, oldest first."""
         named = [name for a in self.arrivals[:num_rounds] for name in label_names(a.dataset)]
         return tuple(dict.fromkeys([*self.first_names, *named]))
 
@@ -64,11 +73,11 @@ class Schedule:
 
         Args:
             transform: from a PIL image to a tensor.
-            label_noise: share of each arrival to be trained with wrong labels, in [0, 1].
-            noise_seed: of the choice, which differs between arrivals.
+            label_noise: fraction of each arrival that gets wrong labels, in [0, 1].
+            noise_seed: seed for choosing them; the choice differs between arrivals.
 
         Raises:
-            ValueError: ``label_noise`` is asked of streams.
+            ValueError: ``label_noise`` is set and the arrivals are streams.
         """
         names = self.label_names()
         examples = tuple(
@@ -119,21 +128,21 @@ class Schedule:
     def held_out_examples(
         self, transform: Transform, *, allow_unknown: bool = True
     ) -> ImageExamples:
-        """Return the held-out examples; a class that no arrival names has the label −1.
+        """Return the held-out examples; a class that no arrival contains gets the label −1.
 
         Args:
             transform: from a PIL image to a tensor.
-            allow_unknown: False refuses such a class.
+            allow_unknown: False refuses such classes.
 
         Raises:
-            ValueError: a class is unknown, and that is not allowed.
+            ValueError: there is such a class and ``allow_unknown`` is False.
         """
         known = {name: index for index, name in enumerate(self.label_names())}
         unknown = [name for name in label_names(self.held_out) if name not in known]
         if unknown and not allow_unknown:
             raise ValueError(
-                f"labels {unknown} of the held-out images are known neither to the model nor from"
-                " the images to train on"
+                f"neither the model nor the training images know the labels {unknown} of the"
+                " held-out images"
             )
         label_ids = [known.get(name, -1) for name in label_names(self.held_out)]
         return ImageExamples(
@@ -148,14 +157,21 @@ def load_schedules(
     examples_per_round: int | None,
     records: Sequence[RoundRecord],
 ) -> list[Schedule]:
-    """Return the schedule of each seed; where files arrive, it is the same for all.
+    """Return one schedule per seed; if shards arrive, all seeds share one.
 
     Args:
         data: where the images come from and how they arrive.
-        seeds: of the order of arrival, at least one.
-        num_rounds: into which one dataset is cut.
-        examples_per_round: of one dataset; None shares all out.
-        records: of the run so far.
+        seeds: seeds for the order of arrival, at least one.
+        num_rounds: number of rounds to cut one dataset into.
+        examples_per_round: size of a round of one dataset; None uses all of it.
+        records: recorded rounds of the run.
+
+    Example:
+        >>> import hf_dash
+        >>> config = hf_dash.DataConfig("digits")
+        >>> first, second = hf_dash.data.load_schedules(config, [0, 1], 2, 10, [])
+        >>> [arrival.num_examples for arrival in first.arrivals]
+        [10, 10]
     """
     if data.arrive_by == "files":
         return [file_schedule(data, records)] * len(seeds)
@@ -182,14 +198,14 @@ def cut_schedule(
     examples_per_round: int | None = None,
     cache_images: bool = True,
 ) -> Schedule:
-    """Let one dataset arrive in equal rounds, in an order of its own for every seed.
+    """Let one dataset arrive in equal rounds, in a random order.
 
     Args:
-        train: as :func:`~hf_dash.data.sources.load_images` returns it.
-        held_out: likewise.
+        train: from :func:`~hf_dash.data.sources.load_images`.
+        held_out: from :func:`~hf_dash.data.sources.load_images`.
         num_rounds: at least 1.
-        seed: of the order.
-        examples_per_round: in one arrival; None shares all out.
+        seed: seed for the order.
+        examples_per_round: size of an arrival; None uses the whole dataset.
         cache_images: keep decoded images in memory.
 
     Raises:
@@ -202,15 +218,15 @@ def cut_schedule(
 
 
 def file_schedule(data: DataConfig, records: Sequence[RoundRecord]) -> Schedule:
-    """Let files arrive: those of recorded rounds as they were, new ones in rounds of their own.
+    """Let shards arrive: those of recorded rounds as before, new ones in new rounds.
 
     Args:
-        data: ``dataset_name`` is the directory or glob; ``files_per_round`` says how many new
-            files make a round.
-        records: of the run so far, of any start and seed.
+        data: ``dataset_name`` is the directory or glob; ``files_per_round`` is the number of new
+            shards per round.
+        records: recorded rounds of the run, of any start and seed.
 
     Raises:
-        ValueError: there is nothing to train on; a file of an earlier round has disappeared or
+        ValueError: there is nothing to train on; a shard of an earlier round has disappeared or
             cannot be read.
     """
     root = arrivals_root(data.dataset_name)
@@ -229,7 +245,7 @@ def file_schedule(data: DataConfig, records: Sequence[RoundRecord]) -> Schedule:
         try:
             arrival = load_arrival(files, data, root=root, skip=skip)
         except EmptyArrivalError as error:
-            logger.warning("no round is made of an arrival without examples: %s", error)
+            logger.warning("skipping an arrival without examples: %s", error)
             continue
         first = arrivals[0] if arrivals else arrival
         check_schema(arrival.files[0], arrival.types, first.files[0], first.types)
@@ -251,16 +267,16 @@ def single_schedule(
     """Let datasets arrive one after the other, for a model that has seen all but the last.
 
     Args:
-        arrivals: to train on, oldest first, the last one new; columns ``image`` and ``label``.
-        held_out: at least one; their labels are merged by name.
-        seed: of the order within each arrival; a stream's is drawn among 10,000 examples at a time.
-        held_out_split: what the held-out images are, in words for the card.
-        cache_images: keep decoded images in memory; streams never do.
+        arrivals: oldest first, the last one new; columns ``image`` and ``label``.
+        held_out: at least one; labels are merged by name.
+        seed: seed for the order within each arrival; streams draw from 10,000 examples at a time.
+        held_out_split: name of the held-out images, for the card.
+        cache_images: keep decoded images in memory.
     """
     ordered: list[Arrival] = []
     for part in arrivals:
         if isinstance(part, IterableDataset):
-            # Files of a folder come class by class.
+            # The files of a folder come class by class.
             ordered.append(Arrival((), part.shuffle(seed=seed, buffer_size=BUFFER_SIZE), None))
         else:
             ordered.append(Arrival((), in_arrival_order(part, seed=seed), len(part)))
@@ -269,7 +285,7 @@ def single_schedule(
 
 
 def _merged(parts: Sequence[Dataset]) -> Dataset:
-    """Return datasets as one, their labels translated by name."""
+    """Concatenate datasets; match their labels by name."""
     names = list(dict.fromkeys(name for part in parts for name in label_names(part)))
     if all(label_names(part) == names for part in parts):
         return concatenate_datasets(list(parts))

@@ -1,12 +1,12 @@
-"""Arrivals that are files: shards that appear in a directory over time.
+"""Shards that appear in a directory over time.
 
-Flow: a directory or a glob → shards in the order of their names → those not seen before → each
-loaded (a parquet file, a tar file or a folder of images) and read through once for its labels and
-corrupt images → one ``Arrival`` with the columns ``image``, ``label`` and ``example_id``, labels
-merged by name, corrupt images left out, and a fingerprint of what it holds.
-Source: the loaders of ``datasets`` (parquet, webdataset, imagefolder), one call a shard.
-Differs from one ``load_dataset`` over all files: shards may know different labels, an error names
-the shard and the row, and examples keep their ids where one is left out, streamed or not.
+Flow: a directory or a glob → shards in the order of their names → those not seen before → each one
+loaded (a parquet file, a tar file or a folder of images) and read once for its labels and corrupt
+images → one ``Arrival`` with the columns ``image``, ``label`` and ``example_id``, labels merged by
+name, corrupt images left out, and a fingerprint of its content.
+Source: the loaders of ``datasets`` (parquet, webdataset, imagefolder), one call per shard.
+Differs from one ``load_dataset`` over all files: shards may have different labels, errors name the
+shard and the row, and examples keep their ids if one is left out, streamed or not.
 """
 
 import glob
@@ -39,8 +39,8 @@ from hf_dash.data.sources import LOADERS, DataConfig
 # Bytes of the two empty blocks that end a tar file.
 TAR_END = 1024
 
-# What the loaders raise where a file is not what its name says; Arrow's own errors derive from
-# the built-in ones.
+# What the loaders raise if a file is not what its name says; Arrow's own errors derive from the
+# built-in ones.
 READ_ERRORS = (
     OSError,
     ValueError,
@@ -56,11 +56,11 @@ class Shard:
     """One shard of an arrival.
 
     Args:
-        name: below the root.
-        dataset: of standard columns.
-        types: of the source's two columns.
-        labels: of all rows, the dataset's own.
-        bad: rows that hold corrupt images.
+        name: path below the root.
+        dataset: with standard columns.
+        types: types of the source's two columns.
+        labels: labels of all rows, in the dataset's indices.
+        bad: rows with corrupt images.
     """
 
     name: str
@@ -79,12 +79,12 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def shard_kind(path: Path) -> str | None:
-    """Return the library's loader for a shard; None for what is no shard."""
+    """Return the loader of ``datasets`` for a shard; None if the path is not a shard."""
     return "imagefolder" if path.is_dir() else LOADERS.get(path.suffix.lower())
 
 
 def load_shard(path: Path, name: str, config: DataConfig) -> Shard:
-    """Open a shard; its rows are not read yet, except where labels have no names.
+    """Open a shard; its rows are not read yet, except if labels have no names.
 
     Raises:
         ValueError: the shard cannot be read or lacks a column.
@@ -111,7 +111,7 @@ def _load_source(path: Path, streaming: bool) -> AnyDataset:
             _check_tar_end(path)
         files = {"train": glob.escape(str(path))}
         if kind == "parquet" and not streaming and ParquetFile(path).metadata.num_rows == 0:
-            # The library refuses to prepare nothing; its stream knows the columns all the same.
+            # ``datasets`` refuses to prepare an empty file, but its stream knows the columns.
             stream = load_dataset(kind, data_files=files, split="train", streaming=True)
             return Dataset.from_dict(
                 {name: [] for name in stream.features}, features=stream.features
@@ -120,26 +120,26 @@ def _load_source(path: Path, streaming: bool) -> AnyDataset:
     suffixes = PILImage.registered_extensions()
     loose = [file.name for file in path.iterdir() if file.suffix.lower() in suffixes]
     if loose and not list(path.glob("metadata.*")):
-        raise ValueError(f"images must lie in folders of classes, got {loose[0]!r} outside of them")
+        raise ValueError(f"images must be in class folders, but {loose[0]!r} is not in one")
     files = {"train": glob.escape(str(path)) + "/**"}
-    # Without drop_labels=False a single class would have no label. Only paths are prepared, so
-    # that a stream of the library's own, with a shard an image, would save nothing.
+    # Without drop_labels=False a single class would have no label. Only paths are prepared, so a
+    # stream from ``datasets``, with one shard per image, would save nothing.
     dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def _check_tar_end(path: Path) -> None:
-    # An archive ends in two empty blocks; readers take one cut off between two members as whole.
+    # An archive ends in two empty blocks. Readers do not notice one cut off between two members.
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAR_END))
         if file.read() != bytes(TAR_END):
-            raise ValueError("the archive has no end: it was cut short or is still being written")
+            raise ValueError("the archive has no end: it was cut off or is still being written")
 
 
 def check_schema(
     name: str, types: Mapping[str, str], first_name: str, first: Mapping[str, str]
 ) -> None:
-    """Raise a ``ValueError`` where a column is of another type than in the first shard."""
+    """Raise a ``ValueError`` if a column has another type than in the first shard."""
     for column, type_ in types.items():
         if type_ != first[column]:
             raise ValueError(
@@ -148,11 +148,11 @@ def check_schema(
 
 
 def survey(shard: Shard, config: DataConfig, known: frozenset[int] | None) -> Shard:
-    """Read a shard once: all its labels, and its corrupt images where they are not known.
+    """Read a shard once for its labels and, unless they are known, its corrupt images.
 
     Raises:
-        ValueError: it cannot be read; an image is corrupt and none is to be skipped; an example
-            has no label; a known row does not exist.
+        ValueError: the shard cannot be read; an image is corrupt and ``on_bad_example`` is
+            ``"error"``; an example has no label; a known row does not exist.
     """
     image = Image(mode=config.image_mode)
     labels: list[int | None] = []
@@ -184,9 +184,9 @@ def survey(shard: Shard, config: DataConfig, known: frozenset[int] | None) -> Sh
 
 def _decoding_error(image: Image, value: Any) -> str | None:
     try:
-        # From bytes: given a path, the library would leave the file of a corrupt image open.
+        # From bytes: given a path, the library leaves the file of a corrupt image open.
         image.decode_example({"bytes": stored_bytes(value), "path": None}).load()
-    except Exception as error:  # a broken file makes decoders fail in any way
+    except Exception as error:  # a decoder may raise anything for a broken file
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -194,20 +194,20 @@ def _decoding_error(image: Image, value: Any) -> str | None:
 def numbered_examples(
     shard: Shard, features: Features, label_ids: list[int], first_id: int
 ) -> AnyDataset:
-    """Return the sound examples of a surveyed shard, numbered from ``first_id`` over all rows.
+    """Return the good examples of a surveyed shard, numbered from ``first_id`` over all rows.
 
     Args:
-        shard: as :func:`survey` returns it.
-        features: of the result.
-        label_ids: the result's index of every class of the shard.
-        first_id: of the shard's first row.
+        shard: from :func:`survey`.
+        features: features of the result.
+        label_ids: the result's index for each of the shard's classes.
+        first_id: id of the shard's first row.
     """
     if not isinstance(shard.dataset, Dataset):
         settings = {"first_id": first_id, "label_ids": label_ids, "bad": shard.bad}
         encoded = shard.dataset.cast_column("image", Image(decode=False))
         return map_columns(encoded, _number_rows, features, with_indices=True, fn_kwargs=settings)
     rows = np.arange(len(shard.labels))
-    # The label of a row that is left out may be none at all.
+    # A row that is left out may have no label.
     labels = [0 if r in shard.bad else label_ids[x or 0] for r, x in enumerate(shard.labels)]
     images = shard.dataset.select_columns(["image"]).cast_column("image", features["image"])
     numbered = images.add_column("label", labels, feature=features["label"]).add_column(
@@ -242,11 +242,18 @@ class Arrival:
         files: names of the shards below the root, oldest first.
         dataset: with the columns ``image``, ``label`` (``ClassLabel``) and ``example_id`` (int64):
             the example's position over the shards of this arrival, counted from 0 and including
-            what was skipped, so that it stays the same. An ``IterableDataset`` where streamed.
-        num_examples: in ``dataset``; None where a stream has not been counted.
-        skipped: what was left out as corrupt, as ``"monday.parquet:17"``: shard and row, from 0.
-        fingerprint: of ``dataset``; see :func:`fingerprint`. None where it is not computed yet.
-        types: what the source's two columns hold.
+            skipped ones, so that it never changes. An ``IterableDataset`` if streamed.
+        num_examples: number of examples in ``dataset``; None for a stream not counted yet.
+        skipped: corrupt images left out, as ``"monday.parquet:17"``: shard and row, from 0.
+        fingerprint: of ``dataset``, see ``hf_dash.data.columns.fingerprint``; None if not computed
+            yet.
+        types: types of the source's two columns.
+
+    Example:
+        >>> import hf_dash
+        >>> digits = hf_dash.load_images("digits", split="test")
+        >>> hf_dash.data.Arrival(files=(), dataset=digits, num_examples=len(digits)).num_examples
+        360
     """
 
     files: tuple[str, ...]
@@ -258,11 +265,11 @@ class Arrival:
 
 
 class EmptyArrivalError(ValueError):
-    """An arrival holds no example."""
+    """An arrival does not hold any example."""
 
 
 def arrivals_root(pattern: str) -> Path:
-    """Return the directory below which shards are named: the part of a pattern before any glob."""
+    """Return the directory that shard names are relative to: the pattern's part before any glob."""
     path = Path(pattern)
     if path.is_dir():
         return path
@@ -274,13 +281,23 @@ def list_arrivals(pattern: str) -> list[Path]:
     """List the shards that have arrived, in the order of their names.
 
     Args:
-        pattern: a directory, whose parquet files, webdataset ``.tar`` files or subfolders (each an
-            imagefolder with one folder a class) are the shards, or a glob of such. Names that begin
-            with ``.`` or ``_`` or end in ``.tmp``, ``.part`` or ``.crdownload`` are left out: they
-            are still being written. Names are sorted as text: ``day-10`` comes before ``day-9``.
+        pattern: a directory whose parquet files, webdataset ``.tar`` files or subfolders (each an
+            imagefolder with one folder per class) are the shards, or a glob of them. Names that
+            start with ``.`` or ``_`` or end in ``.tmp``, ``.part`` or ``.crdownload`` are ignored,
+            because they are still being written. Names sort as text: ``day-10`` before ``day-9``.
 
     Raises:
-        ValueError: nothing matches, or shards of several kinds do, or one lies in another.
+        ValueError: nothing matches, shards of several kinds match, or one contains another.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import hf_dash
+        >>> with TemporaryDirectory() as folder:
+        ...     (Path(folder) / "tuesday.parquet").touch()
+        ...     (Path(folder) / "monday.parquet").touch()
+        ...     [shard.name for shard in hf_dash.data.list_arrivals(folder)]
+        ['monday.parquet', 'tuesday.parquet']
     """
     shards = _find(pattern)
     if not shards:
@@ -290,7 +307,7 @@ def list_arrivals(pattern: str) -> list[Path]:
         raise ValueError(f"{pattern!r} must match shards of one kind, got {kinds}")
     for path in shards:
         if set(path.parents) & set(shards):
-            raise ValueError(f"{pattern!r} must not match {path}, which lies in another match")
+            raise ValueError(f"{pattern!r} must not match {path}, which is inside another match")
     return shards
 
 
@@ -318,18 +335,18 @@ def _name(path: Path, root: Path) -> str:
 
 
 def new_arrivals(pattern: str, seen: Sequence[str]) -> list[Path]:
-    """List the shards that have arrived since, in the order of their names.
+    """List the shards that no earlier round has seen, in the order of their names.
 
     Args:
-        pattern: as for :func:`list_arrivals`.
+        pattern: see :func:`list_arrivals`.
         seen: names of the shards of earlier rounds, as in ``Arrival.files``: relative to
             :func:`arrivals_root`, with forward slashes.
 
     Returns:
-        The new shards; an empty list where there are none.
+        The new shards; an empty list if there are none.
 
     Raises:
-        ValueError: a seen shard has disappeared, or as for :func:`list_arrivals`.
+        ValueError: a seen shard has disappeared; or see :func:`list_arrivals`.
     """
     root = arrivals_root(pattern)
     shards = {_name(path, root): path for path in _find(pattern)}
@@ -348,24 +365,35 @@ def load_arrival(
 ) -> Arrival:
     """Load new shards as one arrival.
 
-    Every image is decoded once to find corrupt ones, which costs about as much as an epoch's
-    reading, unless ``skip`` tells them; labels are read once more where they have no names, and
-    the encoded images once for the fingerprint. Nothing is kept in memory but the labels.
+    Every image is decoded once to find corrupt ones, unless ``skip`` lists them; this costs about
+    as much as an epoch of reading. Labels without names are read once more, and the encoded images
+    once for the fingerprint. Only the labels stay in memory.
 
     Args:
         files: shards of one kind, oldest first; see :func:`list_arrivals`.
         config: columns, image mode, streaming and what to do about corrupt images.
-        root: below which shards are named; see :func:`arrivals_root`.
-        skip: corrupt images known from an earlier ``Arrival.skipped`` of the same files.
+        root: directory that shard names are relative to.
+        skip: corrupt images from an earlier ``Arrival.skipped`` of the same shards.
 
     Returns:
         The arrival. Labels are merged by name: its classes are those of all shards, in the order
-        in which shards first name them.
+        in which they first appear.
 
     Raises:
-        ValueError: a shard cannot be read, lacks a column, or has other types of columns than the
+        ValueError: a shard cannot be read, lacks a column, or has other column types than the
             first; an image is corrupt and ``config.on_bad_example`` is ``"error"``; an example has
-            no label; ``skip`` names no row of these files; no example is left.
+            no label; ``skip`` lists a row that does not exist; no example is left.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import hf_dash
+        >>> digits = hf_dash.load_images("digits", split="test").select(range(20))
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = digits.to_parquet(f"{folder}/monday.parquet")
+        ...     shards = hf_dash.data.list_arrivals(folder)
+        ...     arrival = hf_dash.data.load_arrival(shards, hf_dash.DataConfig(), root=folder)
+        >>> arrival.files, arrival.num_examples
+        (('monday.parquet',), 20)
     """
     names = [_name(Path(file), Path(root)) for file in files]
     if not names or len(set(names)) < len(names):
@@ -397,7 +425,7 @@ def _rows_by_shard(skip: Sequence[str], names: Sequence[str]) -> dict[str, froze
 
 
 def _merge(shards: Sequence[Shard]) -> AnyDataset:
-    """Put shards in a row, labels translated by name, corrupt images left out."""
+    """Concatenate shards; match labels by name and leave corrupt images out."""
     names = list(dict.fromkeys(n for shard in shards for n in label_names(shard.dataset)))
     features = Features(
         {

@@ -1,9 +1,9 @@
-"""Images in the order in which they arrive.
+"""Load labeled images and put them in arrival order.
 
 Flow: a name (embedded digits, a local path, a Hub dataset) → a HF dataset with the columns
 ``image`` and ``label`` → its examples in arrival order, each with a stable ``example_id``.
-Differs from plain ``load_dataset``: columns are checked and renamed here, once, so that nothing
-later asks what they are called; the label column always knows its names.
+Differs from plain ``load_dataset``: columns are checked and renamed once, here, and the label
+column always has class names.
 """
 
 import glob
@@ -22,16 +22,16 @@ DIGITS = "digits"
 
 DIGITS_TEST_SHARE = 0.2
 
-# The library's loader for every kind of file that can be named outright or by a glob.
+# The loader of ``datasets`` for each kind of file that a name or a glob can match.
 LOADERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 def check_split(test_split: str, train_split: str) -> None:
-    """Refuse to hold out the split of a dataset that is trained on."""
+    """Refuse to hold out the split that is trained on."""
     if test_split == train_split:
         raise ValueError(
-            f"test_split must differ from train_split, got {test_split!r}: what is trained on is"
-            " not held out"
+            f"test_split must differ from train_split, got {test_split!r}: training images cannot"
+            " be held out"
         )
 
 
@@ -40,27 +40,32 @@ class DataConfig:
     """Where images come from; the fields are those of :func:`load_images`.
 
     Args:
-        dataset_name: ``"digits"``, a local path, a glob of parquet or tar files, or a Hub dataset;
-            where files arrive, the directory or glob of them (see ``hf_dash.data.list_arrivals``).
+        dataset_name: ``"digits"``, a local path, a glob of parquet or tar files, or a Hub dataset.
+            If shards arrive, their directory or glob (see ``hf_dash.data.list_arrivals``).
         dataset_revision: branch, tag or commit of a Hub dataset.
-        test_dataset_name: where the held-out images are, if elsewhere; a glob needs one.
-        train_split: name of the split that arrives in rounds.
-        test_split: name of the split that is held out.
+        test_dataset_name: dataset of the held-out images, if it is another one; required for globs.
+        train_split: split that arrives in rounds.
+        test_split: split that is held out.
         streaming: read through an ``IterableDataset``.
         image_column_name: column of images in the source.
         label_column_name: column of labels in the source.
         image_mode: PIL mode to convert every image to.
         cache_images: decode every image once and keep it in memory.
-        arrive_by: ``"examples"`` cuts one dataset into rounds; ``"files"`` takes new files as they
+        arrive_by: ``"examples"`` cuts one dataset into rounds; ``"files"`` takes new shards as they
             appear.
-        files_per_round: how many new files make a round, at least 1; None takes all that are new.
-            Only where files arrive.
-        on_bad_example: what a corrupt image in a file does: ``"error"``, or ``"skip"`` to leave it
-            out and list it. Only where files arrive.
+        files_per_round: new shards per round, at least 1; None takes all. Only if shards arrive.
+        on_bad_example: ``"error"`` stops at a corrupt image, ``"skip"`` leaves it out and lists
+            it. Only if shards arrive.
 
     Raises:
         TypeError: ``files_per_round`` is not an integer.
-        ValueError: one of the last three is not allowed.
+        ValueError: one of the last three fields is out of range.
+
+    Example:
+        >>> import hf_dash
+        >>> config = hf_dash.DataConfig("digits")
+        >>> len(config.load_train()), len(config.load_held_out())
+        (1437, 360)
     """
 
     dataset_name: str = DIGITS
@@ -94,21 +99,21 @@ class DataConfig:
             )
 
     def load_train(self, dataset_name: str | None = None) -> AnyDataset:
-        """Load the images to train on, of ``dataset_name`` where it is given."""
+        """Load the training images, from ``dataset_name`` if given."""
         return self._load(dataset_name or self.dataset_name, self.train_split)
 
     def load_held_out(self) -> AnyDataset:
-        """Load the images held out.
+        """Load the held-out images.
 
         Raises:
-            ValueError: no ``test_dataset_name`` says where the held-out images are, and the dataset
-                is a number of files, which have no splits, or its split is the one trained on.
+            ValueError: ``test_dataset_name`` is missing and the dataset consists of files, which
+                have no splits, or ``test_split`` is the split that is trained on.
         """
         files = self.arrive_by == "files" or Path(self.dataset_name).suffix in LOADERS
         if self.test_dataset_name is None and files:
             raise ValueError(
                 f"test_dataset_name must be given: the files of {self.dataset_name!r} have no"
-                " split that could be held out"
+                " split to hold out"
             )
         if self.test_dataset_name is None:
             check_split(self.test_split, self.train_split)
@@ -143,27 +148,32 @@ def load_images(
     """Load a labeled image dataset.
 
     Args:
-        name: ``"digits"`` (scikit-learn's 1,797 handwritten digits, real and without a download),
+        name: ``"digits"`` (scikit-learn's 1,797 real handwritten digits, no download needed),
             a local folder of parquet files or an imagefolder, a glob of parquet or webdataset tar
             files, or the name of a dataset on the Hub.
-        split: which split; digits have ``"train"`` (80 %) and ``"test"``, cut once and for all.
+        split: which split; the digits have ``"train"`` (80 %) and ``"test"``, always the same.
         revision: branch, tag or commit of a Hub dataset.
         streaming: read through an ``IterableDataset`` instead of preparing it on disk.
-        image_column: name of the column of images in the source.
-        label_column: name of the column of labels in the source; a stream of integers or strings
-            is read once to name them. ``"json.label"`` is a field in a column of records.
-        image_mode: PIL mode to convert every image to, such as ``"RGB"``; None keeps them.
+        image_column: the source's column of images.
+        label_column: the source's column of labels. A stream of integers or strings is read once
+            to find its classes. ``"json.label"`` is a field in a column of records.
+        image_mode: PIL mode to convert every image to, such as ``"RGB"``; None leaves them alone.
         token: access token for a private Hub dataset.
-        config_name: which configuration of a Hub dataset.
-        cache_dir: where files of the Hub are kept and datasets are prepared.
+        config_name: configuration of a Hub dataset.
+        cache_dir: where downloads and prepared datasets are kept.
         data_files: files by split, for a ``name`` that is a loader, such as ``"imagefolder"``.
 
     Returns:
         A dataset with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
 
     Raises:
-        ValueError: a column is missing, or the labels are neither class labels nor integers nor
-            strings.
+        ValueError: a column is missing, or the labels are not class labels, integers or strings.
+
+    Example:
+        >>> import hf_dash
+        >>> digits = hf_dash.load_images("digits")
+        >>> digits.column_names, digits[0]["image"].size
+        (['image', 'label'], (32, 32))
     """
     if name == DIGITS:
         dataset = load_digits(split)
@@ -195,7 +205,7 @@ def load_digits(split: str = "train") -> Dataset:
         split: ``"train"`` (1,437 examples) or ``"test"`` (360), stratified, always the same.
 
     Raises:
-        ValueError: another split is asked for.
+        ValueError: ``split`` has another value.
         ImportError: scikit-learn is not installed.
     """
     if split not in ("train", "test"):
@@ -227,24 +237,31 @@ def in_arrival_order(
     num_examples: int | None = None,
     buffer_size: int = 10_000,
 ) -> Dataset:
-    """Put examples into the order in which they arrive: a random one, so that rounds are alike.
+    """Put examples in random arrival order, so that all rounds come from one distribution.
 
-    A whole dataset arrives in the same order streamed or not. Of a stream that is cut by
-    ``num_examples``, only as much is read as it takes: the order is then drawn from a buffer of the
-    examples read last, and differs from that of a map-style dataset.
+    A whole dataset arrives in the same order whether streamed or not. If ``num_examples`` cuts a
+    stream, only the necessary part is read: the order is then drawn from a buffer of recently read
+    examples, and differs from that of a map-style dataset.
 
     Args:
-        dataset: as :func:`load_images` returns it.
-        seed: of the order; the same seed gives the same order on every process.
-        num_examples: how many arrive in all, at least 1; None takes the whole dataset.
+        dataset: from :func:`load_images`.
+        seed: seed for the order, the same on every process.
+        num_examples: total number of examples, at least 1; None takes the whole dataset.
         buffer_size: number of examples in the buffer, at least 1.
 
     Returns:
         A map-style dataset with the column ``example_id``: the example's position in the source,
-        the same whatever the seed. Images of a stream stay encoded.
+        whatever the seed. Images of a stream stay encoded.
 
     Raises:
         ValueError: the dataset has fewer than ``num_examples`` examples, or none.
+
+    Example:
+        >>> import hf_dash
+        >>> digits = hf_dash.load_images("digits")
+        >>> arrived = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=3)
+        >>> arrived["label"][0] == digits["label"][arrived["example_id"][0]]
+        True
     """
     generator = np.random.default_rng(seed)
     if isinstance(dataset, Dataset):
@@ -267,14 +284,14 @@ Row = dict[str, Any]
 
 
 def _numbered_rows(stream: IterableDataset) -> Iterator[Row]:
-    """Yield the rows of a stream in the order of the source, images as they are stored."""
+    """Yield the rows of a stream in source order, with images as stored."""
     encoded = stream.cast_column("image", Image(mode=stream.features["image"].mode, decode=False))
     return ({**row, "example_id": index} for index, row in enumerate(encoded))
 
 
 def _drawn(rows: Iterator[Row], generator: np.random.Generator, buffer_size: int) -> Iterator[Row]:
-    """Yield rows in random order: each time one of a buffer, whose place the next row takes."""
-    # Not IterableDataset.shuffle, which also reorders shards, so that no position would be known.
+    """Yield rows in random order: draw one from a buffer and put the next row in its place."""
+    # IterableDataset.shuffle also reorders shards, so positions would be unknown.
     buffer = list(islice(rows, buffer_size))
     for row in rows:
         place = int(generator.integers(len(buffer)))
@@ -292,7 +309,7 @@ def _kept(stream: IterableDataset, rows: Iterator[Row]) -> Dataset:
 
 
 def is_local(name: str) -> bool:
-    """Tell whether a dataset name means embedded or local data rather than the Hub."""
+    """Check whether a dataset name means embedded or local data rather than the Hub."""
     return (
         name == DIGITS
         or Path(name).suffix in LOADERS

@@ -2,11 +2,11 @@
 
 Flow: arrivals → the sources of one worker of one process → chunks, shuffled while encoded and
 decoded in workers → batches, cut in the main process.
-Source: the shuffle buffer is that of ``IterableDataset.shuffle``.
-Differs from a ``DataLoader`` of a stream: processes that hold fewer examples end with the others,
-and a loader resumes with exactly the batches that would have followed. Differs from
-``split_dataset_by_node``: that selects other examples from a stream whose order matters (after
-``skip``, ``take``, …) and lets workers idle for want of shards.
+Source: the shuffle buffer of ``IterableDataset.shuffle``.
+Differs from a ``DataLoader`` of a stream: processes with fewer examples end together with the
+others, and a loader resumes with exactly the batches that would have followed. Differs from
+``split_dataset_by_node``, which selects different examples from a stream whose order matters
+(after ``skip``, ``take``, …) and leaves workers without a shard idle.
 """
 
 import math
@@ -34,12 +34,12 @@ Chunk = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """What one worker of one process reads of one arrival: one shard of it, every so often.
+    """The part of one arrival that one worker of one process reads.
 
     Args:
-        arrival: to read.
-        num_shards: into which the arrival is cut.
-        shard: which of them this is.
+        arrival: the arrival.
+        num_shards: number of shards the arrival is cut into.
+        shard: index of the shard to read.
         first: position of the first example in the shard.
         step: distance between examples.
     """
@@ -52,23 +52,23 @@ class Source:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """What tells the sources of one arrival apart."""
+        """Identifies a source among those of its arrival."""
         return self.num_shards, self.shard, self.first, self.step
 
     def items(self) -> Iterator[Any]:
-        """Yield encoded images and labels in the order of the stream, or where they are cached."""
+        """Yield encoded images and labels in stream order, or positions in the cache."""
         if self.arrival.cache:
             return iter(range(len(self.arrival.decoded[self.key][1])))
         return self.rows()
 
     def rows(self) -> Iterator[tuple[Any, int]]:
-        """Yield encoded images and labels in the order of the stream."""
+        """Yield encoded images and labels in stream order."""
         return self.arrival.rows(
             self.first, self.step, num_shards=self.num_shards, shard=self.shard
         )
 
     def decode(self, items: list[Any]) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of some items."""
+        """Return the images and labels of these items."""
         if self.arrival.cache:
             pixels, labels = self.arrival.decoded[self.key]
             return pixels[items], labels[items]
@@ -78,9 +78,9 @@ class Source:
 def sources_of(
     arrival: StreamedImages, num_processes: int, process_index: int, num_workers: int, worker: int
 ) -> list[Source]:
-    """Return what a worker reads: all workers of all processes read every example once.
+    """Return what a worker reads; together, all workers read every example once.
 
-    Shards go to processes where each gets equally many, then to workers where each gets one;
+    Shards go to processes if each gets the same number, then to workers if each gets at least one;
     otherwise every reader takes each n-th example.
     """
     shards = arrival.num_shards
@@ -94,7 +94,7 @@ def sources_of(
 
 
 def count_share(arrival: StreamedImages, num_processes: int, process_index: int) -> int:
-    """Return how many examples of an arrival one process reads; reads its shards where it must."""
+    """Return how many examples of an arrival a process reads; counts its shards if necessary."""
     if num_processes == 1:
         return len(arrival)
     shards = arrival.num_shards
@@ -110,7 +110,7 @@ def _items(sources: list[Source]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _decode(sources: list[Source], items: list[Any]) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of items of several sources, in the order given."""
+    """Return the images and labels of items from several sources, in the given order."""
     places: dict[Source, list[int]] = {}
     for place, source in enumerate(sources):
         places.setdefault(source, []).append(place)
@@ -122,10 +122,10 @@ def _decode(sources: list[Source], items: list[Any]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _seeded(*entropy: int) -> Iterator[None]:
-    """Seed python, numpy and torch on the CPU, and put their states back on leaving."""
+    """Seed python, numpy and torch on the CPU; restore their states on exit."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # No device is named: a forked worker may not touch one.
+    # No devices: a forked worker must not touch one.
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed)
@@ -144,7 +144,7 @@ def _this_worker() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Reader(TorchIterableDataset[Chunk]):
-    """The chunks of one process in one epoch, at most ``batch_size`` examples each."""
+    """The chunks one process reads in one epoch, at most ``batch_size`` examples each."""
 
     arrivals: tuple[StreamedImages, ...]
     batch_size: int
@@ -167,7 +167,7 @@ class Reader(TorchIterableDataset[Chunk]):
         return self.chunks(_this_worker()[0])
 
     def chunks(self, worker: int) -> Iterator[Chunk]:
-        """Yield one worker's chunks; of one that is to be skipped only how long it is."""
+        """Yield one worker's chunks; a skipped chunk gives only its length."""
         own = self.process_index, worker
         stream = IterableDataset(ExamplesIterable(_items, {"sources": self.sources(worker)}))
         stream = stream.shuffle(
@@ -175,11 +175,11 @@ class Reader(TorchIterableDataset[Chunk]):
         )
         stream.set_epoch(self.epoch)
         for number, columns in enumerate(stream.iter(self.batch_size)):
-            # Workers take turns, so no more than these examples come before the end of this chunk.
+            # Workers take turns, so at most this many examples come before the end of this chunk.
             if (number * max(1, self.num_workers) + worker + 1) * self.batch_size <= self.skip:
                 yield {"skipped": len(columns["item"])}
                 continue
-            # Seeded chunk by chunk, random transforms go on after a skip as they would have.
+            # Seeded per chunk, random transforms are the same with and without a skip.
             with _seeded(self.seed, self.epoch, *own, number):
                 pixels, labels = _decode(columns["source"], columns["item"])
                 if self.augment is not None:
@@ -189,7 +189,7 @@ class Reader(TorchIterableDataset[Chunk]):
 
 @dataclass(frozen=True)
 class Decoder(TorchIterableDataset[tuple[int, Tensor, Tensor]]):
-    """All examples of some sources, decoded, in chunks."""
+    """All examples of several sources, decoded, in chunks."""
 
     sources: tuple[Source, ...]
     batch_size: int
@@ -203,7 +203,7 @@ class Decoder(TorchIterableDataset[tuple[int, Tensor, Tensor]]):
 
 
 def in_turn(iterators: list[Iterator[Chunk]]) -> Iterator[Chunk]:
-    """Yield as a ``DataLoader`` does of its workers: one from each, leaving out the exhausted."""
+    """Take one chunk from each iterator in turn, as a ``DataLoader`` does from its workers."""
     while iterators:
         for iterator in list(iterators):
             chunk = next(iterator, None)
@@ -214,7 +214,7 @@ def in_turn(iterators: list[Iterator[Chunk]]) -> Iterator[Chunk]:
 
 
 def _after(chunks: Iterator[Chunk], skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels from the example number ``skip`` on."""
+    """Yield images and labels, starting with example number ``skip``."""
     for chunk in chunks:
         length = chunk["skipped"] if "skipped" in chunk else len(chunk["labels"])
         if length > skip:
@@ -226,7 +226,7 @@ def _cut(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Iterat
     """Cut parts of any length into batches of these sizes.
 
     Raises:
-        ValueError: the parts hold more or fewer examples in all.
+        ValueError: the parts hold more or fewer examples in total.
     """
     held: list[tuple[Tensor, Tensor]] = []
     for size in sizes:
@@ -247,7 +247,7 @@ def _cut(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Iterat
 def _gather_counts(
     arrivals: Sequence[StreamedImages], num_processes: int, process_index: int
 ) -> list[int]:
-    """Return how many examples each process holds; what fails on one of them fails on all."""
+    """Return how many examples each process holds; a failure on one process fails on all."""
     if num_processes == 1:
         return [sum(len(arrival) for arrival in arrivals)]
     count, failure = 0, None
@@ -267,7 +267,7 @@ def _gather_counts(
 
 
 def _batch_sizes(counts: Sequence[int], process_index: int, batch_size: int) -> list[int]:
-    """Return the batch sizes of one process, of which all have equally many."""
+    """Return the batch sizes of one process; all processes have the same number of batches."""
     num_batches = math.ceil(max(counts) / batch_size)
     if min(counts) < max(1, num_batches):
         raise ValueError(
@@ -285,28 +285,36 @@ def _batch_sizes(counts: Sequence[int], process_index: int, batch_size: int) -> 
 class StreamLoader:
     """Shuffled training batches of streams: ``pixel_values`` [b, c, h, w], ``labels`` [b] int64.
 
-    Iterating yields the batches of one epoch, on the CPU, and goes on to the next epoch at its end.
-    The order is drawn anew in every epoch from ``seed`` and the epoch; it also depends on
-    ``buffer_size`` and the numbers of workers and processes. All processes must make the loader at
-    the same time: they agree on one number of batches. Where they hold unequally many examples,
-    each cuts its own into that many batches whose sizes differ by at most one, so none is lost or
-    repeated and no process waits for another.
+    Each iteration yields the batches of one epoch, on the CPU; the next one yields the next epoch.
+    The order depends on ``seed``, the epoch, ``buffer_size`` and the numbers of workers and
+    processes. All processes must create the loader together, because they agree on one number of
+    batches. If they hold different numbers of examples, each cuts its own into that many batches
+    whose sizes differ by at most one: no example is lost or repeated, and no process waits.
 
     Args:
-        arrivals: what to train on, at least one.
+        arrivals: the streams to train on, at least one.
         batch_size: images per batch and process, at least 1.
-        seed: of the order and of random transforms, at least 0.
-        buffer_size: number of encoded images among which a worker draws, at least 1.
-        num_workers: processes that read and decode; 0 does so in this one.
-        num_processes: that share the examples out among themselves.
-        process_index: which of them this is.
-        augment: from one image tensor to another of the same shape, drawn anew in every epoch.
+        seed: seed for the order and for random transforms, at least 0.
+        buffer_size: number of encoded images a worker draws the next one from, at least 1.
+        num_workers: processes that read and decode; 0 uses this one.
+        num_processes: number of processes that share the examples.
+        process_index: index of this process.
+        augment: from an image tensor to another of the same shape, drawn again every epoch.
 
     Raises:
         RuntimeError: another process failed to count its examples.
-        ValueError: an argument is out of its range, only some arrivals have ``cache`` set, or a
-            process has fewer examples than batches (on all processes); while iterating, an
-            arrival's ``num_examples`` is not what its stream holds.
+        ValueError: an argument is out of range, only some arrivals have ``cache`` set, or a
+            process has fewer examples than batches (on all processes). While iterating: a stream
+            does not hold ``num_examples`` examples.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> stream = hf_dash.load_images("digits", split="test", streaming=True)
+        >>> arrival = hf_dash.data.StreamedImages(stream, pil_to_tensor, num_examples=360)
+        >>> loader = hf_dash.data.StreamLoader([arrival], batch_size=60, seed=0)
+        >>> len(loader), next(iter(loader))["pixel_values"].shape
+        (6, torch.Size([60, 3, 32, 32]))
     """
 
     def __init__(
@@ -357,12 +365,12 @@ class StreamLoader:
         self._epoch, self._batches = epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be of this epoch; of another one than now, from its beginning."""
+        """Select the epoch of the next iteration; a different epoch starts from its beginning."""
         if epoch != self._epoch:
             self._epoch, self._batches, self._first = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the batches already yielded of it, and what the order depends on."""
+        """Return the epoch, the batches yielded so far, and everything the order depends on."""
         whole = self._batches == len(self)
         reader = self._reader
         return {
@@ -376,17 +384,15 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration yield the batches that would have followed, and only those.
-
-        What comes before them is read but not decoded.
+        """Continue with the batches that would have followed; earlier ones are not decoded.
 
         Raises:
-            ValueError: the state is of a loader with another order.
+            ValueError: the state belongs to a loader with another order.
         """
         for name, own in self.state_dict().items():
             if name not in ("epoch", "batches") and state.get(name) != own:
                 raise ValueError(
-                    f"state is of a loader with {name} {state.get(name)}, this one has {own}"
+                    f"state belongs to a loader with {name} {state.get(name)}, this one has {own}"
                 )
         self._epoch, self._batches, self._first = state["epoch"], state["batches"], state["batches"]
 
@@ -398,7 +404,7 @@ class StreamLoader:
         return iter(self._load(reader))
 
     def _fill_cache(self, sources: list[Source]) -> None:
-        """Decode what is not yet in memory, and forget what other loaders have left there."""
+        """Decode what is not in memory yet; drop what other loaders left there."""
         for arrival in self._reader.arrivals:
             keys = {source.key for source in sources if source.arrival is arrival}
             arrival.decoded = {k: kept for k, kept in arrival.decoded.items() if k in keys}
@@ -406,7 +412,7 @@ class StreamLoader:
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in missing]
         if missing:
             for number, pixels, labels in self._load(Decoder(missing, self._reader.batch_size)):
-                # A tensor from a worker holds a file open for as long as it lives: copied.
+                # Copied, because a tensor from a worker keeps a file open.
                 parts[number].append((pixels.clone(), labels.clone()))
         for source, decoded in zip(missing, parts, strict=True):
             columns = zip(*decoded, strict=True) if decoded else ([torch.empty(0)],) * 2
@@ -414,7 +420,7 @@ class StreamLoader:
             source.arrival.decoded[source.key] = pixels, labels
 
     def _load(self, dataset: "TorchIterableDataset[Any]") -> "DataLoader[Any]":
-        # A generator of its own: the loader draws from it, and training's draws stay as they are.
+        # A separate generator, so that the loader does not disturb training's random state.
         return DataLoader(
             dataset,
             batch_size=None,

@@ -1,8 +1,8 @@
-"""Arrivals that are read as streams, and the minibatches of their newest examples.
+"""Arrivals read as streams, and the minibatches of their newest examples.
 
-Flow: ``IterableDataset`` of encoded images → ``StreamedImages`` → encoded rows, decoded last; only
-the newest examples for the gradient pass. Training reads them through ``StreamLoader``.
-Differs from map-style arrivals: nothing but the images in use is held in memory.
+Flow: ``IterableDataset`` of encoded images → ``StreamedImages`` → encoded rows, decoded last. The
+gradient pass reads only the newest examples; training reads all through ``StreamLoader``.
+Differs from map-style arrivals: only the images in use are in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ Row = tuple[Any, int]
 
 ROWS_AT_A_TIME = 256
 
-# Steps of a stream that treat every example by itself, whatever shard it is in.
+# Steps of a stream that process each example on its own, whatever shard it is in.
 _SHARDABLE = (
     "ExamplesIterable",
     "ArrowExamplesIterable",
@@ -35,19 +35,27 @@ class StreamedImages:
 
     Args:
         stream: with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
-        transform: from a PIL image to a tensor; deterministic where ``cache`` is set.
-        num_examples: how many the stream holds; None counts them, on the first use of the number,
-            in one pass that decodes no image.
-        label_ids: the model's label for each of the stream's own; None means they are the same.
-        cache: let a loader keep what it has decoded: one tensor as the transform returns it per
-            image (12 KiB for 32×32 RGB as float32), each process those it trains on. Its first
-            epoch then begins with decoding them all; batches are the same as without.
-        fingerprint: of the stream, where it is known; see ``hf_dash.data.columns.fingerprint``.
+        transform: from a PIL image to a tensor; must be deterministic if ``cache`` is set.
+        num_examples: number of examples in the stream; None counts them on first use, in one pass
+            that decodes no image.
+        label_ids: the model's index for each of the stream's classes; None if they are the same.
+        cache: let a loader keep what it has decoded: one tensor per image, as the transform
+            returns it (12 KiB for 32×32 RGB as float32), for the images this process trains on.
+            The first epoch then starts by decoding them all; batches are the same either way.
+        fingerprint: of the stream, if known; see ``hf_dash.data.columns.fingerprint``.
 
     Raises:
-        TypeError: ``stream`` is no ``IterableDataset``.
-        ValueError: a column is missing, ``num_examples`` is negative, or ``label_ids`` has not one
-            label for each of the stream's classes.
+        TypeError: ``stream`` is not an ``IterableDataset``.
+        ValueError: a column is missing, ``num_examples`` is negative, or ``label_ids`` does not
+            hold one index for each of the stream's classes.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> stream = hf_dash.load_images("digits", split="test", streaming=True)
+        >>> images = hf_dash.data.StreamedImages(stream, pil_to_tensor)
+        >>> len(images)
+        360
     """
 
     def __init__(
@@ -63,7 +71,7 @@ class StreamedImages:
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be an IterableDataset, got {type(stream).__name__}")
         if stream.features is None:
-            # A stream without a stored schema: its first rows tell.
+            # A stream without a stored schema: its first rows give the columns.
             stream = stream._resolve_features()
         features = stream.features
         for column in ("image", "label"):
@@ -81,7 +89,7 @@ class StreamedImages:
         self.transform = transform
         self.label_ids = None if label_ids is None else tuple(label_ids)
         self.cache = cache
-        # What loaders have decoded: images and labels by source, see Source.key.
+        # Decoded by loaders: images and labels by source, see Source.key.
         self.decoded: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._num_examples = num_examples
         self._fingerprint = fingerprint
@@ -99,24 +107,24 @@ class StreamedImages:
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of the labeled images; reads them all once, not decoded."""
+        """A checksum of the labeled images; reads all of them once, undecoded."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.stream)
         return self._fingerprint
 
     def count(self, num_shards: int = 1, shard: int = 0) -> int:
-        """Count the examples of one of ``num_shards`` shards by reading it, nothing decoded."""
+        """Count the examples of one of ``num_shards`` shards; reads it without decoding."""
         labels = self._part(num_shards, shard).select_columns(["label"])
         return sum(table.num_rows for table in labels.iter(ROWS_AT_A_TIME))
 
     def rows(
         self, first: int = 0, step: int = 1, *, num_shards: int = 1, shard: int = 0
     ) -> Iterator[Row]:
-        """Yield every ``step``-th encoded image and its label, in order, from the ``first`` on."""
+        """Yield every ``step``-th encoded image and its label in order, starting with ``first``."""
         stream = self._part(num_shards, shard)
         stream = stream.skip(first) if first else stream
         wanted = 0
-        # iter(stream) would share the stream out among the workers of a DataLoader once more.
+        # iter(stream) would divide the stream among the workers of a DataLoader again.
         for table in stream.iter(ROWS_AT_A_TIME):
             held = table.num_rows
             taken = table.take(list(range(wanted, held, step))) if step > 1 else table
@@ -124,10 +132,10 @@ class StreamedImages:
             yield from zip(taken["image"].to_pylist(), taken["label"].to_pylist(), strict=True)
 
     def decode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Return pixel values [rows, channels, h, w] and the model's labels [rows] of some rows.
+        """Return pixel values [rows, channels, h, w] and labels [rows] in the model's indices.
 
         Raises:
-            ValueError: a label is none of the stream's classes.
+            ValueError: a label is not one of the stream's classes.
         """
         labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
         check_labels(labels, self.num_classes)
@@ -144,9 +152,9 @@ class StreamedImages:
 
 
 def _is_shardable(step: Any) -> bool:
-    """Tell whether the shards of a stream hold just its examples, each once.
+    """Check that the shards of a stream together hold each of its examples exactly once.
 
-    Where this cannot be told, False costs reading time only.
+    False is always safe; it only costs reading time.
     """
     name = type(step).__name__
     by_example = name == "MappedExamplesIterable" and not (step.with_indices or step.batched)
@@ -158,7 +166,7 @@ def _is_shardable(step: Any) -> bool:
 def _rows_at(
     arrivals: Sequence[StreamedImages], positions: Sequence[int]
 ) -> Iterator[tuple[StreamedImages, Row]]:
-    """Yield the rows at ascending positions, counted over all arrivals, and where each is from."""
+    """Yield the rows at ascending positions, counted over all arrivals, with their arrival."""
     begin = 0
     for arrival in arrivals:
         end = begin + len(arrival)
@@ -177,11 +185,11 @@ def _rows_at(
 
 
 class StreamGradientBatches(Sequence[dict[str, Any]]):
-    """Minibatches at given positions of streams; its slices read nothing outside themselves.
+    """Minibatches at given positions of streams; a slice reads only its own images.
 
     Args:
         arrivals: oldest first.
-        shares: the positions of each minibatch, counted over all arrivals, ascending throughout.
+        shares: positions of each minibatch, counted over all arrivals, in ascending order.
     """
 
     def __init__(self, arrivals: Sequence[StreamedImages], shares: Sequence[Sequence[int]]) -> None:
@@ -215,7 +223,8 @@ class StreamGradientBatches(Sequence[dict[str, Any]]):
 def share_minibatches(bounds: Sequence[int], num_processes: int, process_index: int) -> list[range]:
     """Return one process's equal share of the minibatches between ``bounds``.
 
-    A remainder is dropped from a minibatch's old end, a minibatch with too few examples altogether.
+    A remainder is dropped from a minibatch's old end; a minibatch with fewer examples than
+    processes is dropped altogether.
     """
     shares = []
     for begin, end in pairwise(bounds):

@@ -5,8 +5,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
-from hf_dash.data import fingerprint, label_names
-from hf_dash.data.columns import label_kind, standard_columns
+from hf_dash.data.columns import fingerprint, label_kind, label_names, standard_columns
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 

@@ -7,8 +7,7 @@ from helpers import broken, png, record, write_parquet
 
 import hf_dash
 from hf_dash import DataConfig
-from hf_dash.data import cut_schedule, file_schedule, load_schedules
-from hf_dash.data.schedule import single_schedule
+from hf_dash.data.schedule import cut_schedule, file_schedule, load_schedules, single_schedule
 
 
 def level(image):
@@ -99,7 +98,7 @@ def test_an_arrival_without_examples_makes_no_round_and_says_so(incoming, caplog
     write_parquet(incoming / "0.parquet", [], [])
     rounds = file_schedule(config(incoming, files_per_round=1), []).rounds(level)
     assert [r.files for r in rounds] == [("1.parquet",), ("2.parquet",), ("3.parquet",)]
-    assert "no round is made of an arrival without examples: ['0.parquet']" in caplog.text
+    assert "skipping an arrival without examples: ['0.parquet']" in caplog.text
 
 
 def test_a_file_that_disappeared_is_named(incoming):

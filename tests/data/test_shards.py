@@ -9,7 +9,7 @@ from helpers import broken, png, write_parquet
 from PIL import Image as PILImage
 
 from hf_dash import DataConfig
-from hf_dash.data import arrivals_root, list_arrivals, load_arrival, new_arrivals
+from hf_dash.data.shards import arrivals_root, list_arrivals, load_arrival, new_arrivals
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 
@@ -61,7 +61,7 @@ def test_subfolders_are_shards(tmp_path):
     for name in ("tue/cat", "mon/cat", "wed.part/cat", ".hidden"):
         (tmp_path / name).mkdir(parents=True)
     assert list_arrivals(str(tmp_path)) == [tmp_path / "mon", tmp_path / "tue"]
-    with pytest.raises(ValueError, match=r"must not match .*cat, which lies in another match"):
+    with pytest.raises(ValueError, match=r"must not match .*cat, which is inside another"):
         list_arrivals(str(tmp_path / "**"))
 
 
@@ -179,7 +179,7 @@ def test_a_folder_whose_labels_are_in_a_metadata_file(tmp_path, streaming):
 def test_loose_images_are_no_arrival(tmp_path):
     folder = write_folder(tmp_path / "cats", {"a.png": png(1)})
     with pytest.raises(
-        ValueError, match=r"cats cannot be read: images must lie in folders .*a\.png"
+        ValueError, match=r"cats cannot be read: images must be in class folders.*a\.png"
     ):
         load_arrival([folder], DataConfig(**FILES), root=tmp_path)
 

@@ -37,7 +37,7 @@ def compare(folder, rounds, accelerator, lengths, compared=STARTS):
 @pytest.fixture(scope="module")
 def rounds(digits):
     """Two rounds of 60 digits each, some of the labels wrong."""
-    schedule = hf_dash.data.cut_schedule(
+    schedule = hf_dash.data.schedule.cut_schedule(
         digits, digits.select(range(60)), num_rounds=2, seed=0, examples_per_round=60
     )
     return schedule.rounds(hf_dash.models.image_transform(make_model()), label_noise=0.2)
