@@ -8,16 +8,17 @@ itself has averaged the gradients, so rows stay where they are, and only vectors
 ranks, such as biases, are put together.
 """
 
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,32 @@ def is_main_process() -> bool:
     return num_processes() == 1 or dist.get_rank() == 0
 
 
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
+    """Tell whether a tensor is distributed.
+
+    The module of such a tensor has been imported by whoever made it. To import it here would make
+    ``import hf_dash`` a third slower for everyone else.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds: all of a plain one."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor on every process; gathers a sharded one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def whole_like(part: Tensor, like: Tensor) -> Tensor:
     """Return the whole of what ``part`` is this process's share of, sharded as ``like`` is."""
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return part
+    from torch.distributed.tensor import DTensor
+
     shape, stride = like.shape, torch.empty(like.shape, device="meta").stride()
     placed = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
