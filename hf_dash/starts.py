@@ -281,7 +281,7 @@ def dash_(model: PreTrainedModel, context: StartContext) -> Started:
         accelerator=context.accelerator,
         disable_tqdm=True,
         seed=context.seed,
-        **context.dash.arguments,
+        config=context.dash,
     )
     return Started(report, keep_optimizer=not context.starts.reset_optimizer)
 

@@ -119,7 +119,7 @@ def make_trainer(
     batches = hf_dash.data.gradient_batches(
         round_, dash, num_processes=args.world_size, process_index=args.process_index
     )
-    trainer.add_callback(hf_dash.DashCallback(batches=batches, **dash.arguments).bind(trainer))
+    trainer.add_callback(hf_dash.DashCallback(config=dash, batches=batches).bind(trainer))
     return trainer
 
 

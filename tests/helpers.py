@@ -3,9 +3,12 @@
 import dataclasses
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,6 +62,23 @@ class EveryLayer(nn.Module):
         return self.head(self.dropout(x.mean((2, 3))))
 
 
+class DeepSpeedEngine(nn.Module):
+    """What of DeepSpeed's ZeRO-1 and 2 matters here: foreign hooks, and copies of the weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.optimizer = module, self
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(self.foreign_hook)
+        self.refresh_fp32_params()
+
+    def foreign_hook(self, parameter: Tensor) -> None:
+        raise AssertionError("this gradient is none of DeepSpeed's business")
+
+    def refresh_fp32_params(self) -> None:
+        self.copies = [p.detach().clone() for p in self.module.parameters()]
+
+
 def make_tiny_timm() -> PreTrainedModel:
     """Return a timm wrapper of a few hundred vectors, for images of 8×8."""
     return hf_dash.create_model(
@@ -80,6 +100,21 @@ def random_pairs(count: int, size: int = 8, seed: int = 0) -> list[tuple[Tensor,
         )
         for _ in range(count)
     ]
+
+
+@contextmanager
+def heard(level: int = logging.INFO) -> Iterator[list[str]]:
+    """Collect the messages that hf_dash logs at ``level`` or above."""
+    logger, handler, messages = logging.getLogger("hf_dash"), logging.Handler(), []
+    handler.emit = lambda record: messages.append(record.getMessage())
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

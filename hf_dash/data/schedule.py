@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
-from transformers.utils import logging
 
 from hf_dash.data.columns import AnyDataset, label_names
 from hf_dash.data.examples import ImageExamples, Transform
@@ -27,8 +26,9 @@ from hf_dash.data.shards import (
 from hf_dash.data.sources import DataConfig, in_arrival_order
 from hf_dash.data.streams import StreamedImages
 from hf_dash.history import RoundRecord
+from hf_dash.utils.logging import get_logger
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Examples of a stream to draw the next one from.
 BUFFER_SIZE = 10_000

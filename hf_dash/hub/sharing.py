@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from hf_dash.data.sources import DataConfig
 from hf_dash.history import History, RoundRecord, read_history
@@ -21,8 +20,9 @@ from hf_dash.hub.publish import HubRound, promote_on_hub, push_round, round_tag
 from hf_dash.models import load_model
 from hf_dash.report.export import export_model
 from hf_dash.runs.store import HISTORY, WEIGHTS
+from hf_dash.utils.logging import get_logger
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

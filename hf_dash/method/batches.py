@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -195,6 +194,8 @@ def check_labels(labels: Tensor, num_classes: int | None) -> None:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with every tensor in it on ``device``."""
+    from accelerate.utils import send_to_device
+
     moved: Batch = send_to_device(batch, device)
     return moved
 

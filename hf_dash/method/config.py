@@ -6,7 +6,8 @@ Symbols: α (``alpha``) weighs the newest minibatch in the moving average of the
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from hf_dash.utils.checks import check_count, check_flag, check_number
@@ -85,20 +86,6 @@ class DashConfig:
             )
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ``dash_shrink_`` and ``DashCallback`` that say the same."""
-        return {
-            "alpha": self.alpha,
-            "lam": self.lam,
-            "grouping": self.grouping,
-            "tolerance": 0.0 if self.preset == "paper" else self.tolerance,
-            "num_batches": self.num_batches,
-            "micro_batch_size": self.micro_batch_size,
-            "include_frozen": self.include_frozen,
-            "variant": self.variant,
-        }
-
-    @property
     def newest(self) -> int | None:
         """K, the number of newest minibatches to read; None means all of them."""
         if self.num_batches is not None:
@@ -108,3 +95,29 @@ class DashConfig:
         if self.alpha == 1:
             return 1
         return max(1, math.ceil(math.log(self.tolerance) / math.log(1 - self.alpha)))
+
+
+# What dash_shrink_ and DashCallback can be given by name: they do not make the minibatches.
+SETTINGS = tuple(f.name for f in fields(DashConfig) if f.name != "gradient_batch_size")
+
+
+def with_settings(
+    config: DashConfig | None, settings: Mapping[str, Any], function: str
+) -> DashConfig:
+    """Return ``config``, by default the paper's, with some settings replaced.
+
+    Args:
+        config: the settings to begin with.
+        settings: values by name, of those in ``SETTINGS``.
+        function: the name of the function that was called, for the message.
+
+    Raises:
+        TypeError: a name is unknown, or an argument is of the wrong kind.
+        ValueError: a value is out of its range.
+    """
+    if config is not None and not isinstance(config, DashConfig):
+        raise TypeError(f"config must be a DashConfig, got {type(config).__name__}")
+    unknown = sorted(settings.keys() - set(SETTINGS))
+    if unknown:
+        raise TypeError(f"{function} got unknown settings {unknown}; known are {list(SETTINGS)}")
+    return replace(config or DashConfig(), **settings)

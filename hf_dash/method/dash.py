@@ -4,30 +4,28 @@ Flow: batches, oldest to newest → newest K → G (``gradients``) → factors �
 Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495); authors' commit 3d3cea6.
 """
 
-import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers.utils import logging
 
 from hf_dash.method.batches import Batch, check_labels, newest_batches, split_labels
-from hf_dash.method.config import DashConfig, Grouping, Variant
+from hf_dash.method.config import DashConfig, Variant, with_settings
 from hf_dash.method.gradients import LossFn, average_gradients
 from hf_dash.method.shrink import ShrinkReport, all_factors, report_tensors, shrink_
 from hf_dash.method.tensors import ShrinkableTensor, find_shrinkable, is_sharded
 from hf_dash.method.variants import check_fillable, filled_shrink_, orthogonal_shrink_
-from hf_dash.method.wrappers import deepspeed_engine, refresh_master_weights_, refuse_unsupported
+from hf_dash.method.wrappers import takes_labels, unwrap
 from hf_dash.utils.distributed import is_main_process, num_processes, synchronize
+from hf_dash.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def dash_shrink_(
@@ -35,22 +33,16 @@ def dash_shrink_(
     batches: Iterable[Batch],
     loss_fn: LossFn | None = None,
     *,
-    alpha: float = 0.3,
-    lam: float = 0.3,
-    grouping: Grouping = "kernel",
-    tolerance: float = 1e-3,
-    num_batches: int | None = None,
-    micro_batch_size: int | None = None,
-    include_frozen: bool = False,
-    variant: Variant | None = None,
-    seed: int = 0,
+    config: DashConfig | None = None,
     accelerator: "Accelerator | None" = None,
+    seed: int = 0,
     dry_run: bool = False,
     disable_tqdm: bool | None = None,
+    **settings: Any,
 ) -> ShrinkReport:
     """Shrink every weight vector of a model by how well it agrees with the descent direction.
 
-    Call it on the weights of the last round, before training on old and new data. The model may
+    Call it on the weights of the last round, before you train on old and new data. The model may
     be a bare timm model, a transformers image classifier, or either prepared by Accelerate. It
     runs in evaluation mode; afterwards nothing but the weights has changed.
 
@@ -61,21 +53,15 @@ def dash_shrink_(
             computed; see :func:`~hf_dash.method.batches.newest_batches`. Use evaluation transforms.
         loss_fn: called as ``loss_fn(model, batch)``, returns the scalar mean loss; by default the
             model's own loss, or cross-entropy where the model takes no labels.
-        alpha: weight of the newest minibatch in the moving average, in (0, 1].
-        lam: smallest factor, in [0, 1]; 1 changes nothing.
-        grouping: what one vector of a convolution is; see :class:`~hf_dash.DashConfig`.
-        tolerance: share of the moving average that may be left out, in [0, 1); 0 reads all.
-        num_batches: number K of newest minibatches to read, instead of ``tolerance``.
-        micro_batch_size: images to compute at a time, where a minibatch is too large for memory;
-            the result is the same.
-        include_frozen: shrink tensors that do not require gradients too.
-        variant: None is the paper's method; ``"fill"`` fills what is shrunk with fresh weights of
-            a timm wrapper, ``"orthogonal"`` makes the shrunk matrices orthogonal; neither under
-            FSDP2. See :class:`~hf_dash.method.config.DashConfig`.
-        seed: of the fresh weights, read by ``"fill"`` alone; the same on every process.
-        accelerator: where it is given, the forward passes run under its autocast.
+        config: all settings at once; by default the paper's.
+        accelerator: if given, the forward passes run under its autocast.
+        seed: seed of the fresh weights, read by ``variant="fill"`` alone; the same on every
+            process.
         dry_run: report what the shrink would do and change nothing.
         disable_tqdm: show no progress bar; by default there is one on a terminal.
+        **settings: single settings, which win over ``config``: any field of
+            :class:`~hf_dash.DashConfig` except ``gradient_batch_size``, such as ``alpha``, ``lam``,
+            ``num_batches`` or ``micro_batch_size``.
 
     Returns:
         The report: factors per tensor, what was left alone, what was read.
@@ -86,19 +72,19 @@ def dash_shrink_(
         NotImplementedError: the model is wrapped or stored in a way the shrink cannot work on.
 
     Whatever is raised, no weight has changed.
+
+    Example:
+        >>> import torch
+        >>> from hf_dash import dash_shrink_
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+        >>> batches = [(torch.randn(8, 3, 2, 2), torch.arange(8) % 5) for _ in range(4)]
+        >>> report = dash_shrink_(model, batches, lam=0.1, disable_tqdm=True)
+        >>> report.num_vectors, report.num_images
+        (6, 32)
     """
-    config = DashConfig(
-        alpha=alpha,
-        lam=lam,
-        grouping=grouping,
-        tolerance=tolerance,
-        num_batches=num_batches,
-        micro_batch_size=micro_batch_size,
-        include_frozen=include_frozen,
-        variant=variant,
-    )
-    refuse_unsupported(model)
-    engine, module = deepspeed_engine(model), _inner_module(model)
+    config = with_settings(config, settings, "dash_shrink_()")
+    wrapped = unwrap(model)
+    module = wrapped.module
     tensors, untouched = _find(module, config, seed)
     newest = newest_batches(batches, config.newest)
     if loss_fn is None:
@@ -111,19 +97,18 @@ def dash_shrink_(
         tensors,
         newest,
         _under_autocast(loss_fn, accelerator),
-        alpha=alpha,
-        micro_batch_size=micro_batch_size,
+        alpha=config.alpha,
+        micro_batch_size=config.micro_batch_size,
         disable_tqdm=disable_tqdm,
-        quietly=engine is not None,
+        quietly=wrapped.has_foreign_hooks,
     )
-    factors = all_factors(tensors, average, lam)
+    factors = all_factors(tensors, average, config.lam)
     if not dry_run:
-        _change_(module, tensors, factors, variant, seed)
-        if engine is not None:
-            refresh_master_weights_(engine)
+        _change_(module, tensors, factors, config.variant, seed)
+        wrapped.refresh()
     synchronize(tensors[0].parameter.device)
     report = ShrinkReport(
-        tensors=report_tensors(tensors, factors, lam),
+        tensors=report_tensors(tensors, factors, config.lam),
         untouched=tuple(untouched),
         config=config,
         num_batches=len(average.batch_sizes),
@@ -166,17 +151,6 @@ def _change_(
         orthogonal_shrink_(module, tensors, factors)
 
 
-def _inner_module(model: nn.Module) -> nn.Module:
-    """Return the module itself, without DDP, DeepSpeed's engine or compilation.
-
-    Compiling evaluation with gradients anew would cost more than the pass.
-    """
-    inner: nn.Module | None = getattr(model, "_orig_mod", None)
-    if deepspeed_engine(model) is not None or isinstance(model, DistributedDataParallel):
-        inner = cast(nn.Module, model.module)
-    return model if inner is None else _inner_module(inner)
-
-
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's own loss on a batch, or cross-entropy where it takes no labels.
 
@@ -188,7 +162,7 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         ValueError: the batch has no labels, or more inputs than a bare model can take.
     """
     inputs, labels = split_labels(batch)
-    if isinstance(inputs, Mapping) and "labels" in inspect.signature(model.forward).parameters:
+    if isinstance(inputs, Mapping) and takes_labels(model):
         loss: Tensor = model(**inputs, labels=labels).loss
         return loss
     if isinstance(inputs, Mapping):

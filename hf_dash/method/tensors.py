@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
 
 from hf_dash.method.config import Grouping
+from hf_dash.method.wrappers import plain_name, refuse_packed
+from hf_dash.utils.distributed import is_dtensor
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -46,7 +46,7 @@ class ShrinkableTensor:
     @property
     def is_cut(self) -> bool:
         """Whether vectors lie across processes: sharding is by rows, and they span all rows."""
-        return isinstance(self.parameter, DTensor) and 0 in self.dims
+        return is_dtensor(self.parameter) and 0 in self.dims
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``, laid out as the parameter is, as a view of shape ``self.shape``.
@@ -80,8 +80,8 @@ def find_shrinkable(
     taken: set[int] = set()
     for prefix, module in model.named_modules():
         for local_name, parameter, shape, dims in _cuts(module, grouping):
-            name = _plain(f"{prefix}.{local_name}" if prefix else local_name)
-            if isinstance(parameter, DTensor) and shape != tuple(parameter.shape):
+            name = plain_name(f"{prefix}.{local_name}" if prefix else local_name)
+            if is_dtensor(parameter) and shape != tuple(parameter.shape):
                 raise NotImplementedError(
                     f"hf_dash cannot cut {name!r} into filters under FSDP2: a grouped transposed"
                     " convolution mixes its groups in the rows that are sharded"
@@ -94,22 +94,13 @@ def find_shrinkable(
             f"model {type(model).__name__} has no shrinkable tensor: DASH shrinks trainable weights"
             " and biases of linear and convolution layers"
         )
-    untouched = [_plain(name) for name, p in model.named_parameters() if id(p) not in taken]
+    untouched = [plain_name(name) for name, p in model.named_parameters() if id(p) not in taken]
     return found, untouched
 
 
 def is_sharded(tensors: list[ShrinkableTensor]) -> bool:
     """Tell whether each process holds only a share of these tensors (FSDP2: all or none)."""
-    return any(isinstance(tensor.parameter, DTensor) for tensor in tensors)
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Tell a tensor that holds its numbers from one that packs them, such as a quantized one."""
-    return type(tensor.data) in (Tensor, nn.Parameter, DTensor)
+    return any(is_dtensor(tensor.parameter) for tensor in tensors)
 
 
 _Cut = tuple[str, nn.Parameter, tuple[int, ...], tuple[int, ...]]
@@ -119,14 +110,8 @@ def _cuts(module: nn.Module, grouping: Grouping) -> Iterator[_Cut]:
     """Yield (name, parameter, shape, dims) for each tensor of this very module that can shrink."""
     if not isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention):
         return
+    refuse_packed(module)
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-    has_weight = "weight" in own or isinstance(module, nn.MultiheadAttention)
-    plain = all(t.is_floating_point() and _is_plain(t) for t in own.values())
-    if parametrize.is_parametrized(module) or not (has_weight and plain):
-        raise NotImplementedError(
-            f"{type(module).__name__} is parametrized or quantized: its stored tensors are not the"
-            " weights it computes with, so scaling them would not scale the layer"
-        )
     for name, parameter in own.items():
         shape = tuple(parameter.shape)
         if name in ("bias", "in_proj_bias"):

@@ -14,17 +14,18 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
 
 from hf_dash.method.batches import Batch
-from hf_dash.method.config import DashConfig, Grouping, Variant
+from hf_dash.method.config import SETTINGS, DashConfig, with_settings
 from hf_dash.method.dash import dash_shrink_
 from hf_dash.method.gradients import LossFn
 from hf_dash.method.preserve import rng_preserved
 from hf_dash.method.shrink import ShrinkReport
+from hf_dash.method.wrappers import as_trained
 from hf_dash.trainer.batches import Training, trainer_loss
 from hf_dash.trainer.logging import DeferredLog, log_through, tag_model, write_report
 from hf_dash.utils.checks import check_count
+from hf_dash.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -69,15 +70,6 @@ def refuse_duplicates(state: TrainerState) -> None:
         )
 
 
-def refuse_deepspeed(args: TrainingArguments) -> None:
-    """Raise ``NotImplementedError`` where the weights are DeepSpeed's."""
-    if getattr(args, "deepspeed", None):
-        raise NotImplementedError(
-            "DashCallback cannot shrink under DeepSpeed: the Trainer hands it the model without"
-            " the engine, which would undo the shrink; call dash_shrink_ before trainer.train()"
-        )
-
-
 def refuse_incomplete(lost: list[str]) -> None:
     """Raise ``ValueError`` where arguments were lost that the shrink depends on."""
     if lost:
@@ -87,7 +79,7 @@ def refuse_incomplete(lost: list[str]) -> None:
         )
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Arguments that no checkpoint can hold.
 NOT_SAVED = ("trainer", "batches", "gradient_dataset", "loss_fn")
@@ -108,8 +100,9 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
     ``dash_report.json`` only.
 
     Args:
-        alpha: as in :func:`~hf_dash.dash_shrink_`, like all that is not explained here.
-        lam: smallest factor.
+        alpha: weight of the newest minibatch in the moving average, in (0, 1]; 0.3 by default.
+        lam: smallest factor, in [0, 1]; 0.3 by default, 1 changes nothing.
+        config: all settings at once, instead of ``alpha`` and ``lam``.
         when: ``"train_begin"``; ``"epoch"``: at the beginning of every ``every_n_epochs``-th epoch
             after the first, for data with a length; ``"manual"``: only by :meth:`shrink_`.
         every_n_epochs: at least 1; read where ``when`` is ``"epoch"``.
@@ -120,6 +113,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             of a map-style dataset ordered from oldest to newest the last, of a stream the first.
         loss_fn: called as ``loss_fn(model, batch)``; by default the bound Trainer's loss.
         reset_optimizer: forget optimizer state that belongs to the weights before the shrink.
+        **settings: any other setting of :func:`~hf_dash.dash_shrink_`, which wins over ``config``.
 
     Attributes:
         report: the last :class:`~hf_dash.method.shrink.ShrinkReport`, None before.
@@ -131,34 +125,24 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
 
     def __init__(
         self,
-        alpha: float = 0.3,
-        lam: float = 0.3,
+        alpha: float | None = None,
+        lam: float | None = None,
         *,
+        config: DashConfig | None = None,
         when: When = "train_begin",
         every_n_epochs: int = 1,
         trainer: Trainer | None = None,
         batches: Iterable[Batch] | None = None,
         gradient_dataset: Any = None,
         loss_fn: LossFn | None = None,
-        grouping: Grouping = "kernel",
-        tolerance: float = 1e-3,
-        num_batches: int | None = None,
-        micro_batch_size: int | None = None,
-        include_frozen: bool = False,
-        variant: Variant | None = None,
         reset_optimizer: bool = True,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        self.config = DashConfig(
-            alpha=alpha,
-            lam=lam,
-            grouping=grouping,
-            tolerance=tolerance,
-            num_batches=num_batches,
-            micro_batch_size=micro_batch_size,
-            include_frozen=include_frozen,
-            variant=variant,
-        )
+        given = {n: v for n, v in (("alpha", alpha), ("lam", lam)) if v is not None}
+        if config is not None and given:
+            raise ValueError(f"give one of config and {given}: both say what {[*given]} should be")
+        self.config = with_settings(config, {**given, **settings}, "DashCallback()")
         check_schedule(when, every_n_epochs)
         if batches is not None and gradient_dataset is not None:
             raise ValueError("give one of batches and gradient_dataset: both say what is read")
@@ -216,17 +200,18 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
                 "outside of training, and bound to no Trainer, shrink_ needs model and batches, got"
                 f" {type(model).__name__} and {type(batches).__name__}"
             )
-        self.report = dash_shrink_(model, batches, self.loss_fn, **self.config.arguments)
+        self.report = dash_shrink_(model, batches, self.loss_fn, config=self.config)
         if self.reset_optimizer and optimizer is not None:
             reset_optimizer_(optimizer)
         return self.report
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the settings, and at which steps weights were shrunk."""
-        settings = ("when", "every_n_epochs", "reset_optimizer")
+        own = ("when", "every_n_epochs", "reset_optimizer")
+        settings = {name: getattr(self.config, name) for name in SETTINGS}
         given = {name for name in NOT_SAVED if getattr(self, name) is not None}
         return {
-            "args": {**self.config.arguments, **{name: getattr(self, name) for name in settings}},
+            "args": {**settings, **{name: getattr(self, name) for name in own}},
             "attributes": {
                 "shrunk_at": list(self.shrunk_at),
                 "_given": sorted(given | set(self._given)),
@@ -303,7 +288,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         args, state = training.args, training.state
         model = training.model if model is None else model
         optimizer = training.optimizer if optimizer is None else optimizer
-        refuse_deepspeed(args)
+        model = as_trained(model, args, self.trainer)
         refuse_incomplete([name for name in self._given if getattr(self, name) is None])
         if self.loss_fn is None and self.trainer is None and args.label_smoothing_factor > 0:
             logger.info("DASH: the loss is the model's, not smoothed: bind(trainer) to have it so")
@@ -318,7 +303,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
                 self.loss_fn or own_loss,
                 disable_tqdm=args.disable_tqdm or None,
                 seed=args.seed,
-                **self.config.arguments,
+                config=self.config,
             )
         if self.reset_optimizer and optimizer is not None:
             reset_optimizer_(optimizer)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_dash.method.shrink import HISTOGRAM_BINS, ShrinkReport, TensorReport
+from hf_dash.method.wrappers import base_name
 from hf_dash.utils.files import write_text
 
 REPORT_NAME = "dash_report.json"
@@ -64,8 +65,7 @@ def report_blocks(
     prefix = getattr(model, "base_model_prefix", "")
     blocks: dict[str, list[TensorReport]] = {}
     for tensor in report.tensors:
-        # PEFT puts its own names in front of everything.
-        path = tensor.name.removeprefix("base_model.model.").removeprefix(f"{prefix}.").split(".")
+        path = base_name(tensor.name).removeprefix(f"{prefix}.").split(".")
         modules = path[:-1] or path
         numbered = (i for i, part in enumerate(modules, 1) if any(c.isdigit() for c in part))
         name = ".".join(modules[: next(numbered, 1)])

@@ -85,8 +85,8 @@ def test_streams_give_the_same_rounds(incoming):
         assert sorted(labels) == sorted(label for _, label in read(ours.examples))
 
 
-def test_nothing_new_makes_no_round_and_says_so(incoming, caplog):
-    logging.getLogger("hf_dash").propagate = True
+def test_nothing_new_makes_no_round_and_says_so(incoming, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     past = [record(files=["1.parquet"]), record(round_index=2, files=["2.parquet", "3.parquet"])]
     rounds = file_schedule(config(incoming), past).rounds(level)
     assert len(rounds) == 2
@@ -94,7 +94,8 @@ def test_nothing_new_makes_no_round_and_says_so(incoming, caplog):
     assert "since round 2: no new round" in caplog.text
 
 
-def test_an_arrival_without_examples_makes_no_round_and_says_so(incoming, caplog):
+def test_an_arrival_without_examples_makes_no_round_and_says_so(incoming, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     write_parquet(incoming / "0.parquet", [], [])
     rounds = file_schedule(config(incoming, files_per_round=1), []).rounds(level)
     assert [r.files for r in rounds] == [("1.parquet",), ("2.parquet",), ("3.parquet",)]

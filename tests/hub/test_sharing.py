@@ -22,7 +22,7 @@ ON = HubArguments(push_to_hub=True, hub_model_id="user/model")
 @pytest.fixture
 def warnings(caplog, monkeypatch):
     """What the package warns of; transformers keeps its loggers to itself."""
-    monkeypatch.setattr(logging.getLogger("hf_dash"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level(logging.WARNING)
     return caplog
 

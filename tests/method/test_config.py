@@ -1,6 +1,7 @@
 import pytest
 
 from hf_dash import DashConfig
+from hf_dash.method.config import with_settings
 from hf_dash.starts import StartsConfig
 
 
@@ -54,9 +55,23 @@ def test_bad_settings_are_refused(arguments, error, message):
         DashConfig(**arguments)
 
 
-def test_arguments_read_everything_under_the_papers_preset():
-    assert DashConfig(preset="paper").arguments["tolerance"] == 0
-    assert DashConfig(tolerance=0.01).arguments["tolerance"] == 0.01
+def test_settings_win_over_a_config_and_the_papers_are_the_rest():
+    config = DashConfig(alpha=0.5, lam=0.1)
+    assert with_settings(config, {"lam": 0.2}, "f()") == DashConfig(alpha=0.5, lam=0.2)
+    assert with_settings(None, {"grouping": "auto"}, "f()") == DashConfig(grouping="auto")
+    assert with_settings(None, {}, "f()") == DashConfig()
+
+
+def test_unknown_settings_are_refused_and_the_known_listed():
+    with pytest.raises(TypeError, match=r"f\(\) got unknown settings \['lambda'\]; .*'lam'"):
+        with_settings(None, {"lambda": 0.2}, "f()")
+    # Whoever gives the minibatches has made them.
+    with pytest.raises(TypeError, match="gradient_batch_size"):
+        with_settings(None, {"gradient_batch_size": 2}, "f()")
+    with pytest.raises(TypeError, match="config must be a DashConfig, got dict"):
+        with_settings({"lam": 0.2}, {}, "f()")
+    with pytest.raises(ValueError, match="lam must be in"):
+        with_settings(DashConfig(), {"lam": 2}, "f()")
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,22 @@ def test_it_works_without_gradients_enabled(every_layer):
     assert same_state(state_of(other), state_of(every_layer))
 
 
+def test_settings_come_one_by_one_or_at_once(every_layer):
+    same, config = copy.deepcopy(every_layer), hf_dash.DashConfig(lam=0.1, num_batches=2)
+    report = hf_dash.dash_shrink_(every_layer, random_pairs(4), config=config, alpha=0.5)
+    other = hf_dash.dash_shrink_(same, random_pairs(4), lam=0.1, num_batches=2, alpha=0.5)
+    assert report.config == other.config == hf_dash.DashConfig(0.5, 0.1, num_batches=2)
+    assert same_state(state_of(every_layer), state_of(same))
+    with pytest.raises(TypeError, match=r"dash_shrink_\(\) got unknown settings \['lamb'\]"):
+        hf_dash.dash_shrink_(every_layer, random_pairs(1), lamb=0.1)
+    assert same_state(state_of(every_layer), state_of(same))
+
+
+def test_the_papers_preset_reads_everything(every_layer):
+    report = hf_dash.dash_shrink_(every_layer, random_pairs(25), preset="paper")
+    assert report.num_batches == 25
+
+
 def _labels(batch, label):
     return (batch[0], torch.full_like(batch[1], label))
 

@@ -7,10 +7,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import EveryLayer, make_tiny_timm, random_pairs, same_state, state_of
+from helpers import DeepSpeedEngine, EveryLayer, make_tiny_timm, random_pairs, same_state, state_of
 from torch import Tensor, nn
 
 import hf_dash
+from hf_dash.method.wrappers import as_trained, base_name, plain_name, takes_labels, unwrap
 
 
 def resnet_and_batches(**options):
@@ -215,27 +216,18 @@ def test_quantized_weights_are_refused_by_name():
         hf_dash.dash_shrink_(nn.Sequential(Packed(), nn.Linear(2, 2)), random_pairs(1))
 
 
+def test_dynamically_quantized_layers_are_refused_by_name():
+    # Their weights are not parameters, so nothing else would show; torch warns when it makes one.
+    where = {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"}
+    model = nn.Sequential(type("Linear", (nn.Module,), where)(), nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="Linear is parametrized or quantized"):
+        hf_dash.dash_shrink_(model, random_pairs(1))
+
+
 def test_zero_three_partitions_are_refused_by_name(every_layer):
     every_layer.conv.weight.ds_id = 0
     with pytest.raises(NotImplementedError, match=r"ZeRO-3: .* 'conv.weight' among them"):
         hf_dash.dash_shrink_(every_layer, random_pairs(1))
-
-
-class DeepSpeedEngine(nn.Module):
-    """What of DeepSpeed's ZeRO-1 and 2 matters here: foreign hooks, and copies of the weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.optimizer = module, self
-        for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(self.foreign_hook)
-        self.refresh_fp32_params()
-
-    def foreign_hook(self, parameter: Tensor) -> None:
-        raise AssertionError("this gradient is none of DeepSpeed's business")
-
-    def refresh_fp32_params(self) -> None:
-        self.copies = [p.detach().clone() for p in self.module.parameters()]
 
 
 def test_a_deepspeed_engine_takes_over_the_shrunk_weights():
@@ -293,3 +285,69 @@ def test_every_layer_is_a_fair_sample():
     """Guards the fixture: no kind of layer may silently fall out of the tests above."""
     kinds = {type(module).__name__ for module in EveryLayer().modules()}
     assert {"Conv2d", "ConvTranspose2d", "Linear", "BatchNorm2d", "Dropout"} <= kinds
+
+
+@pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DataParallel", "PipelineEngine"])
+def test_unsupported_wrappers_are_refused_by_name(name):
+    wrapped = type(name, (nn.Sequential,), {})(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match=f"cannot shrink a model under {name}"):
+        unwrap(nn.Sequential(wrapped))
+
+
+def test_wrappers_are_taken_off_whatever_their_order():
+    layer = nn.Linear(2, 2)
+    assert unwrap(layer).module is layer
+    assert unwrap(layer).kind == "plain"
+    compiled = torch.compile(layer, backend="eager")
+    assert unwrap(compiled).module is layer
+    for engine in (DeepSpeedEngine(compiled), torch.compile(DeepSpeedEngine(layer))):
+        wrapped = unwrap(engine)
+        assert wrapped.module is layer
+        assert (wrapped.kind, wrapped.has_foreign_hooks) == ("deepspeed", True)
+
+
+def test_a_wrapper_hears_of_new_weights():
+    engine = DeepSpeedEngine(nn.Linear(2, 2, bias=False))
+    wrapped = unwrap(engine)
+    with torch.no_grad():
+        wrapped.module.weight.fill_(3.0)
+    wrapped.refresh()
+    assert torch.equal(engine.copies[0], torch.full((2, 2), 3.0))
+    unwrap(nn.Linear(2, 2)).refresh()  # nobody to tell
+
+
+def test_the_engine_of_a_trainer_is_found_or_asked_for():
+    class Plain:
+        deepspeed_plugin = None
+
+    class Engined:
+        deepspeed_plugin = object()
+
+    class Bound:
+        model_wrapped = None
+
+    layer, trainer = nn.Linear(2, 2), Bound()
+    assert as_trained(layer, Plain()) is layer
+    with pytest.raises(NotImplementedError, match=r"under DeepSpeed unless .*bind\(trainer\)"):
+        as_trained(layer, Engined())
+    trainer.model_wrapped = layer  # before the engine is made
+    assert as_trained(layer, Engined(), trainer) is layer
+    trainer.model_wrapped = DeepSpeedEngine(layer)
+    assert as_trained(layer, Engined(), trainer) is trainer.model_wrapped
+    other = nn.Linear(2, 2)
+    assert as_trained(other, Engined(), trainer) is other
+
+
+def test_names_are_told_as_written():
+    assert plain_name("layer1._orig_mod.0._orig_mod.weight") == "layer1.0.weight"
+    assert base_name("base_model.model.fc.weight") == "fc.weight"
+
+
+# peft reads it under its older name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_takes_the_labels_its_model_takes(small_model):
+    peft = pytest.importorskip("peft", reason="peft is no dependency: tested where it is there")
+    config = peft.LoraConfig(r=2, target_modules=["fc"])
+    assert takes_labels(peft.get_peft_model(small_model, config))
+    assert not takes_labels(peft.get_peft_model(resnet_and_batches()[0], config))
+    assert takes_labels(small_model)

@@ -1,9 +1,8 @@
 import json
-import logging
 
 import pytest
 import torch
-from helpers import Spy, make_trainer, same_state, state_of, trained
+from helpers import Spy, heard, make_trainer, same_state, state_of, trained
 from transformers import TrainerControl, TrainerState
 
 import hf_dash
@@ -121,12 +120,10 @@ def test_the_first_log_of_the_trainer_shows_the_summary_once(tmp_path, two_round
     assert "'loss'" in lines[0]
 
 
-def test_a_summary_line_is_logged_at_info(tmp_path, two_rounds, caplog):
-    logger = logging.getLogger("hf_dash.method.dash")
-    logger.propagate = True
-    with caplog.at_level(logging.INFO, logger="hf_dash.method.dash"):
+def test_a_summary_line_is_logged_at_info(tmp_path, two_rounds):
+    with heard() as messages:
         trained(tmp_path, two_rounds[0], [hf_dash.DashCallback()])
-    assert any(message.startswith("DASH shrank") for message in caplog.messages)
+    assert any(message.startswith("DASH shrank") for message in messages)
 
 
 def test_a_failure_comes_before_anything_changes(tmp_path, two_rounds):
@@ -145,6 +142,18 @@ def test_a_failure_comes_before_anything_changes(tmp_path, two_rounds):
 def test_bad_settings_are_refused_when_the_callback_is_made(option, value):
     with pytest.raises(ValueError, match=option):
         hf_dash.DashCallback(**{option: value})
+
+
+def test_settings_are_given_one_by_one_or_at_once():
+    config = hf_dash.DashConfig(alpha=0.5, lam=0.1)
+    assert hf_dash.DashCallback(0.5, 0.1).config == config
+    assert hf_dash.DashCallback(config=config).config == config
+    filtered = hf_dash.DashCallback(config=config, grouping="filter").config
+    assert filtered == hf_dash.DashConfig(0.5, 0.1, grouping="filter")
+    with pytest.raises(ValueError, match=r"one of config and \{'alpha': 0.2\}"):
+        hf_dash.DashCallback(0.2, config=config)
+    with pytest.raises(TypeError, match=r"DashCallback\(\) got unknown settings \['gama'\]"):
+        hf_dash.DashCallback(gama=0.2)
 
 
 def test_logging_before_any_shrink_adds_nothing():

@@ -1,13 +1,12 @@
 """DashCallback over a session: several trainings, resumes, bound to its Trainer, by hand."""
 
 import json
-import logging
 
 import pytest
 import torch
-from helpers import Spy, make_trainer, same_state, state_of, trained
+from helpers import DeepSpeedEngine, Spy, heard, make_trainer, same_state, state_of, trained
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 import hf_dash
@@ -65,12 +64,10 @@ def test_label_smoothing_is_honoured_once_bound(tmp_path, two_rounds):
     assert not same_state(shrunk_by(plain, spy.batches, None), spy.after)
 
 
-def test_unbound_the_user_is_told_that_the_loss_is_not_smoothed(tmp_path, two_rounds, caplog):
-    logging.getLogger("hf_dash.trainer.callback").propagate = True
-    with caplog.at_level(logging.INFO, logger="hf_dash.trainer.callback"):
-        spy = Spy()
-        trained(tmp_path, two_rounds[0], [spy], label_smoothing_factor=0.4, max_steps=1)
-    assert sum("bind(trainer)" in message for message in caplog.messages) == 1
+def test_unbound_the_user_is_told_that_the_loss_is_not_smoothed(tmp_path, two_rounds):
+    with heard() as messages:
+        trained(tmp_path, two_rounds[0], [Spy()], label_smoothing_factor=0.4, max_steps=1)
+    assert sum("bind(trainer)" in message for message in messages) == 1
 
 
 def test_compute_loss_func_and_a_subclass_are_honoured(tmp_path, two_rounds):
@@ -422,9 +419,47 @@ def test_a_schedule_that_says_nothing_is_refused(options, error):
         hf_dash.DashCallback(**options)
 
 
-def test_deepspeed_is_refused_by_hand_too(tmp_path, two_rounds):
-    trainer = make_trainer(tmp_path, two_rounds[0])
-    trainer.args.deepspeed = {"zero_optimization": {"stage": 1}}
-    with pytest.raises(NotImplementedError, match="under DeepSpeed"):
-        hf_dash.DashCallback(trainer=trainer, when="manual").shrink_()
-    assert isinstance(trainer.args, TrainingArguments)
+class Engined(Trainer):
+    """A Trainer that ends its preparation as it does under DeepSpeed."""
+
+    def _prepare_for_training(self, *arguments):
+        prepared = super()._prepare_for_training(*arguments)
+        self.args.deepspeed_plugin, self.model_wrapped = object(), DeepSpeedEngine(self.model)
+        return prepared
+
+
+class Stop(TrainerCallback):
+    """Ends the training before its first step."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        raise InterruptedError
+
+
+def engined_trainer(tmp_path, round_, spy):
+    plain = make_trainer(tmp_path, round_)
+    return Engined(
+        plain.model, plain.args, train_dataset=plain.train_dataset, callbacks=[spy, Stop()]
+    )
+
+
+def test_under_deepspeed_a_bound_callback_tells_the_engine(tmp_path, two_rounds):
+    spy, plain = Spy(), Spy()
+    trainer = engined_trainer(tmp_path, two_rounds[0], spy)
+    spy.bind(trainer)
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    assert not same_state(spy.before, spy.after)
+    for copied, weight in zip(
+        trainer.model_wrapped.copies, trainer.model.parameters(), strict=True
+    ):
+        assert torch.equal(copied, weight)
+    trained(tmp_path, two_rounds[0], [plain], max_steps=1)
+    assert same_state(plain.after, spy.after)
+
+
+def test_under_deepspeed_an_unbound_callback_is_refused(tmp_path, two_rounds):
+    trainer = engined_trainer(tmp_path, two_rounds[0], hf_dash.DashCallback())
+    before = state_of(trainer.model)
+    with pytest.raises(NotImplementedError, match=r"under DeepSpeed unless .*bind\(trainer\)"):
+        trainer.train()
+    assert same_state(before, state_of(trainer.model))
