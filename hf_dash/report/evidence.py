@@ -1,0 +1,384 @@
+"""Evidence to commit: a history as a folder of small CSV files, and back.
+
+Flow: history → ``rounds.csv`` (one row per record), ``per_class.csv``, ``factors.csv`` (one row per
+shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what many records have
+in common, each value once) → the same records, so that every table and figure works on them.
+Differs from ``history.json``: that file belongs to a run, which appends to it and checks its
+digest; this folder is for readers and diffs, and a sixth of the size. Seconds are rounded to
+``SECONDS_DIGITS`` decimals and factors to ``FACTOR_DIGITS``; everything else is exact. Promotions
+are not kept.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from hf_dash._files import write_text
+from hf_dash.history import History, RoundRecord, starts_of
+
+SECONDS_DIGITS = 5
+FACTOR_DIGITS = 4
+
+# Start, seed and round: the first columns of every file.
+Key = tuple[str, int, int]
+KEY = {"start": str, "seed": int, "round": int}
+COLUMNS = KEY | {
+    "num_new": int,
+    "num_total": int,
+    "accuracy": float,
+    "train_accuracy": float,
+    "converged": bool,
+    "epochs": float,
+    "steps": int,
+    "start_seconds": float,
+    "train_seconds": float,
+    "images_read": int,
+    "parent": str,
+    "weights_sha256": str,
+}
+MAY_BE_EMPTY = {"train_accuracy", "converged", "images_read", "parent", "weights_sha256"}
+# Of a shrink. A tensor's own numbers share a cell: the mean, smallest and largest factor, and how
+# many of its vectors have λ.
+SHRINK = {"num_batches": int, "num_images": int, "seconds": float}
+
+# What settings.json holds of the records, of their shrinks, and of the images trained on.
+OF_RECORDS = ("versions", "hardware", "held_out_fingerprint")
+OF_SHRINKS = ("config", "untouched", "num_vectors", "dry_run")
+OF_IMAGES = ("data_fingerprint", "files", "skipped")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The content of a folder.
+
+    Args:
+        records: of all starts, in the order of the tables.
+        settings: the content of ``settings.json``. ``settings["about"]`` holds what the records do
+            not say, ``settings["settings"]`` what was set for the run.
+    """
+
+    records: list[RoundRecord]
+    settings: dict[str, Any]
+
+
+def write_evidence(
+    history: History,
+    folder: str | Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    borrowed: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write a history as a folder of CSV files and a ``settings.json``.
+
+    Args:
+        history: of one run, or of several as ``join_histories`` joins them.
+        folder: to write; made where it does not exist. Other files in it stay.
+        about: what the records do not say, as plain JSON types: ``"commands"``, ``"commits"``,
+            ``"machine"`` and ``"network"``, say.
+        borrowed: starts that another experiment has recorded already, by the name of its folder,
+            which lies beside this one. They are referenced, not written again.
+
+    Raises:
+        ValueError: records with one seed and number of images were not trained on the same images,
+            or the other folder has other records of a borrowed start.
+
+    Example:
+        >>> history = read_history("runs/small/history.json")
+        >>> write_evidence(history, "results/small", about={"commits": ["d4ea7da"]})
+        >>> len(read_evidence("results/small").records) == len(history.records)
+        True
+    """
+    folder, own, references = Path(folder), history.records, []
+    for name, starts in (borrowed or {}).items():
+        last = max(record.round_index for record in history.records)
+        references.append({"folder": name, "starts": list(starts), "last_round": last})
+        _check_borrowed(own, folder, references[-1])
+        own = [record for record in own if record.start not in starts]
+    of_records = {_key(record): _facts(record) for record in own}
+    of_shrinks = {_key(record): _shrink_facts(record.shrink) for record in own if record.shrink}
+    settings = {
+        "about": dict(about or {}),
+        "starts": starts_of(history.records),
+        "borrowed": references,
+        "images": _images_of(own),
+        "records": {name: _group(of_records, name) for name in OF_RECORDS},
+        "shrinks": {name: _group(of_shrinks, name) for name in OF_SHRINKS},
+        "settings": history.settings,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
+    _write_wide(folder / "per_class.csv", {_key(r): r.per_class_accuracy for r in own})
+    _write_wide(folder / "measurements.csv", _measurements_of(own), ("when",))
+    _write_factors(folder / "factors.csv", own)
+    write_text(folder / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_evidence(folder: str | Path) -> Evidence:
+    """Read a folder back.
+
+    Args:
+        folder: as :func:`write_evidence` wrote it, beside the folders it borrows from.
+
+    Raises:
+        FileNotFoundError: the folder has no ``rounds.csv`` or no ``settings.json``.
+        ValueError: a file is damaged; the message names file, line and column.
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    per_class = _read_wide(folder / "per_class.csv")
+    measured: dict[Key, dict[str, dict[str, float]]] = {}
+    for (*key, when), numbers in _read_wide(folder / "measurements.csv", ("when",)).items():
+        measured.setdefault((key[0], key[1], key[2]), {})[when] = numbers
+    shrinks = _read_factors(folder / "factors.csv", settings["shrinks"])
+    of_images = {name: settings["images"].get(name, {}) for name in OF_IMAGES}
+    records = []
+    for row, _ in _read_csv(folder / "rounds.csv", COLUMNS):
+        own = (row["start"], row["seed"], row.pop("round"))
+        seed, number = str(row["seed"]), str(row["num_total"])
+        records.append(
+            RoundRecord(
+                **row,
+                round_index=own[2],
+                per_class_accuracy=per_class.get(own, {}),
+                shrink=shrinks.get(own),
+                memorisation=measured.get(own),
+                **{n: images.get(seed, {}).get(number) for n, images in of_images.items()},
+                **{name: _look_up(settings["records"][name], own) for name in OF_RECORDS},
+            )
+        )
+    keys = {_key(record) for record in records}
+    for name, found in (("per_class", per_class), ("factors", shrinks), ("measurements", measured)):
+        if lost := found.keys() - keys:
+            raise ValueError(
+                f"{folder}/{name}.csv must have rows of rounds.csv, got {sorted(lost)}"
+            )
+    for reference in settings["borrowed"]:
+        records += _borrow(folder, reference)
+    if settings["borrowed"]:
+        records.sort(key=lambda record: settings["starts"].index(record.start))
+    return Evidence(records, settings)
+
+
+def _key(record: RoundRecord) -> Key:
+    return record.start, record.seed, record.round_index
+
+
+def _borrow(folder: Path, reference: Mapping[str, Any]) -> list[RoundRecord]:
+    return [
+        record
+        for record in read_evidence(folder.parent / reference["folder"]).records
+        if record.start in reference["starts"] and record.round_index <= reference["last_round"]
+    ]
+
+
+def _check_borrowed(
+    records: Sequence[RoundRecord], folder: Path, reference: Mapping[str, Any]
+) -> None:
+    def facts(some: Iterable[RoundRecord]) -> dict[Key, tuple[Any, ...]]:
+        return {_key(r): (r.accuracy, r.steps, r.weights_sha256, r.data_fingerprint) for r in some}
+
+    here = facts(record for record in records if record.start in reference["starts"])
+    there = facts(_borrow(folder, reference))
+    if not here or here != there:
+        differing = sorted(here.keys() ^ there.keys()) or sorted(
+            key for key in here if here[key] != there[key]
+        )
+        raise ValueError(
+            f"borrowed must name starts whose records are the same in {reference['folder']!r}, got"
+            f" {reference['starts']}, which differ in (start, seed, round) = {differing[:5]}"
+        )
+
+
+# What many records share: every value once.
+
+
+def _facts(record: RoundRecord) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in OF_RECORDS}
+
+
+def _shrink_facts(shrink: Mapping[str, Any]) -> dict[str, Any]:
+    num_vectors = {tensor["name"]: tensor["num_vectors"] for tensor in shrink["tensors"]}
+    return {**{name: shrink.get(name) for name in OF_SHRINKS}, "num_vectors": num_vectors}
+
+
+def _group(facts: Mapping[Key, Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return each value of a fact with what it belongs to: whole starts, or single rounds of them.
+
+    One value of all needs no such list.
+    """
+    keys_of: dict[str, list[Key]] = {}
+    for key, values in facts.items():
+        keys_of.setdefault(json.dumps(values[name]), []).append(key)
+    groups = [{"value": json.loads(text)} for text in keys_of]
+    if len(groups) > 1:
+        for group, keys in zip(groups, keys_of.values(), strict=True):
+            group["of"] = []
+            for start in dict.fromkeys(key[0] for key in keys):
+                own = [key for key in keys if key[0] == start]
+                whole = len(own) == sum(key[0] == start for key in facts)
+                group["of"] += [start] if whole else [list(key) for key in own]
+    return groups
+
+
+def _look_up(groups: Sequence[Mapping[str, Any]], key: Key) -> Any:
+    for group in groups:
+        if "of" not in group or key[0] in group["of"] or list(key) in group["of"]:
+            return group["value"]
+    return None
+
+
+def _images_of(records: Sequence[RoundRecord]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what is recorded of the images trained on: by its name, seed and number of images."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        for name in OF_IMAGES:
+            if (value := getattr(record, name)) is not None:
+                of_seed = found.setdefault(name, {}).setdefault(str(record.seed), {})
+                if of_seed.setdefault(str(record.num_total), value) != value:
+                    raise ValueError(
+                        f"history must have one {name} for a seed and number of images, got another"
+                        f" for {_key(record)}"
+                    )
+    return found
+
+
+def _measurements_of(records: Sequence[RoundRecord]) -> dict[tuple[Any, ...], dict[str, float]]:
+    return {
+        (*_key(record), when): values
+        for record in records
+        for when, values in (record.memorisation or {}).items()
+    }
+
+
+# Cells: nothing for None, the shortest text that reads back as the same number.
+
+
+def _cells(record: RoundRecord) -> dict[str, str]:
+    values = {name: getattr(record, name, record.round_index) for name in COLUMNS}
+    for name in ("start_seconds", "train_seconds"):
+        values[name] = round(values[name], SECONDS_DIGITS)
+    return {name: _text(value) for name, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return "" if value is None else str(value)
+
+
+def _value(text: str, kind: type, where: str) -> Any:
+    try:
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {text!r}") from None
+
+
+def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def _read_csv(
+    path: Path, columns: Mapping[str, type], more: type | None = None
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Give each row's named columns, and its further ones that are not empty.
+
+    Args:
+        path: of the file.
+        columns: types of the first columns, by name.
+        more: type of further columns, whatever their names; None where there must be none.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file)
+        header = next(lines, [])
+        if list(columns) != (header if more is None else header[: len(columns)]):
+            raise ValueError(f"{path} must have the columns {', '.join(columns)}, got {header}")
+        for row in lines:
+            where = f"{path}, line {lines.line_num}"
+            if len(row) != len(header):
+                raise ValueError(f"{where} must have {len(header)} cells, got {len(row)}")
+            named = {
+                name: None
+                if name in MAY_BE_EMPTY and not text
+                else _value(text, kind, f"{where}, {name}")
+                for (name, kind), text in zip(columns.items(), row, strict=False)
+            }
+            others = zip(header[len(columns) :], row[len(columns) :], strict=True)
+            yield (
+                named,
+                {n: _value(t, more, f"{where}, {n}") for n, t in others if more and t},
+            )
+
+
+def _write_wide(
+    path: Path, rows: Mapping[tuple[Any, ...], Mapping[str, Any]], columns: Sequence[str] = ()
+) -> None:
+    """Write numbers by name, a column each; where there are none there is no file."""
+    names = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
+    if not names:
+        path.unlink(missing_ok=True)
+        return
+    body = [
+        [*map(_text, key), *(_text(numbers.get(name)) for name in names)]
+        for key, numbers in rows.items()
+    ]
+    _write_csv(path, [*KEY, *columns, *names], body)
+
+
+def _read_wide(
+    path: Path, columns: Sequence[str] = (), kind: type = float
+) -> dict[tuple[Any, ...], dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    rows = _read_csv(path, KEY | dict.fromkeys(columns, str), kind)
+    return {tuple(key.values()): numbers for key, numbers in rows}
+
+
+def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
+    rows = {}
+    for record in records:
+        if record.shrink:
+            tensors = {tensor["name"]: _factors(tensor) for tensor in record.shrink["tensors"]}
+            seconds = _text(round(record.shrink["seconds"], SECONDS_DIGITS))
+            counts = (record.shrink["num_batches"], record.shrink["num_images"])
+            row = (*_key(record), *counts, seconds)
+            rows[row] = tensors
+    _write_wide(path, rows, list(SHRINK))
+
+
+def _factors(tensor: Mapping[str, Any]) -> str:
+    factors = (tensor[f"{which}_factor"] for which in ("mean", "min", "max"))
+    cells = [_text(round(factor, FACTOR_DIGITS)) for factor in factors]
+    return " ".join([*cells, str(round(tensor["share_at_lam"] * tensor["num_vectors"]))])
+
+
+def _read_factors(path: Path, facts: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
+    shrinks = {}
+    for row, cells in _read_csv(path, KEY | SHRINK, str) if path.is_file() else ():
+        key = (row.pop("start"), row.pop("seed"), row.pop("round"))
+        own = {name: _look_up(facts[name], key) for name in OF_SHRINKS}
+        num_vectors, tensors = own.pop("num_vectors"), []
+        for name, count in num_vectors.items():
+            mean, low, high, at_lam = map(float, cells[name].split())
+            tensors.append(
+                {
+                    "name": name,
+                    "num_vectors": count,
+                    "mean_factor": mean,
+                    "min_factor": low,
+                    "max_factor": high,
+                    "share_at_lam": at_lam / count,
+                }
+            )
+        total = sum(num_vectors.values())
+        overall = {
+            which: sum(t[which] * t["num_vectors"] for t in tensors) / total
+            for which in ("mean_factor", "share_at_lam")
+        }
+        shrinks[key] = {"tensors": tensors, **own, **row, **overall}
+    return shrinks
