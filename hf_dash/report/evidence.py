@@ -45,10 +45,12 @@ MAY_BE_EMPTY = {"train_accuracy", "converged", "images_read", "parent", "weights
 # many of its vectors have λ.
 SHRINK = {"num_batches": int, "num_images": int, "seconds": float}
 
-# What settings.json holds of the records, of their shrinks, and of the images trained on.
+# What settings.json holds of the records, of their shrinks, and of the images trained on. The last
+# are by seed and number of images, as "1/2000".
 OF_RECORDS = ("versions", "hardware", "held_out_fingerprint")
 OF_SHRINKS = ("config", "untouched", "num_vectors", "dry_run")
 OF_IMAGES = ("data_fingerprint", "files", "skipped")
+PARTS = ("settings", "records", "shrinks", *OF_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def write_evidence(
     folder: str | Path,
     *,
     about: Mapping[str, Any] | None = None,
-    borrowed: Mapping[str, Sequence[str]] | None = None,
+    like: str | None = None,
 ) -> None:
     """Write a history as a folder of CSV files and a ``settings.json``.
 
@@ -79,12 +81,11 @@ def write_evidence(
         folder: to write; made where it does not exist. Other files in it stay.
         about: what the records do not say, as plain JSON types: ``"commands"``, ``"commits"``,
             ``"machine"`` and ``"network"``, say.
-        borrowed: starts that another experiment has recorded already, by the name of its folder,
-            which lies beside this one. They are referenced, not written again.
+        like: name of another experiment's folder beside this one. Whatever that one holds as well
+            is not written again: settings, fingerprints, and starts with the same records.
 
     Raises:
-        ValueError: records with one seed and number of images were not trained on the same images,
-            or the other folder has other records of a borrowed start.
+        ValueError: records with one seed and number of images were not trained on the same images.
 
     Example:
         >>> history = read_history("runs/small/history.json")
@@ -92,53 +93,70 @@ def write_evidence(
         >>> len(read_evidence("results/small").records) == len(history.records)
         True
     """
-    folder, own, references = Path(folder), history.records, []
-    for name, starts in (borrowed or {}).items():
-        last = max(record.round_index for record in history.records)
-        references.append({"folder": name, "starts": list(starts), "last_round": last})
-        _check_borrowed(own, folder, references[-1])
-        own = [record for record in own if record.start not in starts]
+    folder, own = Path(folder), history.records
+    base = None if like is None else read_evidence(folder.parent / like)
+    there = {} if base is None else _same_starts(own, base.records)
+    own = [record for record in own if record.start not in there.get("starts", ())]
     of_records = {_key(record): _facts(record) for record in own}
     of_shrinks = {_key(record): _shrink_facts(record.shrink) for record in own if record.shrink}
-    settings = {
+    settings: dict[str, Any] = {
         "about": dict(about or {}),
         "starts": starts_of(history.records),
-        "borrowed": references,
-        "images": _images_of(own),
+        "settings": history.settings,
         "records": {name: _group(of_records, name) for name in OF_RECORDS},
         "shrinks": {name: _group(of_shrinks, name) for name in OF_SHRINKS},
-        "settings": history.settings,
+        **{name: _by_images(own, name) for name in OF_IMAGES},
     }
+    if base is not None:
+        settings = {"like": {"folder": like, **there}, **_less(settings, base.settings)}
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
     _write_wide(folder / "per_class.csv", {_key(r): r.per_class_accuracy for r in own})
     _write_wide(folder / "measurements.csv", _measurements_of(own), ("when",))
     _write_factors(folder / "factors.csv", own)
-    write_text(folder / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    said = {part: value for part, value in settings.items() if value}
+    write_text(folder / "settings.json", json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_evidence(folder: str | Path) -> Evidence:
     """Read a folder back.
 
     Args:
-        folder: as :func:`write_evidence` wrote it, beside the folders it borrows from.
+        folder: as :func:`write_evidence` wrote it, beside the one it is like.
 
     Raises:
         FileNotFoundError: the folder has no ``rounds.csv`` or no ``settings.json``.
         ValueError: a file is damaged; the message names file, line and column.
     """
     folder = Path(folder)
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = {part: {} for part in ("about", "starts", *PARTS)}
+    settings |= json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    records = []
+    if like := settings.get("like"):
+        base = read_evidence(folder.parent / like["folder"])
+        settings = _more(settings, base.settings)
+        records = [
+            record
+            for record in base.records
+            if record.start in like["starts"] and record.round_index <= like["last_round"]
+        ]
+    records += _read_records(folder, settings)
+    if like and like["starts"]:
+        order = settings["starts"].index
+        records.sort(key=lambda record: order(record.start))
+    return Evidence(records, settings)
+
+
+def _read_records(folder: Path, settings: Mapping[str, Any]) -> list[RoundRecord]:
     per_class = _read_wide(folder / "per_class.csv")
     measured: dict[Key, dict[str, dict[str, float]]] = {}
     for (*key, when), numbers in _read_wide(folder / "measurements.csv", ("when",)).items():
         measured.setdefault((key[0], key[1], key[2]), {})[when] = numbers
     shrinks = _read_factors(folder / "factors.csv", settings["shrinks"])
-    of_images = {name: settings["images"].get(name, {}) for name in OF_IMAGES}
     records = []
     for row, _ in _read_csv(folder / "rounds.csv", COLUMNS):
         own = (row["start"], row["seed"], row.pop("round"))
-        seed, number = str(row["seed"]), str(row["num_total"])
+        images = f"{row['seed']}/{row['num_total']}"
         records.append(
             RoundRecord(
                 **row,
@@ -146,7 +164,7 @@ def read_evidence(folder: str | Path) -> Evidence:
                 per_class_accuracy=per_class.get(own, {}),
                 shrink=shrinks.get(own),
                 memorisation=measured.get(own),
-                **{n: images.get(seed, {}).get(number) for n, images in of_images.items()},
+                **{name: settings[name].get(images) for name in OF_IMAGES},
                 **{name: _look_up(settings["records"][name], own) for name in OF_RECORDS},
             )
         )
@@ -156,41 +174,46 @@ def read_evidence(folder: str | Path) -> Evidence:
             raise ValueError(
                 f"{folder}/{name}.csv must have rows of rounds.csv, got {sorted(lost)}"
             )
-    for reference in settings["borrowed"]:
-        records += _borrow(folder, reference)
-    if settings["borrowed"]:
-        records.sort(key=lambda record: settings["starts"].index(record.start))
-    return Evidence(records, settings)
+    return records
 
 
 def _key(record: RoundRecord) -> Key:
     return record.start, record.seed, record.round_index
 
 
-def _borrow(folder: Path, reference: Mapping[str, Any]) -> list[RoundRecord]:
-    return [
-        record
-        for record in read_evidence(folder.parent / reference["folder"]).records
-        if record.start in reference["starts"] and record.round_index <= reference["last_round"]
-    ]
+# What another experiment holds as well.
 
 
-def _check_borrowed(
-    records: Sequence[RoundRecord], folder: Path, reference: Mapping[str, Any]
-) -> None:
-    def facts(some: Iterable[RoundRecord]) -> dict[Key, tuple[Any, ...]]:
-        return {_key(r): (r.accuracy, r.steps, r.weights_sha256, r.data_fingerprint) for r in some}
+def _same_starts(own: Sequence[RoundRecord], others: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Return the starts all of whose records are among the others', and how many rounds they have.
 
-    here = facts(record for record in records if record.start in reference["starts"])
-    there = facts(_borrow(folder, reference))
-    if not here or here != there:
-        differing = sorted(here.keys() ^ there.keys()) or sorted(
-            key for key in here if here[key] != there[key]
-        )
-        raise ValueError(
-            f"borrowed must name starts whose records are the same in {reference['folder']!r}, got"
-            f" {reference['starts']}, which differ in (start, seed, round) = {differing[:5]}"
-        )
+    Those others may go on for more rounds.
+    """
+    last = max(record.round_index for record in own)
+
+    def cells(records: Sequence[RoundRecord], start: str) -> list[dict[str, str]]:
+        return [_cells(r) for r in records if r.start == start and r.round_index <= last]
+
+    same = [start for start in starts_of(own) if cells(own, start) == cells(others, start)]
+    return {"starts": same, "last_round": last}
+
+
+def _less(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without what the base has as well, but with the names that it alone has."""
+    less = {
+        part: {n: v for n, v in settings[part].items() if n not in base[part] or base[part][n] != v}
+        for part in PARTS
+    }
+    unset = sorted(base["settings"].keys() - settings["settings"].keys())
+    return {**settings, **less, "unset": unset}
+
+
+def _more(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo :func:`_less`."""
+    more = {part: base[part] | settings[part] for part in PARTS}
+    for name in settings.get("unset", ()):
+        del more["settings"][name]
+    return {**settings, **more}
 
 
 # What many records share: every value once.
@@ -231,18 +254,17 @@ def _look_up(groups: Sequence[Mapping[str, Any]], key: Key) -> Any:
     return None
 
 
-def _images_of(records: Sequence[RoundRecord]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what is recorded of the images trained on: by its name, seed and number of images."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def _by_images(records: Sequence[RoundRecord], name: str) -> dict[str, Any]:
+    """Return what is recorded of the images trained on, by seed and number of images."""
+    found: dict[str, Any] = {}
     for record in records:
-        for name in OF_IMAGES:
-            if (value := getattr(record, name)) is not None:
-                of_seed = found.setdefault(name, {}).setdefault(str(record.seed), {})
-                if of_seed.setdefault(str(record.num_total), value) != value:
-                    raise ValueError(
-                        f"history must have one {name} for a seed and number of images, got another"
-                        f" for {_key(record)}"
-                    )
+        value = getattr(record, name)
+        images = f"{record.seed}/{record.num_total}"
+        if value is not None and found.setdefault(images, value) != value:
+            raise ValueError(
+                f"history must have one {name} for every seed and number of images, got another for"
+                f" (start, seed, round) = {_key(record)}"
+            )
     return found
 
 
