@@ -11,14 +11,18 @@ are not kept.
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from hf_dash._files import write_text
 from hf_dash.history import History, RoundRecord, starts_of
+from hf_dash.report.markdown import MISSING, Markdown, markdown_table
+from hf_dash.report.paired import paired_difference
+from hf_dash.report.tables import Run
+from hf_dash.utils.files import write_text
 
 SECONDS_DIGITS = 5
 FACTOR_DIGITS = 4
@@ -147,6 +151,71 @@ def read_evidence(folder: str | Path) -> Evidence:
     return Evidence(records, settings)
 
 
+def evidence_files(folder: str | Path) -> list[Path]:
+    """Return the files a folder's tables and figures come from, those of the one it is like too."""
+    folder = Path(folder)
+    files = [*sorted(folder.glob("*.csv")), folder / "settings.json"]
+    like = json.loads(files[-1].read_text(encoding="utf-8")).get("like")
+    return files + (evidence_files(folder.parent / like["folder"]) if like else [])
+
+
+def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdown:
+    """Return one row per experiment: a start against cold, warm, and the best of the others.
+
+    Accuracies of the last round differ in points, its steps by their ratio, as in ``paired_table``;
+    one seed has no interval. The start's own variants, such as ``"dash+lam=0.1"``, are no rivals.
+
+    Args:
+        folders: as :func:`write_evidence` wrote them. ``about["ground"]`` says what is special in
+            an experiment, ``about["network"]`` what was trained.
+        start: name of the start.
+
+    Raises:
+        ValueError: an experiment has no such start, or none named ``"cold"`` or ``"warm"``.
+    """
+    rows = []
+    for folder in map(Path, folders):
+        evidence = read_evidence(folder)
+        records, about = evidence.records, evidence.settings["about"]
+        last = max(record.round_index for record in records)
+        ends: dict[str, list[float]] = {}
+        for record in records:
+            if record.round_index == last:
+                ends.setdefault(record.start, []).append(record.accuracy)
+        if missing := {start, "cold", "warm"} - ends.keys():
+            raise ValueError(f"{folder} must have the starts {sorted(missing)}, got {list(ends)}")
+        rivals = ends.keys() - {"cold", "warm"} - {name for name in ends if name.startswith(start)}
+        best = max(rivals, key=lambda rival: sum(ends[rival]) / len(ends[rival]), default=None)
+        points = [
+            _versus(records, start, name, lambda run: 100 * run[-1].accuracy, "{:+.1f}".format)
+            for name in ("cold", "warm", *([best] if best else []))
+        ]
+        points[2:] = [f"{points[2]} {best.split('+')[0]}"] if best else [MISSING]
+        steps = _versus(records, start, "cold", lambda run: math.log(run[-1].steps), _ratio)
+        ground = Markdown(f"[{folder.name}]({folder.name}/README.md): {about['ground']}")
+        rows.append([ground, about["network"], str(len(ends[start])), *points, steps])
+    header = ["ground", "network", "seeds", f"{start} vs. cold", "vs. warm", "vs. best rival"]
+    return markdown_table([*header, "steps vs. cold"], rows)
+
+
+def _versus(
+    records: Sequence[RoundRecord],
+    start: str,
+    other: str,
+    value: Callable[[Run], float],
+    text: Callable[[float], str],
+) -> str:
+    runs = [[record for record in records if record.start == name] for name in (start, other)]
+    if len({r.seed for r in runs[0]} & {r.seed for r in runs[1]}) < 2:
+        return text(value(runs[0]) - value(runs[1]))
+    paired = paired_difference(records, start, other, value)
+    return f"{text(paired.mean)} ({text(paired.low)} … {text(paired.high)})"
+
+
+def _ratio(logarithm: float) -> str:
+    return f"{math.exp(logarithm):.2f}"
+
+
 def _read_records(folder: Path, settings: Mapping[str, Any]) -> list[RoundRecord]:
     per_class = _read_wide(folder / "per_class.csv")
     measured: dict[Key, dict[str, dict[str, float]]] = {}
@@ -163,7 +232,7 @@ def _read_records(folder: Path, settings: Mapping[str, Any]) -> list[RoundRecord
                 round_index=own[2],
                 per_class_accuracy=per_class.get(own, {}),
                 shrink=shrinks.get(own),
-                memorisation=measured.get(own),
+                memorization=measured.get(own),
                 **{name: settings[name].get(images) for name in OF_IMAGES},
                 **{name: _look_up(settings["records"][name], own) for name in OF_RECORDS},
             )
@@ -272,7 +341,7 @@ def _measurements_of(records: Sequence[RoundRecord]) -> dict[tuple[Any, ...], di
     return {
         (*_key(record), when): values
         for record in records
-        for when, values in (record.memorisation or {}).items()
+        for when, values in (record.memorization or {}).items()
     }
 
 
