@@ -3,6 +3,7 @@
 Flow: history → ``rounds.csv`` (one row per record), ``per_class.csv``, ``factors.csv`` (one row per
 shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what many records have
 in common, each value once) → the same records, so that every table and figure works on them.
+The learning framework's simulations become one row per series.
 Differs from ``history.json``: that file belongs to a run, which appends to it and checks its
 digest; this folder is for readers and diffs, and a sixth of the size. Seconds are rounded to
 ``SECONDS_DIGITS`` decimals and factors to ``FACTOR_DIGITS``; everything else is exact. Promotions
@@ -11,17 +12,13 @@ are not kept.
 
 import csv
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from hf_dash.history import History, RoundRecord, starts_of
-from hf_dash.report.markdown import MISSING, Markdown, markdown_table
-from hf_dash.report.paired import paired_difference
-from hf_dash.report.tables import Run
 from hf_dash.utils.files import write_text
 
 SECONDS_DIGITS = 5
@@ -48,6 +45,10 @@ MAY_BE_EMPTY = {"train_accuracy", "converged", "images_read", "parent", "weights
 # Of a shrink. A tensor's own numbers share a cell: the mean, smallest and largest factor, and how
 # many of its vectors have λ.
 SHRINK = {"num_batches": int, "num_images": int, "seconds": float}
+MEASUREMENT = KEY | {"when": str}
+# Of the learning framework: a row per point as a run writes it, a row per series as committed.
+POINT = dict.fromkeys(("setting", "start", "seed", "experiment"), str)
+SERIES = dict.fromkeys(("setting", "start", "seed", "number"), str)
 
 # What settings.json holds of the records, of their shrinks, and of the images trained on. The last
 # are by seed and number of images, as "1/2000".
@@ -115,8 +116,8 @@ def write_evidence(
         settings = {"like": {"folder": like, **there}, **_less(settings, base.settings)}
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
-    _write_wide(folder / "per_class.csv", {_key(r): r.per_class_accuracy for r in own})
-    _write_wide(folder / "measurements.csv", _measurements_of(own), ("when",))
+    _write_wide(folder / "per_class.csv", KEY, {_key(r): r.per_class_accuracy for r in own})
+    _write_wide(folder / "measurements.csv", MEASUREMENT, _measurements_of(own))
     _write_factors(folder / "factors.csv", own)
     said = {part: value for part, value in settings.items() if value}
     write_text(folder / "settings.json", json.dumps(said, indent=1, ensure_ascii=False) + "\n")
@@ -159,67 +160,33 @@ def evidence_files(folder: str | Path) -> list[Path]:
     return files + (evidence_files(folder.parent / like["folder"]) if like else [])
 
 
-def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdown:
-    """Return one row per experiment: a start against cold, warm, and the best of the others.
-
-    Accuracies of the last round differ in points, its steps by their ratio, as in ``paired_table``;
-    one seed has no interval. The start's own variants, such as ``"dash+lam=0.1"``, are no rivals.
+def add_series(source: str | Path, path: str | Path) -> None:
+    """Add series of numbers to a CSV file with one row per series; numbers it has are replaced.
 
     Args:
-        folders: as :func:`write_evidence` wrote them. ``about["ground"]`` says what is special in
-            an experiment, ``about["network"]`` what was trained.
-        start: name of the start.
-
-    Raises:
-        ValueError: an experiment has no such start, or none named ``"cold"`` or ``"warm"``.
+        source: a CSV file with one row per point, as ``write_simulations`` writes it.
+        path: of the file to add to, or to write.
     """
-    rows = []
-    for folder in map(Path, folders):
-        evidence = read_evidence(folder)
-        records, about = evidence.records, evidence.settings["about"]
-        last = max(record.round_index for record in records)
-        ends: dict[str, list[float]] = {}
-        for record in records:
-            if record.round_index == last:
-                ends.setdefault(record.start, []).append(record.accuracy)
-        if missing := {start, "cold", "warm"} - ends.keys():
-            raise ValueError(f"{folder} must have the starts {sorted(missing)}, got {list(ends)}")
-        rivals = ends.keys() - {"cold", "warm"} - {name for name in ends if name.startswith(start)}
-        best = max(rivals, key=lambda rival: sum(ends[rival]) / len(ends[rival]), default=None)
-        points = [
-            _versus(records, start, name, lambda run: 100 * run[-1].accuracy, "{:+.1f}".format)
-            for name in ("cold", "warm", *([best] if best else []))
-        ]
-        points[2:] = [f"{points[2]} {best.split('+')[0]}"] if best else [MISSING]
-        steps = _versus(records, start, "cold", lambda run: math.log(run[-1].steps), _ratio)
-        ground = Markdown(f"[{folder.name}]({folder.name}/README.md): {about['ground']}")
-        rows.append([ground, about["network"], str(len(ends[start])), *points, steps])
-    header = ["ground", "network", "seeds", f"{start} vs. cold", "vs. warm", "vs. best rival"]
-    return markdown_table([*header, "steps vs. cold"], rows)
+    series = _read_wide(Path(path), SERIES, str)
+    for point, numbers in _read_csv(Path(source), POINT, str):
+        *key, experiment = point.values()
+        for name, text in numbers.items():
+            series.setdefault((*key, name), {})[experiment] = text
+    _write_wide(Path(path), SERIES, series)
 
 
-def _versus(
-    records: Sequence[RoundRecord],
-    start: str,
-    other: str,
-    value: Callable[[Run], float],
-    text: Callable[[float], str],
-) -> str:
-    runs = [[record for record in records if record.start == name] for name in (start, other)]
-    if len({r.seed for r in runs[0]} & {r.seed for r in runs[1]}) < 2:
-        return text(value(runs[0]) - value(runs[1]))
-    paired = paired_difference(records, start, other, value)
-    return f"{text(paired.mean)} ({text(paired.low)} … {text(paired.high)})"
-
-
-def _ratio(logarithm: float) -> str:
-    return f"{math.exp(logarithm):.2f}"
+def read_series(path: str | Path) -> dict[tuple[str, ...], dict[str, list[float]]]:
+    """Return, by setting, start and seed, the series that :func:`add_series` wrote, by name."""
+    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for (*key, name), numbers in _read_wide(Path(path), SERIES).items():
+        found.setdefault(tuple(key), {})[name] = list(numbers.values())
+    return found
 
 
 def _read_records(folder: Path, settings: Mapping[str, Any]) -> list[RoundRecord]:
-    per_class = _read_wide(folder / "per_class.csv")
+    per_class = _read_wide(folder / "per_class.csv", KEY)
     measured: dict[Key, dict[str, dict[str, float]]] = {}
-    for (*key, when), numbers in _read_wide(folder / "measurements.csv", ("when",)).items():
+    for (*key, when), numbers in _read_wide(folder / "measurements.csv", MEASUREMENT).items():
         measured.setdefault((key[0], key[1], key[2]), {})[when] = numbers
     shrinks = _read_factors(folder / "factors.csv", settings["shrinks"])
     records = []
@@ -407,7 +374,7 @@ def _read_csv(
 
 
 def _write_wide(
-    path: Path, rows: Mapping[tuple[Any, ...], Mapping[str, Any]], columns: Sequence[str] = ()
+    path: Path, columns: Iterable[str], rows: Mapping[tuple[Any, ...], Mapping[str, Any]]
 ) -> None:
     """Write numbers by name, a column each; where there are none there is no file."""
     names = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
@@ -418,16 +385,15 @@ def _write_wide(
         [*map(_text, key), *(_text(numbers.get(name)) for name in names)]
         for key, numbers in rows.items()
     ]
-    _write_csv(path, [*KEY, *columns, *names], body)
+    _write_csv(path, [*columns, *names], body)
 
 
 def _read_wide(
-    path: Path, columns: Sequence[str] = (), kind: type = float
+    path: Path, columns: Mapping[str, type], kind: type = float
 ) -> dict[tuple[Any, ...], dict[str, Any]]:
     if not path.is_file():
         return {}
-    rows = _read_csv(path, KEY | dict.fromkeys(columns, str), kind)
-    return {tuple(key.values()): numbers for key, numbers in rows}
+    return {tuple(key.values()): numbers for key, numbers in _read_csv(path, columns, kind)}
 
 
 def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
@@ -439,7 +405,7 @@ def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
             counts = (record.shrink["num_batches"], record.shrink["num_images"])
             row = (*_key(record), *counts, seconds)
             rows[row] = tensors
-    _write_wide(path, rows, list(SHRINK))
+    _write_wide(path, KEY | SHRINK, rows)
 
 
 def _factors(tensor: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Markdown pages whose tables and figures are made by functions, and a check that they still are.
 
-Flow: a page → its markers, ``<!-- table: KIND key=value … -->`` before a table that ``<!-- end -->``
-ends, ``<!-- figure: KIND key=value … -->`` in the line above an image → functions by kind → the page
-with today's tables, and the images it shows.
+Flow: a page → its markers → functions by kind → the page with today's tables, and its images.
+A marker is ``<!-- table: KIND key=value … -->`` before a table that ``<!-- end -->`` ends, or
+``<!-- figure: KIND key=value … -->`` in the line above an image.
 Differs from drawing again and comparing: the bytes of a PNG depend on the version of matplotlib. So
 each carries a digest of its marker and of the files its data come from, which a check compares.
 """
@@ -88,7 +88,9 @@ def _parse(
 ) -> tuple[Callable[..., Any], list[Path], dict[str, list[str]]]:
     kind, *options = marker.split()
     if kind not in functions:
-        raise ValueError(f"{page}: a marker's kind must be one of {sorted(functions)}, got {kind!r}")
+        raise ValueError(
+            f"{page}: a marker's kind must be one of {sorted(functions)}, got {kind!r}"
+        )
     keys = {name: values.split(",") for name, _, values in (o.partition("=") for o in options)}
     return functions[kind], [page.parent / name for name in keys.pop("folder", ["."])], keys
 
@@ -109,7 +111,8 @@ def _digest(marker: str, folders: Iterable[Path]) -> str:
 
 def _digest_in(path: Path) -> str | None:
     with Image.open(path) as image:
-        return image.info.get(DIGEST)
+        digest = image.info.get(DIGEST)
+    return None if digest is None else str(digest)
 
 
 def _stamp(path: Path, digest: str) -> None:

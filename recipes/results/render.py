@@ -3,16 +3,17 @@
 Launch:  python recipes/results/render.py
          python recipes/results/render.py --check
          python recipes/results/render.py --add runs/x/history.json --name x --like cifar10_small
+         python recipes/results/render.py --add runs/x/simulations.csv --name learning_framework
 
-Markers in the READMEs say what goes where; ``hf_dash/report/pages.py`` says how they are read, the
-tables below what there is. ``--add`` makes a folder of one run's histories, or adds its
-simulations.csv to one: then complete "about" in settings.json, write the README and render.
+Markers in the READMEs say what goes where: ``hf_dash/report/pages.py`` explains them, ``TABLES``
+and ``FIGURES`` below are the kinds. ``--add`` writes the histories of one protocol, or the
+simulations of learning_framework.py, into an experiment's folder. Then complete "about" in its
+settings.json, write its README and render.
 """
 
 import csv
 import json
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,84 +25,70 @@ from hf_dash import report, studies
 
 @dataclass
 class Arguments:
-    check: bool = field(default=False, metadata={"help": "Write nothing, fail on a difference."})
-    add: list[str] = field(default_factory=list, metadata={"help": "history.json of one protocol."})
-    name: str = field(default="", metadata={"help": "The folder that --add makes."})
+    check: bool = field(default=False, metadata={"help": "Write nothing; fail on a difference."})
+    add: list[str] = field(default_factory=list, metadata={"help": "Files of a run; see above."})
+    name: str = field(default="", metadata={"help": "The folder that --add writes."})
     like: str | None = field(default=None, metadata={"help": "A folder with much the same data."})
-    root: str = field(
-        default=str(Path(__file__).parents[2]), metadata={"help": "Of the repository."}
-    )
 
 
-def read_csv(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))
+def of_records(function):
+    """Make a table or figure of records; of several folders each is a start of its own."""
+
+    def make(folders, *path, starts=None, baseline=()):
+        records = [
+            replace(record, start=folder.name) if folders[1:] else record
+            for folder in folders
+            for record in report.read_evidence(folder).records
+            if starts is None or record.start in starts
+        ]
+        return function(records, *baseline, *path)
+
+    return make
 
 
-def records_of(folders, starts=None):
-    """Return the records; of several folders each is a start of its own."""
-    records = [
-        replace(record, start=folder.name) if folders[1:] else record
-        for folder in folders
-        for record in report.read_evidence(folder).records
-    ]
-    return [record for record in records if starts is None or record.start in starts]
+def of_simulations(function):
+    """Make a table or figure of the first seeds of some sizes, such as ``γ=25,50``."""
 
+    def make(folders, *path, seeds=("10",), **sizes):
+        found = {}
+        series = report.read_series(folders[0] / "simulations.csv")
+        for (setting, start, seed), numbers in series.items():
+            named = dict(part.split("=") for part in setting.split())
+            if int(seed) < int(seeds[0]) and all(named[name] in sizes[name] for name in sizes):
+                arrays = {name: np.array(values) for name, values in numbers.items()}
+                group = found.setdefault((*map(int, named.values()), setting), [])
+                group.append(studies.Simulation(start, int(seed), **arrays))
+        return function({key[-1]: found[key] for key in sorted(found)}, *path)
 
-def simulations_of(folder, seeds=("10",), **sizes):
-    """Return simulations by setting: of the first seeds, and of sizes such as ``γ=25,50``."""
-    header, *rows = read_csv(folder / "simulations.csv")
-    many, found = header.index("start"), {}
-    for (*values, start, seed), own in groupby(rows, lambda row: row[: many + 2]):
-        setting = dict(zip(header, values, strict=False))
-        if int(seed) < int(seeds[0]) and all(setting[name] in sizes[name] for name in sizes):
-            numbers = {row[many + 2]: np.array(row[many + 3 :], float) for row in own}
-            group = found.setdefault(tuple(setting.items()), [])
-            group.append(studies.Simulation(start, int(seed), **numbers))
-    rising = sorted(found, key=lambda setting: [float(value) for _, value in setting])
-    return {" ".join(map("=".join, setting)): found[setting] for setting in rising}
-
-
-def setup(folder):
-    """Return an experiment's commands, and what else one needs to repeat it."""
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["about"]
-    records = records_of([folder]) if (folder / "rounds.csv").is_file() else []
-    facts = {
-        "Network": [about["network"]],
-        "Seeds": sorted({str(record.seed) for record in records}),
-        "Commits": [f"`{commit}`" for commit in about["commits"]],
-        "Hardware": [about["machine"], *dict.fromkeys(str(r.hardware) for r in records)],
-        "Versions": dict.fromkeys(f"{n} {v}" for r in records for n, v in r.versions.items()),
-    }
-    lines = [f"- {name}: {', '.join(values)}" for name, values in facts.items() if values]
-    return "\n".join(["```bash", *about["commands"], "```", "", *lines])
+    return make
 
 
 def csv_table(folders, file):
-    header, *rows = read_csv(folders[0] / file[0])
+    with (folders[0] / file[0]).open(encoding="utf-8", newline="") as lines:
+        header, *rows = csv.reader(lines)
     return report.markdown_table(header, [[cell or "–" for cell in row] for row in rows])
 
 
-def plot_factors(folders, path, start, seed, round):  # noqa: A002
+def plot_factors(folders, path, start, seed, round):
     key = (start[0], int(seed[0]), int(round[0]))
-    find = {(r.start, r.seed, r.round_index): r for r in records_of(folders)}
-    report.plot_factors(find[key], path)
+    records = report.read_evidence(folders[0]).records
+    (record,) = [r for r in records if (r.start, r.seed, r.round_index) == key]
+    report.plot_factors(record, path)
 
 
-def plot_front(folders, path):
-    """Draw accuracy over the number of images: cold, warm and DASH, named at their ends."""
+def plot_front(records, path):
+    """Draw accuracy over the number of images: cold, warm and DASH, named where they end."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for start, color in (("cold", "#0072B2"), ("warm", "#D55E00"), ("dash", "#009E73")):
-        own = records_of(folders, [start])
-        accuracies = [100 * record.accuracy for record in own]
-        images = [record.num_total for record in own]
+        own = [record for record in records if record.start == start]
+        images, accuracies = [r.num_total for r in own], [100 * r.accuracy for r in own]
         axes.plot(images, accuracies, "o-", color=color, linewidth=2, markersize=4)
-        name = f" {start.replace('dash', 'DASH')} {accuracies[-1]:.1f} %"
+        name = f"  {start.replace('dash', 'DASH')}  {accuracies[-1]:.1f} %"
         axes.annotate(name, (images[-1], accuracies[-1]), color=color, va="center", weight="bold")
-    axes.set(xlabel="images so far, 1,000 more in each round", ylabel="held-out accuracy (%)")
-    axes.set_title("CIFAR-10 in rounds, ResNet-18 retrained in each (one seed)")
-    axes.set_xlim(right=images[-1] * 1.19)
+    axes.set(xlabel="images so far, 1,000 new ones per round", ylabel="held-out accuracy (%)")
+    axes.set_title("ResNet-18 on CIFAR-10, retrained every round (one seed)")
+    axes.set_xlim(right=1.2 * images[-1])
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
@@ -109,55 +96,45 @@ def plot_front(folders, path):
 TABLES = {
     "csv": csv_table,
     "grounds": report.grounds_table,
-    "paired": lambda folders, baseline, starts=None: report.paired_table(
-        records_of(folders, starts), *baseline
-    ),
-    "pretraining": lambda folders: studies.pretraining_table(records_of(folders)),
-    "price": lambda folders, baseline: report.price_table(records_of(folders), *baseline),
-    "setup": lambda folders: setup(*folders),
-    "simulations": lambda folders, **sizes: studies.simulations_table(
-        simulations_of(*folders, **sizes)
-    ),
-    "starts": lambda folders, starts=None: report.starts_table(records_of(folders, starts)),
+    "paired": of_records(report.paired_table),
+    "pretraining": of_records(studies.pretraining_table),
+    "price": of_records(report.price_table),
+    "setup": lambda folders: report.setup_text(*folders),
+    "simulations": of_simulations(studies.simulations_table),
+    "starts": of_records(report.starts_table),
 }
 FIGURES = {
     "factors": plot_factors,
-    "front": plot_front,
-    "pretraining": lambda folders, path: studies.plot_pretraining(records_of(folders), path),
-    "rounds": lambda folders, path: report.plot_rounds(records_of(folders), path),
-    "simulations": lambda folders, path, **sizes: studies.plot_simulations(
-        simulations_of(*folders, **sizes), path
-    ),
+    "front": of_records(plot_front),
+    "pretraining": of_records(studies.plot_pretraining),
+    "rounds": of_records(report.plot_rounds),
+    "simulations": of_simulations(studies.plot_simulations),
 }
 
 
 def add(paths, folder, like):
-    """Make a folder of histories, whose "about" stays where there is one, or add simulations."""
+    """Write a folder; its "about" stays where there is one."""
     if paths[0].endswith(".csv"):
-        rows = [row for path in paths for row in read_csv(Path(path))[1:]]
-        ...
+        return [report.add_series(path, folder / "simulations.csv") for path in paths]
+    about = {"commands": [], "commits": [], "network": "", "machine": "", "ground": ""}
+    if (folder / "settings.json").is_file():
+        about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["about"]
+    report.write_evidence(report.join_histories(paths), folder, about=about, like=like)
 
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    root = Path(args.root)
-    results = root / "recipes" / "results"
+    results = Path(__file__).resolve().parent
     if args.add:
         return add(args.add, results / args.name, args.like)
-    pages = [
-        root / "README.md",
-        root / "hf_dash" / "README.md",
-        *sorted(results.rglob("README.md")),
-    ]
+    above = [results.parents[1] / "README.md", results.parents[1] / "hf_dash" / "README.md"]
+    pages = [*filter(Path.is_file, above), *sorted(results.rglob("README.md"))]
     stale = [
-        line
-        for page in pages
-        if page.is_file()
-        for line in report.render_page(page, TABLES, FIGURES, check=args.check)
+        x for page in pages for x in report.render_page(page, TABLES, FIGURES, check=args.check)
     ]
     print(*stale, sep="\n")
     if args.check and stale:
-        raise SystemExit("these differ from their data: run python recipes/results/render.py")
+        raise SystemExit("these differ from their data; run python recipes/results/render.py")
 
 
 if __name__ == "__main__":
