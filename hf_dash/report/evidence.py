@@ -42,8 +42,8 @@ COLUMNS = KEY | {
     "weights_sha256": str,
 }
 MAY_BE_EMPTY = {"train_accuracy", "converged", "images_read", "parent", "weights_sha256"}
-# Of a shrink. A tensor's own numbers share a cell: the mean, smallest and largest factor, and how
-# many of its vectors have λ.
+# Of a shrink. A tensor's own numbers share a cell: the mean and the largest factor, how many of its
+# vectors have λ, and the smallest factor where none has.
 SHRINK = {"num_batches": int, "num_images": int, "seconds": float}
 MEASUREMENT = KEY | {"when": str}
 # Of the learning framework: a row per point as a run writes it, a row per series as committed.
@@ -409,9 +409,11 @@ def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
 
 
 def _factors(tensor: Mapping[str, Any]) -> str:
-    factors = (tensor[f"{which}_factor"] for which in ("mean", "min", "max"))
-    cells = [_text(round(factor, FACTOR_DIGITS)) for factor in factors]
-    return " ".join([*cells, str(round(tensor["share_at_lam"] * tensor["num_vectors"]))])
+    at_lam = round(tensor["share_at_lam"] * tensor["num_vectors"])
+    mean, high, low = (
+        _text(round(tensor[f"{which}_factor"], FACTOR_DIGITS)) for which in ("mean", "max", "min")
+    )
+    return f"{mean} {high} {at_lam}" if at_lam else f"{mean} {high} {at_lam} {low}"
 
 
 def _read_factors(path: Path, facts: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
@@ -421,13 +423,13 @@ def _read_factors(path: Path, facts: Mapping[str, Any]) -> dict[Key, dict[str, A
         own = {name: _look_up(facts[name], key) for name in OF_SHRINKS}
         num_vectors, tensors = own.pop("num_vectors"), []
         for name, count in num_vectors.items():
-            mean, low, high, at_lam = map(float, cells[name].split())
+            mean, high, at_lam, *low = map(float, cells[name].split())
             tensors.append(
                 {
                     "name": name,
                     "num_vectors": count,
                     "mean_factor": mean,
-                    "min_factor": low,
+                    "min_factor": low[0] if low else own["config"]["lam"],
                     "max_factor": high,
                     "share_at_lam": at_lam / count,
                 }

@@ -30,7 +30,7 @@ def setup_text(folder: str | Path) -> Markdown:
     facts = {
         "Network": [about["network"]],
         "Seeds": [str(seed) for seed in sorted({record.seed for record in records})],
-        "Commits": [f"`{commit}`" for commit in about["commits"]],
+        "Commits": [f"`{commit}`" for commit in about.get("commits", ())],
         "Hardware": [about["machine"], *(r.hardware for r in records if r.hardware)],
         "Versions": versions,
     }
