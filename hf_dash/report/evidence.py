@@ -11,6 +11,7 @@ are not kept.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,11 @@ def write_evidence(
         ValueError: records with one seed and number of images were not trained on the same images.
 
     Example:
-        >>> history = read_history("runs/small/history.json")
-        >>> write_evidence(history, "results/small", about={"commits": ["d4ea7da"]})
-        >>> len(read_evidence("results/small").records) == len(history.records)
+        >>> from tempfile import TemporaryDirectory
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"cat": 0.5}, 1.0, True, 3, 3, 0.0, 1.25)
+        >>> with TemporaryDirectory() as folder:
+        ...     write_evidence(History(None, {}, [record]), folder)
+        ...     read_evidence(folder).records == [record]
         True
     """
     folder, own = Path(folder), history.records
@@ -134,8 +137,7 @@ def read_evidence(folder: str | Path) -> Evidence:
         ValueError: a file is damaged; the message names file, line and column.
     """
     folder = Path(folder)
-    settings: dict[str, Any] = {part: {} for part in ("about", "starts", *PARTS)}
-    settings |= json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    settings = {part: {} for part in ("about", "starts", *PARTS)} | read_settings(folder)
     records = []
     if like := settings.get("like"):
         base = read_evidence(folder.parent / like["folder"])
@@ -152,12 +154,32 @@ def read_evidence(folder: str | Path) -> Evidence:
     return Evidence(records, settings)
 
 
-def evidence_files(folder: str | Path) -> list[Path]:
-    """Return the files a folder's tables and figures come from, those of the one it is like too."""
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the content of a folder's ``settings.json``, without that of the one it is like.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    path = Path(folder) / "settings.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+    return settings
+
+
+def evidence_digest(folder: str | Path) -> str:
+    """Return a digest of a folder's data, and of the folder it is like; ``"about"`` is left out."""
     folder = Path(folder)
-    files = [*sorted(folder.glob("*.csv")), folder / "settings.json"]
-    like = json.loads(files[-1].read_text(encoding="utf-8")).get("like")
-    return files + (evidence_files(folder.parent / like["folder"]) if like else [])
+    settings = read_settings(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.csv")):
+        digest.update(path.read_bytes())
+    data = {part: value for part, value in settings.items() if part != "about"}
+    digest.update(json.dumps(data, sort_keys=True).encode())
+    if like := settings.get("like"):
+        digest.update(evidence_digest(folder.parent / like["folder"]).encode())
+    return digest.hexdigest()
 
 
 def add_series(source: str | Path, path: str | Path) -> None:
@@ -324,7 +346,7 @@ def _cells(record: RoundRecord) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return repr(value).removesuffix(".0")
+        return repr(float(value)).removesuffix(".0")
     return "" if value is None else str(value)
 
 
@@ -416,24 +438,28 @@ def _factors(tensor: Mapping[str, Any]) -> str:
     return f"{mean} {high} {at_lam}" if at_lam else f"{mean} {high} {at_lam} {low}"
 
 
+def _tensor(name: str, num_vectors: int, cell: str, lam: float) -> dict[str, Any]:
+    mean, high, at_lam, *low = map(float, cell.split())
+    return {
+        "name": name,
+        "num_vectors": num_vectors,
+        "mean_factor": mean,
+        "min_factor": low[0] if low else lam,
+        "max_factor": high,
+        "share_at_lam": at_lam / num_vectors,
+    }
+
+
 def _read_factors(path: Path, facts: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
     shrinks = {}
     for row, cells in _read_csv(path, KEY | SHRINK, str) if path.is_file() else ():
         key = (row.pop("start"), row.pop("seed"), row.pop("round"))
         own = {name: _look_up(facts[name], key) for name in OF_SHRINKS}
-        num_vectors, tensors = own.pop("num_vectors"), []
-        for name, count in num_vectors.items():
-            mean, high, at_lam, *low = map(float, cells[name].split())
-            tensors.append(
-                {
-                    "name": name,
-                    "num_vectors": count,
-                    "mean_factor": mean,
-                    "min_factor": low[0] if low else own["config"]["lam"],
-                    "max_factor": high,
-                    "share_at_lam": at_lam / count,
-                }
-            )
+        num_vectors, lam = own.pop("num_vectors"), own["config"]["lam"]
+        try:
+            tensors = [_tensor(name, n, cells[name], lam) for name, n in num_vectors.items()]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} must have the factors of {key}: {error!r}") from error
         total = sum(num_vectors.values())
         overall = {
             which: sum(t[which] * t["num_vectors"] for t in tensors) / total

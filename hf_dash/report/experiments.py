@@ -3,13 +3,12 @@
 Flow: folders of evidence → records, and what is said about them → Markdown.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hf_dash.history import RoundRecord
-from hf_dash.report.evidence import read_evidence
+from hf_dash.report.evidence import read_evidence, read_settings
 from hf_dash.report.markdown import MISSING, Markdown, markdown_table
 from hf_dash.report.paired import paired_difference
 from hf_dash.report.tables import Run
@@ -24,7 +23,7 @@ def setup_text(folder: str | Path) -> Markdown:
             where :func:`~hf_dash.report.evidence.write_evidence` wrote the folder.
     """
     folder = Path(folder)
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["about"]
+    about = read_settings(folder)["about"]
     records = read_evidence(folder).records if (folder / "rounds.csv").is_file() else []
     versions = [f"{n} {v}" for record in records for n, v in (record.versions or {}).items()]
     facts = {
@@ -42,7 +41,8 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
     """Return one row per experiment: a start against cold, warm, and the best of the others.
 
     Accuracies of the last round differ in points, its steps by their ratio, as in ``paired_table``;
-    one seed has no interval. The start's own variants, such as ``"dash+lam=0.1"``, are no rivals.
+    one seed has no interval. The seeds counted are those shared with cold. The start's own
+    variants, such as ``"dash+lam=0.1"``, are no rivals.
 
     Args:
         folders: as :func:`write_evidence` wrote them. ``about["ground"]`` says what is special in
@@ -71,8 +71,10 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
         ]
         points[2:] = [f"{points[2]} {best.split('+')[0]}"] if best else [MISSING]
         steps = _versus(records, start, "cold", lambda run: math.log(run[-1].steps), _ratio)
+        seeds = {r.seed for r in records if r.start == start}
+        seeds &= {r.seed for r in records if r.start == "cold"}
         ground = Markdown(f"[{folder.name}]({folder.name}/README.md): {about['ground']}")
-        rows.append([ground, about["network"], str(len(ends[start])), *points, steps])
+        rows.append([ground, about["network"], str(len(seeds)), *points, steps])
     header = ["ground", "network", "seeds", f"{start} vs. cold", "vs. warm", "vs. best rival"]
     return markdown_table([*header, "steps vs. cold"], rows)
 

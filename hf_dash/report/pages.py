@@ -4,7 +4,7 @@ Flow: a page → its markers → functions by kind → the page with today's tab
 A marker is ``<!-- table: KIND key=value … -->`` before a table that ``<!-- end -->`` ends, or
 ``<!-- figure: KIND key=value … -->`` in the line above an image.
 Differs from drawing again and comparing: the bytes of a PNG depend on the version of matplotlib. So
-each carries a digest of its marker and of the files its data come from, which a check compares.
+each carries a digest of its marker and of its folders' data, which a check compares.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from hf_dash.report.evidence import evidence_files
+from hf_dash.report.evidence import evidence_digest
 from hf_dash.report.markdown import Markdown, markdown_table
 from hf_dash.utils.files import write_text
 
@@ -51,9 +51,15 @@ def render_page(
         ValueError: a marker names no kind there is, or has no end.
 
     Example:
-        >>> stale = render_page("README.md", {"rounds": table_of_rounds}, {}, check=True)
-        >>> stale
-        ['README.md: table rounds folder=runs/small']
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     page = Path(folder) / "README.md"
+        ...     write_text(page, "<!-- table: letters --><!-- end -->".replace("><", ">\\n<"))
+        ...     _ = render_page(page, {"letters": lambda folders: "| a | b |"}, {})
+        ...     print(page.read_text(encoding="utf-8"))
+        <!-- table: letters -->
+        | a | b |
+        <!-- end -->
     """
     page, stale = Path(page), []
     text = page.read_text(encoding="utf-8")
@@ -102,11 +108,8 @@ def _pick(table: str, columns: Sequence[int]) -> str:
 
 
 def _digest(marker: str, folders: Iterable[Path]) -> str:
-    digest = hashlib.sha256(marker.encode())
-    for folder in folders:
-        for path in evidence_files(folder):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    parts = [marker, *map(evidence_digest, folders)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _digest_in(path: Path) -> str | None:

@@ -12,7 +12,6 @@ settings.json, write its README and render.
 """
 
 import csv
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -78,17 +77,19 @@ def plot_factors(folders, path, start, seed, round):
 
 def plot_front(records, path):
     """Draw accuracy over the number of images: cold, warm and DASH, named where they end."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for start, color in (("cold", "#0072B2"), ("warm", "#D55E00"), ("dash", "#009E73")):
         own = [record for record in records if record.start == start]
         images, accuracies = [r.num_total for r in own], [100 * r.accuracy for r in own]
         axes.plot(images, accuracies, "o-", color=color, linewidth=2, markersize=4)
-        name = f"  {start.replace('dash', 'DASH')}  {accuracies[-1]:.1f} %"
-        axes.annotate(name, (images[-1], accuracies[-1]), color=color, va="center", weight="bold")
-    axes.set(xlabel="images so far, 1,000 new ones per round", ylabel="held-out accuracy (%)")
-    axes.set_title("ResNet-18 on CIFAR-10, retrained every round (one seed)")
-    axes.set_xlim(right=1.2 * images[-1])
+        name = f"{start.replace('dash', 'DASH')}, {accuracies[-1]:.0f} %"
+        where = {"xy": (images[-1], accuracies[-1]), "xytext": (8, 0), "va": "center"}
+        axes.annotate(name, textcoords="offset points", color=color, fontsize=11, **where)
+    axes.set(xlabel="images so far (1,000 new ones per round)", ylabel="held-out accuracy (%)")
+    axes.set_title("CIFAR-10 arriving in rounds, ResNet-18 (one seed)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
@@ -118,7 +119,7 @@ def add(paths, folder, like):
         return [report.add_series(path, folder / "simulations.csv") for path in paths]
     about = {"commands": [], "commits": [], "network": "", "machine": "", "ground": ""}
     if (folder / "settings.json").is_file():
-        about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["about"]
+        about = report.read_settings(folder)["about"]
     report.write_evidence(report.join_histories(paths), folder, about=about, like=like)
 
 
