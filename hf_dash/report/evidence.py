@@ -91,7 +91,8 @@ def write_evidence(
             is not written again: settings, fingerprints, and starts with the same records.
 
     Raises:
-        ValueError: records with one seed and number of images were not trained on the same images.
+        ValueError: there is no record, or some with one seed and number of images were not trained
+            on the same images.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -102,6 +103,8 @@ def write_evidence(
         True
     """
     folder, own = Path(folder), history.records
+    if not own:
+        raise ValueError("history must have at least one record, got none")
     base = None if like is None else read_evidence(folder.parent / like)
     there = {} if base is None else _same_starts(own, base.records)
     own = [record for record in own if record.start not in there.get("starts", ())]

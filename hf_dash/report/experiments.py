@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_dash.history import RoundRecord
 from hf_dash.report.evidence import read_evidence, read_settings
-from hf_dash.report.markdown import MISSING, Markdown, markdown_table
+from hf_dash.report.markdown import MISSING, Markdown, escape_markdown, markdown_table
 from hf_dash.report.paired import paired_difference
 from hf_dash.report.tables import Run
 
@@ -73,7 +73,8 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
         steps = _versus(records, start, "cold", lambda run: math.log(run[-1].steps), _ratio)
         seeds = {r.seed for r in records if r.start == start}
         seeds &= {r.seed for r in records if r.start == "cold"}
-        ground = Markdown(f"[{folder.name}]({folder.name}/README.md): {about['ground']}")
+        link = f"[{folder.name}]({folder.name}/README.md)"
+        ground = Markdown(f"{link}: {escape_markdown(about['ground'])}")
         rows.append([ground, about["network"], str(len(seeds)), *points, steps])
     header = ["ground", "network", "seeds", f"{start} vs. cold", "vs. warm", "vs. best rival"]
     return markdown_table([*header, "steps vs. cold"], rows)

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
-from hf_dash import report, studies
+import hf_dash
 
 
 @dataclass
@@ -37,7 +37,7 @@ def of_records(function):
         records = [
             replace(record, start=folder.name) if folders[1:] else record
             for folder in folders
-            for record in report.read_evidence(folder).records
+            for record in hf_dash.report.read_evidence(folder).records
             if starts is None or record.start in starts
         ]
         return function(records, *baseline, *path)
@@ -50,13 +50,13 @@ def of_simulations(function):
 
     def make(folders, *path, seeds=("10",), **sizes):
         found = {}
-        series = report.read_series(folders[0] / "simulations.csv")
+        series = hf_dash.report.read_series(folders[0] / "simulations.csv")
         for (setting, start, seed), numbers in series.items():
             named = dict(part.split("=") for part in setting.split())
             if int(seed) < int(seeds[0]) and all(named[name] in sizes[name] for name in sizes):
                 arrays = {name: np.array(values) for name, values in numbers.items()}
                 group = found.setdefault((*map(int, named.values()), setting), [])
-                group.append(studies.Simulation(start, int(seed), **arrays))
+                group.append(hf_dash.studies.Simulation(start, int(seed), **arrays))
         return function({key[-1]: found[key] for key in sorted(found)}, *path)
 
     return make
@@ -65,14 +65,14 @@ def of_simulations(function):
 def csv_table(folders, file):
     with (folders[0] / file[0]).open(encoding="utf-8", newline="") as lines:
         header, *rows = csv.reader(lines)
-    return report.markdown_table(header, [[cell or "–" for cell in row] for row in rows])
+    return hf_dash.report.markdown_table(header, [[cell or "–" for cell in row] for row in rows])
 
 
 def plot_factors(folders, path, start, seed, round):
     key = (start[0], int(seed[0]), int(round[0]))
-    records = report.read_evidence(folders[0]).records
+    records = hf_dash.report.read_evidence(folders[0]).records
     (record,) = [r for r in records if (r.start, r.seed, r.round_index) == key]
-    report.plot_factors(record, path)
+    hf_dash.report.plot_factors(record, path)
 
 
 def plot_front(records, path):
@@ -96,31 +96,33 @@ def plot_front(records, path):
 
 TABLES = {
     "csv": csv_table,
-    "grounds": report.grounds_table,
-    "paired": of_records(report.paired_table),
-    "pretraining": of_records(studies.pretraining_table),
-    "price": of_records(report.price_table),
-    "setup": lambda folders: report.setup_text(*folders),
-    "simulations": of_simulations(studies.simulations_table),
-    "starts": of_records(report.starts_table),
+    "grounds": hf_dash.report.grounds_table,
+    "paired": of_records(hf_dash.report.paired_table),
+    "pretraining": of_records(hf_dash.studies.pretraining_table),
+    "price": of_records(hf_dash.report.price_table),
+    "setup": lambda folders: hf_dash.report.setup_text(*folders),
+    "simulations": of_simulations(hf_dash.studies.simulations_table),
+    "starts": of_records(hf_dash.report.starts_table),
 }
 FIGURES = {
     "factors": plot_factors,
     "front": of_records(plot_front),
-    "pretraining": of_records(studies.plot_pretraining),
-    "rounds": of_records(report.plot_rounds),
-    "simulations": of_simulations(studies.plot_simulations),
+    "pretraining": of_records(hf_dash.studies.plot_pretraining),
+    "rounds": of_records(hf_dash.report.plot_rounds),
+    "simulations": of_simulations(hf_dash.studies.plot_simulations),
 }
 
 
 def add(paths, folder, like):
     """Write a folder; its "about" stays where there is one."""
     if paths[0].endswith(".csv"):
-        return [report.add_series(path, folder / "simulations.csv") for path in paths]
+        return [hf_dash.report.add_series(path, folder / "simulations.csv") for path in paths]
     about = {"commands": [], "commits": [], "network": "", "machine": "", "ground": ""}
     if (folder / "settings.json").is_file():
-        about = report.read_settings(folder)["about"]
-    report.write_evidence(report.join_histories(paths), folder, about=about, like=like)
+        about = hf_dash.report.read_settings(folder)["about"]
+    hf_dash.report.write_evidence(
+        hf_dash.report.join_histories(paths), folder, about=about, like=like
+    )
 
 
 def main():
@@ -131,7 +133,9 @@ def main():
     above = [results.parents[1] / "README.md", results.parents[1] / "hf_dash" / "README.md"]
     pages = [*filter(Path.is_file, above), *sorted(results.rglob("README.md"))]
     stale = [
-        x for page in pages for x in report.render_page(page, TABLES, FIGURES, check=args.check)
+        x
+        for page in pages
+        for x in hf_dash.report.render_page(page, TABLES, FIGURES, check=args.check)
     ]
     print(*stale, sep="\n")
     if args.check and stale:

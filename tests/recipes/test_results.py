@@ -1,90 +1,110 @@
-"""What is committed as evidence: tables are those of their data."""
+"""What is committed as evidence: tables and figures are those of their data."""
 
-import csv
-import itertools
 import re
+import runpy
+import shutil
+import sys
 
-import numpy as np
 import pytest
 from helpers import REPOSITORY
 
 import hf_dash
+from hf_dash.report import read_evidence, read_series
+from hf_dash.studies import simulate
 
-README = (REPOSITORY / "recipes" / "results" / "README.md").read_text()
+RESULTS = REPOSITORY / "recipes" / "results"
+FOLDERS = sorted(path.parent for path in RESULTS.rglob("settings.json"))
 
 
-SIMULATIONS = sorted(
-    (REPOSITORY / "recipes" / "results" / "learning_framework").rglob("simulations.csv")
+def launch(monkeypatch, render, *flags):
+    monkeypatch.setattr(sys, "argv", [str(render), *flags])
+    runpy.run_path(str(render), run_name="__main__")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A repository with three of the experiments."""
+    results = tmp_path / "recipes" / "results"
+    for name in ("cifar10_5_rounds", "digits", "tolerance"):
+        shutil.copytree(RESULTS / name, results / name)
+    shutil.copy(RESULTS / "render.py", results)
+    return results
+
+
+def test_every_table_and_figure_is_that_of_its_data(monkeypatch):
+    launch(monkeypatch, RESULTS / "render.py", "--check")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stale"),
+    [
+        ("digits/README.md", "99.35 ± 0.42 %", "99.36 ± 0.42 %", ["table starts"]),
+        ("tolerance/README.md", "6.4e-03", "6.3e-03", ["table csv file=tolerance.csv"]),
+        ("tolerance/tolerance.csv", "6.4e-03", "6.3e-03", ["table csv file=tolerance.csv"]),
+        ("digits/rounds.csv", ",450,", ",540,", ["table starts", "figure rounds"]),
+        (
+            "cifar10_5_rounds/settings.json",
+            '"1 × cpu, fp32"',
+            '"2 × cpu, fp32"',
+            ["table setup", "figure rounds", "table setup", "figure rounds"],
+        ),
+    ],
 )
+def test_a_changed_number_is_named(monkeypatch, capsys, copy, file, old, new, stale):
+    launch(monkeypatch, copy / "render.py", "--check")
+    capsys.readouterr()
+    text = (copy / file).read_text(encoding="utf-8")
+    assert old in text
+    (copy / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"run python recipes/results/render\.py"):
+        launch(monkeypatch, copy / "render.py", "--check")
+    named = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[1] for line in named] == stale
+    launch(monkeypatch, copy / "render.py")
+    launch(monkeypatch, copy / "render.py", "--check")
 
 
-@pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.parent.name)
-def test_the_committed_simulations_are_those_of_their_csv(path):
-    simulations = {}
-    names = ("accuracy", "learned_features", "nonzero_points", "memorized_points")
-    with path.open(encoding="utf-8", newline="") as file:
-        by_run = itertools.groupby(
-            csv.DictReader(file), lambda row: (row["setting"], row["start"], row["seed"])
-        )
-        for (setting, start, seed), own in by_run:
-            lines = [[float(row[name]) for name in names] for row in own]
-            one = hf_dash.studies.Simulation(start, int(seed), *np.array(lines).T)
-            simulations.setdefault(setting, []).append(one)
-    assert hf_dash.studies.simulations_table(simulations) in README
-    # The last run once more: C, K, N, γ and τ are in the setting's name.
-    setting, group = list(simulations.items())[-1]
+def test_a_run_becomes_a_folder(monkeypatch, copy):
+    evidence = read_evidence(RESULTS / "digits")
+    history = copy / "history.json"
+    hf_dash.history.write_history(history, evidence.settings["settings"], evidence.records)
+    flags = ("--add", str(history), "--name", "mine", "--like", "cifar10_5_rounds")
+    launch(monkeypatch, copy / "render.py", *flags)
+    settings = copy / "mine" / "settings.json"
+    assert read_evidence(copy / "mine").records == evidence.records
+    settings.write_text(settings.read_text().replace('"network": ""', '"network": "tiny"'))
+    launch(monkeypatch, copy / "render.py", *flags)
+    assert read_evidence(copy / "mine").settings["about"]["network"] == "tiny"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_experiment_has_its_page_and_place_in_the_index(folder):
+    page = folder if (folder / "README.md").is_file() else folder.parent
+    assert page.parent == RESULTS
+    assert f"({page.name}/README.md)" in (RESULTS / "README.md").read_text(encoding="utf-8")
+    text = (page / "README.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# `{page.name}`: ")
+    shown = set(re.findall(r"\]\((\w+\.png)\)", text))
+    assert shown == {path.name for path in page.glob("*.png")}
+
+
+def test_the_evidence_stays_small_and_holds_no_history():
+    files = [
+        path for path in RESULTS.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert sum(path.stat().st_size for path in files if path.suffix != ".png") < 1_000_000
+    assert {path.suffix for path in files} == {".csv", ".json", ".md", ".png", ".py"}
+    assert {path.name for path in files if path.suffix == ".json"} == {"settings.json"}
+    assert len((RESULTS / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_committed_simulations_are_what_the_code_gives():
+    series = read_series(RESULTS / "learning_framework" / "simulations.csv")
+    # The last of each start; C, K, N, γ and τ are in the setting's name.
     flags = ("num_classes", "num_features", "num_points", "gamma", "tau")
-    sizes = (int(part.split("=")[1]) for part in setting.split())
-    again = hf_dash.studies.simulate(
-        "partial", seed=group[-1].seed, **dict(zip(flags, sizes, strict=True))
-    )
-    for name in names:
-        assert getattr(group[-1], name).tolist() == getattr(again, name).tolist()
-
-
-RESULTS = sorted((REPOSITORY / "recipes" / "results").glob("*/history.json"))
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
-def test_committed_tables_are_those_of_their_histories(path):
-    records = hf_dash.read_history(path).records
-    lengths = any(record.start == "pretraining" for record in records)
-    table = hf_dash.studies.pretraining_table if lengths else hf_dash.report.starts_table
-    assert table(records) in README
-    assert f"`{path.parent.name}`" in README
-
-
-COMPARED = [part for part in re.split(r"(?m)^(?=## )", README) if "| beside " in part]
-
-
-@pytest.mark.parametrize("section", COMPARED, ids=lambda section: section.split(":")[0])
-def test_committed_comparisons_are_those_of_the_history_in_their_heading(section):
-    (name,) = re.findall(r"^## `(\w+)`", section)
-    records = hf_dash.read_history(
-        REPOSITORY / "recipes" / "results" / name / "history.json"
-    ).records
-    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
-        header = [cell.strip() for cell in table.split("\n", 1)[0].split("|")]
-        if header[1].startswith("beside "):
-            assert table.strip() == hf_dash.report.paired_table(
-                records, header[1].removeprefix("beside ")
-            )
-        if "reached in round" in header:
-            assert table.strip() == hf_dash.report.price_table(records, "cold")
-
-
-def test_the_table_of_grounds_repeats_their_own():
-    (table,) = re.findall(r"^\| DASH beside cold on.*\n(?:^\|.*\n)+", README, re.MULTILINE)
-    for line in table.splitlines()[2:]:
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        path = REPOSITORY / "recipes" / "results" / name.strip("`") / "history.json"
-        own = hf_dash.report.paired_table(hf_dash.read_history(path).records, "cold").splitlines()
-        assert ["dash", *cells] in [
-            [cell.strip() for cell in row.strip("|").split("|")] for row in own
-        ]
-
-
-def test_the_table_in_front_is_that_of_its_history():
-    path = REPOSITORY / "recipes" / "results" / "cifar10_small" / "history.json"
-    records = hf_dash.read_history(path).records
-    assert hf_dash.report.paired_table(records, "cold") in (REPOSITORY / "README.md").read_text()
+    for start in ("random", "warm", "ideal", "partial"):
+        setting, seed = [(key[0], key[2]) for key in series if key[1] == start][-1]
+        sizes = (int(part.split("=")[1]) for part in setting.split())
+        again = simulate(start, seed=int(seed), **dict(zip(flags, sizes, strict=True)))
+        for name, values in series[setting, start, seed].items():
+            assert values == getattr(again, name).tolist()
