@@ -4,7 +4,7 @@ Flow: a page → its markers → functions by kind → the page with today's tab
 A marker is ``<!-- table: KIND key=value … -->`` before a table that ``<!-- end -->`` ends, or
 ``<!-- figure: KIND key=value … -->`` in the line above an image.
 Differs from drawing again and comparing: the bytes of a PNG depend on the version of matplotlib. So
-each carries a digest of its marker and of its folders' data, which a check compares.
+each carries a digest of its kind, its keys and its data, which a check compares.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def render_page(
         write_text(page, rendered)
     for marker, name in FIGURE.findall(text):
         function, folders, keys = _parse(page, marker, figures)
-        path, digest = page.parent / name, _digest(marker, folders)
+        path, digest = page.parent / name, _digest(marker.split()[0], folders, keys)
         if not path.is_file() or _digest_in(path) != digest:
             stale.append(f"{path}: figure {marker}")
             if not check:
@@ -107,8 +107,10 @@ def _pick(table: str, columns: Sequence[int]) -> str:
     return markdown_table(picked[0], picked[1:])
 
 
-def _digest(marker: str, folders: Iterable[Path]) -> str:
-    parts = [marker, *map(evidence_digest, folders)]
+def _digest(kind: str, folders: Iterable[Path], keys: Mapping[str, Sequence[str]]) -> str:
+    """Return what a figure is made of, wherever the page is that shows it."""
+    parts = [kind, *(f"{name}={','.join(keys[name])}" for name in sorted(keys))]
+    parts += map(evidence_digest, folders)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

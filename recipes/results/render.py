@@ -117,12 +117,11 @@ def add(paths, folder, like):
     """Write a folder; its "about" stays where there is one."""
     if paths[0].endswith(".csv"):
         return [hf_dash.report.add_series(path, folder / "simulations.csv") for path in paths]
+    history = hf_dash.report.join_histories(paths)
     about = {"commands": [], "commits": [], "network": "", "machine": "", "ground": ""}
     if (folder / "settings.json").is_file():
         about = hf_dash.report.read_settings(folder)["about"]
-    hf_dash.report.write_evidence(
-        hf_dash.report.join_histories(paths), folder, about=about, like=like
-    )
+    hf_dash.report.write_evidence(history, folder, about=about, like=like)
 
 
 def main():
@@ -131,12 +130,9 @@ def main():
     if args.add:
         return add(args.add, results / args.name, args.like)
     above = [results.parents[1] / "README.md", results.parents[1] / "hf_dash" / "README.md"]
-    pages = [*filter(Path.is_file, above), *sorted(results.rglob("README.md"))]
-    stale = [
-        x
-        for page in pages
-        for x in hf_dash.report.render_page(page, TABLES, FIGURES, check=args.check)
-    ]
+    stale = []
+    for page in (*filter(Path.is_file, above), *sorted(results.rglob("README.md"))):
+        stale += hf_dash.report.render_page(page, TABLES, FIGURES, check=args.check)
     print(*stale, sep="\n")
     if args.check and stale:
         raise SystemExit("these differ from their data; run python recipes/results/render.py")
