@@ -401,7 +401,7 @@ def _read_csv(
 def _write_wide(
     path: Path, columns: Iterable[str], rows: Mapping[tuple[Any, ...], Mapping[str, Any]]
 ) -> None:
-    """Write numbers by name, a column each; where there are none there is no file."""
+    """Write numbers by name, a column each; no file where there are none."""
     names = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
     if not names:
         path.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ def paired_table(records: Sequence[RoundRecord], baseline: str, *, confidence: f
         ValueError: no start has two seeds in common with the baseline.
     """
     header = [
-        f"beside {baseline}",
+        f"vs. {baseline}",
         "seeds",
         "accuracy, last round",
         "mean of rounds ≥ 2",
