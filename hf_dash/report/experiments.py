@@ -21,6 +21,15 @@ def setup_text(folder: str | Path) -> Markdown:
         folder: with a ``settings.json`` whose ``"about"`` holds ``"commands"``, ``"commits"``,
             ``"network"`` and ``"machine"``. Seeds, precision and versions are those of the records
             where :func:`~hf_dash.report.evidence.write_evidence` wrote the folder.
+
+    Example:
+        >>> import json
+        >>> from tempfile import TemporaryDirectory
+        >>> about = {"commands": ["python train.py"], "network": "ResNet", "machine": "a laptop"}
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "settings.json").write_text(json.dumps({"about": about}))
+        ...     print(setup_text(folder).splitlines()[-1])
+        - Hardware: a laptop
     """
     folder = Path(folder)
     about = read_settings(folder)["about"]
