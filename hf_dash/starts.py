@@ -76,7 +76,7 @@ class StartContext:
         seed: seed for anything random; differs between rounds and is the same on every process.
         init_seed: seed of the run's first weights.
         dash: settings of the gradient pass and the shrink.
-        starts: settings of the other starts.
+        start_config: settings of the other starts.
         accelerator: gives processes and precision; None without Accelerate.
 
     Example:
@@ -94,7 +94,7 @@ class StartContext:
     seed: int
     init_seed: int = 0
     dash: DashConfig = field(default_factory=DashConfig)
-    starts: StartsConfig = field(default_factory=StartsConfig)
+    start_config: StartsConfig = field(default_factory=StartsConfig)
     accelerator: Accelerator | None = None
 
     def gradient_batches(self) -> Iterable[Batch]:
@@ -201,8 +201,10 @@ def shrink_perturb_(model: PreTrainedModel, context: StartContext) -> Started:
         weight = tensor.parameter
         # Drawn on the CPU, so that every machine draws the same.
         noise = torch.randn(weight.shape, generator=generator).to(weight)
-        weight.mul_(context.starts.perturb_lam).add_(noise, alpha=context.starts.perturb_sigma)
-    return Started(keep_optimizer=not context.starts.reset_optimizer)
+        weight.mul_(context.start_config.perturb_lam).add_(
+            noise, alpha=context.start_config.perturb_sigma
+        )
+    return Started(keep_optimizer=not context.start_config.reset_optimizer)
 
 
 def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
@@ -229,7 +231,7 @@ def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
             f" {model.config.architecture!r}"
         )
     timm_model.load_state_dict(head, strict=False)
-    return Started(keep_optimizer=not context.starts.reset_optimizer)
+    return Started(keep_optimizer=not context.start_config.reset_optimizer)
 
 
 @every_round
@@ -259,7 +261,7 @@ def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
                 f" {model.config.architecture!r} of timm does not, so its initial value is unknown"
             )
         initial.append(fresh[name.removeprefix("timm_model.")].to(parameter))
-    lam = context.starts.l2_init_lam
+    lam = context.start_config.l2_init_lam
 
     def penalty(trained: nn.Module) -> Tensor:
         # By order: a wrapper such as DDP changes the names but not the order.
@@ -283,7 +285,7 @@ def dash_(model: PreTrainedModel, context: StartContext) -> Started:
         seed=context.seed,
         config=context.dash,
     )
-    return Started(report, keep_optimizer=not context.starts.reset_optimizer)
+    return Started(report, keep_optimizer=not context.start_config.reset_optimizer)
 
 
 @torch.no_grad()
@@ -297,8 +299,8 @@ def fire_(model: PreTrainedModel, context: StartContext) -> Started:
     """
     tensors = find_shrinkable(model)[0]
     weights = [tensor.parameter for tensor in tensors]
-    make_orthogonal_(model, tensors, weights, context.starts.fire_steps)
-    return Started(keep_optimizer=not context.starts.reset_optimizer)
+    make_orthogonal_(model, tensors, weights, context.start_config.fire_steps)
+    return Started(keep_optimizer=not context.start_config.reset_optimizer)
 
 
 STARTS: dict[str, Start] = {
@@ -349,8 +351,8 @@ def find_start(name: str) -> Start:
     StartsConfig(**starts)
 
     def with_its_own(model: PreTrainedModel, context: StartContext) -> Started | None:
-        own = replace(context.dash, **dash), replace(context.starts, **starts)
-        return start(model, replace(context, dash=own[0], starts=own[1]))
+        own = replace(context.dash, **dash), replace(context.start_config, **starts)
+        return start(model, replace(context, dash=own[0], start_config=own[1]))
 
     return every_round(with_its_own) if getattr(start, "every_round", False) else with_its_own
 

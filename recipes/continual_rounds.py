@@ -7,7 +7,7 @@ Launch:  accelerate launch recipes/continual_rounds.py
              --dataset_name 'incoming/*.parquet' --test_dataset_name held_out.parquet
 
 Every start sees the same rounds in the same order and shares its first round's initial weights per
-seed. The same command goes on where it was stopped or killed, and with files that have arrived
+seed. The same command continues where it was stopped or killed, and with files that have arrived
 since. With --push_to_hub --hub_model_id user/name every round of one start goes to the Hub. Flags:
 those below, and the fields of hf_dash's DataConfig, TrainingConfig, DashConfig, StartsConfig and
 HubArguments.
@@ -36,13 +36,13 @@ class RunArguments:
     )
     num_rounds: int = field(default=5, metadata={"help": "Rounds one dataset is cut into."})
     examples_per_round: int | None = field(
-        default=None, metadata={"help": "Examples in one arrival; by default all are shared out."}
+        default=None, metadata={"help": "Examples in one arrival; by default all are dealt out."}
     )
     architecture: str = field(default="test_resnet", metadata={"help": "A name timm knows."})
     model_args: str = field(default="{}", metadata={"help": "For timm.create_model, as JSON."})
     image_size: int = field(default=32, metadata={"help": "Height and width of the model's input."})
     export_start: str | None = field(
-        default=None, metadata={"help": "Start whose model is saved, shared; the last."}
+        default=None, metadata={"help": "Start whose model is saved and pushed; the last."}
     )
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Keep the weights of the newest rounds only."}
@@ -87,9 +87,9 @@ def main() -> None:
         compare(accelerator, *groups)
 
 
-def compare(accelerator, run, data, training, dash, starts, hub) -> None:
+def compare(accelerator, run, data, training, dash, start_config, hub) -> None:
     output_dir, first_seed = Path(run.output_dir), run.seed_range[0]
-    groups = run, data, training, dash, starts
+    groups = run, data, training, dash, start_config
     settings = {name: value for group in groups for name, value in asdict(group).items()}
     history = hf_dash.history.open_history(
         output_dir / "history.json",
@@ -113,30 +113,31 @@ def compare(accelerator, run, data, training, dash, starts, hub) -> None:
         rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
         held_out = schedule.held_out_examples(transform)
         for start in run.starts:
-            model = hf_dash.run_rounds(
-                hf_dash.create_model(**fresh),
-                rounds,
-                held_out,
-                hf_dash.find_start(start),
-                name=start,
-                seed=seed,
-                history=history,
-                accelerator=accelerator,
+            one = hf_dash.runs.Run(
+                start,
+                seed,
+                history,
+                accelerator,
                 dash=dash,
-                starts=starts,
+                start_config=start_config,
                 training=training,
                 output_dir=output_dir,
                 save_total_limit=run.save_total_limit,
                 measure_memorization=run.measure_memorization,
             )
+            model = hf_dash.create_model(**fresh)
+            model = hf_dash.run_rounds(model, rounds, held_out, hf_dash.find_start(start), one)
             if accelerator.is_main_process and (start, seed) == (run.export_start, first_seed):
-                exported = history, start, seed, data, len(held_out)
-                hf_dash.report.export_model(model, output_dir / "model", *exported)
+                images = hf_dash.report.CardData(
+                    data.dataset_name, data.test_split, len(held_out), data.dataset_revision
+                )
+                chain = hf_dash.report.Chain(history, start, seed, images)
+                hf_dash.report.write_model_folder(model, output_dir / "model", chain.info(model))
     if accelerator.is_main_process:
         print(hf_dash.report.write_results(history, output_dir), end="\n\n")
         print(f"history, figures and the model of the {run.export_start} start: {output_dir}")
         # Last of all: no other process waits for a slow Hub.
-        hf_dash.hub.push_rounds(hub, output_dir, *exported)
+        hf_dash.hub.push_rounds(hub, output_dir, chain)
 
 
 if __name__ == "__main__":

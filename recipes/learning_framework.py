@@ -7,33 +7,17 @@ Launch:  accelerate launch recipes/learning_framework.py
 
 Test accuracy, learned features and points with a gradient over experiments (Shin et al. 2024,
 section 3): mean ± one standard deviation over seeds. ``simulations.png`` is the figure, a row of
-panels per setting; ``simulations.csv`` holds every number of every seed.
+panels per setting; ``simulations.csv`` holds every number of every seed. Flags: those below, and
+the fields of hf_dash's FrameworkConfig.
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 import hf_dash
-
-
-@dataclass
-class Framework:
-    num_classes: int = field(default=2, metadata={"help": "C"})
-    num_features: int = field(default=50, metadata={"help": "K, of each class."})
-    num_points: int = field(default=1000, metadata={"help": "N, arriving per experiment."})
-    num_experiments: int = field(default=50, metadata={"help": "J"})
-    gamma: int = field(default=50, metadata={"help": "γ: points that teach a feature."})
-    tau: int = field(default=3, metadata={"help": "τ: learned features that explain a point."})
-    max_probability: float = field(default=0.2, metadata={"help": "Of a feature, at most."})
-    forget_share: float = field(
-        default=0.5, metadata={"help": "What the partial start forgets of the memorized noise."}
-    )
-    num_test_points: int = field(
-        default=10_000, metadata={"help": "0 for the expected accuracy, without drawing points."}
-    )
 
 
 @dataclass
@@ -48,7 +32,7 @@ class Arguments:
 
 
 def settings_of(sweep, framework):
-    """Return the settings to simulate by their names."""
+    """Return the settings to simulate, by their names."""
     kinds = {one.name: type(getattr(framework, one.name)) for one in fields(framework)}
     if not sweep:
         settings = [framework]
@@ -63,13 +47,15 @@ def settings_of(sweep, framework):
     if sweep:
         names[sweep[0]] = names.get(sweep[0], sweep[0])
     return {
-        " ".join(f"{letter}={getattr(one, name)}" for name, letter in names.items()): asdict(one)
+        " ".join(f"{letter}={getattr(one, name)}" for name, letter in names.items()): one
         for one in settings
     }
 
 
 def main():
-    args, framework = HfArgumentParser((Arguments, Framework)).parse_args_into_dataclasses()
+    args, framework = HfArgumentParser(
+        (Arguments, hf_dash.studies.FrameworkConfig)
+    ).parse_args_into_dataclasses()
     if args.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {args.seeds}")
     settings = settings_of(args.sweep, framework)
@@ -77,7 +63,7 @@ def main():
         return
     simulations = {
         name: [
-            hf_dash.studies.simulate(start, seed=seed, **setting)
+            hf_dash.studies.simulate(start, seed=seed, config=setting)
             for start in args.starts
             for seed in range(args.seeds)
         ]

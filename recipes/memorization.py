@@ -6,9 +6,9 @@ Launch:  accelerate launch recipes/memorization.py
              --num_examples 2000 --train_batch_size 128 --pretrain_epochs 1 5 20 80 --starts all
 
 For every number of pre-training epochs and every start: held-out accuracy and steps after training
-on all data, beside training from scratch; and what the model knows right before and after the start
-of the right and wrong labels it was pre-trained on (Shin et al. 2024). The same command goes on
-where it was stopped or killed. Flags: those below, and the fields of hf_dash's DataConfig,
+on all data, vs. training from scratch; and what the model knows right before and after the start
+of the right and wrong labels it was pre-trained on (Shin et al. 2024). The same command
+continues where it was stopped or killed. Flags: those below, and the fields of hf_dash's DataConfig,
 TrainingConfig, DashConfig and StartsConfig.
 """
 
@@ -67,11 +67,11 @@ def main() -> None:
         compare(accelerator, *groups)
 
 
-def compare(accelerator, run, data, training, dash, starts) -> None:
+def compare(accelerator, run, data, training, dash, start_config) -> None:
     if data.arrive_by != "examples":
         raise ValueError(f"arrive_by must be 'examples', got {data.arrive_by!r}")
     output_dir = Path(run.output_dir)
-    groups = run, data, training, dash, starts
+    groups = run, data, training, dash, start_config
     history = hf_dash.history.open_history(
         output_dir / "history.json",
         {name: value for group in groups for name, value in asdict(group).items()},
@@ -100,13 +100,16 @@ def compare(accelerator, run, data, training, dash, starts) -> None:
             schedule.held_out_examples(transform),
             {name: hf_dash.find_start(name) for name in run.starts},
             run.pretrain_epochs,
-            seed=seed,
-            history=history,
-            accelerator=accelerator,
-            training=training,
-            output_dir=output_dir,
-            dash=dash,
-            starts=starts,
+            hf_dash.runs.Run(
+                "pretraining",
+                seed,
+                history,
+                accelerator,
+                dash=dash,
+                start_config=start_config,
+                training=training,
+                output_dir=output_dir,
+            ),
         )
     if accelerator.is_main_process:
         hf_dash.studies.plot_pretraining(history.records, output_dir / "pretraining.png")

@@ -5,11 +5,11 @@ Launch:  accelerate launch recipes/promote.py --output_dir runs/x \
          accelerate launch recipes/promote.py --output_dir runs/x \
              --rollback_to rounds/002/dash_seed0
 
-Challenger and champion predict the held-out images of the dataset; what is decided, and why, goes
+Challenger and champion predict the held-out images of the dataset; the decision and its reason go
 into the run's history.json. Ends with status 1 where the challenger is rejected. With --push_to_hub
 --hub_model_id user/name the Hub's main follows: from the branch --hub_revision, where a challenger
-waits, or to the tag of the round that is gone back to. Flags: those below, and the fields of
-hf_dash's DataConfig and HubArguments.
+waits, or to the tag of the round rolled back to. Flags: those below, and the fields of hf_dash's
+PromotionRules, DataConfig and HubArguments.
 """
 
 import sys
@@ -34,12 +34,6 @@ class PromoteArguments:
     rollback_to: str | None = field(
         default=None, metadata={"help": "Folder to go back to, in place of a comparison."}
     )
-    confidence: float = field(default=0.95, metadata={"help": "Of the intervals, in (0, 1)."})
-    min_gain: float = field(default=0.0, metadata={"help": "Least measured gain in accuracy."})
-    max_loss: float = field(default=0.02, metadata={"help": "Loss that must be excluded."})
-    max_class_drop: float = field(
-        default=0.05, metadata={"help": "Largest significant drop of a class."}
-    )
 
     def __post_init__(self) -> None:
         if (self.challenger is None) == (self.rollback_to is None):
@@ -50,8 +44,9 @@ class PromoteArguments:
 
 
 def main() -> None:
-    args, data, hub = HfArgumentParser(
-        (PromoteArguments, hf_dash.DataConfig, hf_dash.hub.HubArguments)
+    classes = (PromoteArguments, hf_dash.runs.PromotionRules, hf_dash.DataConfig)
+    args, rules, data, hub = HfArgumentParser(
+        (*classes, hf_dash.hub.HubArguments)
     ).parse_args_into_dataclasses()
     accelerator = Accelerator()
     if args.rollback_to is not None:
@@ -71,10 +66,7 @@ def main() -> None:
         ),
         champion=args.champion,
         force=args.force,
-        confidence=args.confidence,
-        min_gain=args.min_gain,
-        max_loss=args.max_loss,
-        max_class_drop=args.max_class_drop,
+        rules=rules,
         accelerator=accelerator,
     )
     if accelerator.is_main_process:

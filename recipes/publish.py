@@ -35,8 +35,8 @@ def main() -> None:
     if not Accelerator().is_main_process:
         return
     hub = replace(hub, push_to_hub=True)
-    shared = hf_dash.hub.push_folder(hub, args.model_dir, create_pr=args.create_pr)
-    sys.exit(0 if shared else 1)
+    pushed = hf_dash.hub.push_folder(hub, args.model_dir, create_pr=args.create_pr)
+    sys.exit(0 if pushed else 1)
 
 
 if __name__ == "__main__":

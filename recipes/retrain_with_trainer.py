@@ -13,7 +13,6 @@ TrainingArguments. The model is a timm wrapper or any image classifier of transf
 """
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
@@ -71,22 +70,15 @@ def main() -> None:
         parent=parent.name,
         held_out=held_out,
     )
-    info = hf_dash.report.CardInfo(
-        model_name=f"{hf_dash.models.architecture_of(model)} on {Path(data.source).stem}",
-        records=[*past, record],
-        settings={
-            **source.settings,
-            **asdict(data),
-            **asdict(dash),
-            **hf_dash.report.training_settings(args),
-        },
-        dataset_name=data.source,
-        held_out_split=schedule.held_out_split,
-        num_held_out=len(held_out),
-        dataset_revision=data.dataset_revision,
-        parent="the model of the round before",
-        base_model=parent.repo_id,
-        base_model_revision=parent.commit,
+    settings = [source.settings, asdict(data), asdict(dash), hf_dash.report.training_settings(args)]
+    info = hf_dash.report.card_info(
+        model,
+        [*past, record],
+        {name: value for group in settings for name, value in group.items()},
+        hf_dash.report.CardData(
+            data.source, schedule.held_out_split, len(held_out), data.dataset_revision
+        ),
+        base=parent.base,
         hub_model_id=hub.card_id,
     )
     hf_dash.report.write_model_folder(model, args.output_dir, info, image_processor=processor)

@@ -24,9 +24,9 @@ POINTS = {
     "saving the optimizer": ("hf_dash.runs.store", "save_file", "before", 2),
     "before the folder is there": ("hf_dash.runs.store", "os.rename", "before", 1),
     "after the folder is there": ("hf_dash.runs.store", "os.rename", "after", 2),
-    "before the ledger is there": ("hf_dash.history", "write_text", "before", 4),
-    "in the ledger": ("hf_dash.utils.files", "os.replace", "before", 1),
-    "after the ledger is there": ("hf_dash.history", "write_text", "after", 2),
+    "before the history is there": ("hf_dash.history", "write_text", "before", 4),
+    "in the history": ("hf_dash.utils.files", "os.replace", "before", 1),
+    "after the history is there": ("hf_dash.history", "write_text", "after", 2),
 }
 
 
@@ -69,12 +69,16 @@ def run(output_dir: str, point: str | None = None) -> None:
             rounds,
             rounds[0].new,
             hf_dash.find_start("dash"),
-            name="dash",
-            seed=0,
-            history=history,
-            accelerator=Accelerator(cpu=True),
-            dash=hf_dash.DashConfig(gradient_batch_size=15),
-            starts=hf_dash.starts.StartsConfig(reset_optimizer=False),
-            training=hf_dash.TrainingConfig(max_epochs=1, train_batch_size=15, disable_tqdm=True),
-            output_dir=output_dir,
+            hf_dash.runs.Run(
+                "dash",
+                0,
+                history,
+                Accelerator(cpu=True),
+                dash=hf_dash.DashConfig(gradient_batch_size=15),
+                start_config=hf_dash.starts.StartsConfig(reset_optimizer=False),
+                training=hf_dash.TrainingConfig(
+                    max_epochs=1, train_batch_size=15, disable_tqdm=True
+                ),
+                output_dir=output_dir,
+            ),
         )

@@ -159,11 +159,10 @@ def memorization(accelerator):
     """Measure sets that cannot be shared out equally; one of them leaves a process without any."""
     return hf_dash.training.measure_memorization(
         AsClassifier(),
-        old=examples(23, 1),
-        new=examples(7, 2),
-        held_out=examples(5, 3),
-        flipped=examples(1, 4),
-        accelerator=accelerator,
+        hf_dash.training.ExampleSets(
+            examples(7, 2), examples(5, 3), old=examples(23, 1), flipped=examples(1, 4)
+        ),
+        accelerator,
         batch_size=3,
         max_examples=11,
         with_features=True,
@@ -333,13 +332,17 @@ def go_through_rounds(folder, accelerator):
             rounds[:until],
             rounds[0].new,
             hf_dash.find_start("dash"),
-            name="dash",
-            seed=0,
-            history=history,
-            accelerator=accelerator,
-            training=hf_dash.TrainingConfig(max_epochs=1, train_batch_size=8, disable_tqdm=True),
-            dash=hf_dash.DashConfig(gradient_batch_size=16),
-            output_dir=f"{folder}/run",
+            hf_dash.runs.Run(
+                "dash",
+                0,
+                history,
+                accelerator,
+                training=hf_dash.TrainingConfig(
+                    max_epochs=1, train_batch_size=8, disable_tqdm=True
+                ),
+                dash=hf_dash.DashConfig(gradient_batch_size=16),
+                output_dir=f"{folder}/run",
+            ),
         )
     weights = model.timm_model.fc.weight.detach().flatten().tolist()
     return {"records": [asdict(record) for record in history.records], "weights": weights}

@@ -37,7 +37,7 @@ def test_without_a_path_it_stays_in_memory():
     assert history.records == [record()]
 
 
-def test_a_failure_while_writing_leaves_the_ledger_whole(tmp_path, monkeypatch):
+def test_a_failure_while_writing_leaves_the_history_whole(tmp_path, monkeypatch):
     history = History(tmp_path / "history.json", {})
     history.append(record())
     before = (tmp_path / "history.json").read_bytes()
@@ -63,7 +63,7 @@ def test_records_are_selected_by_start_and_seed():
 
 
 @pytest.mark.parametrize("damage", ["cut", "format", "field", "edited"])
-def test_a_damaged_ledger_is_refused(tmp_path, damage):
+def test_a_damaged_history_is_refused(tmp_path, damage):
     path = tmp_path / "history.json"
     write_history(path, {}, [record()])
     content = json.loads(path.read_text())
@@ -88,7 +88,7 @@ def test_the_folder_of_a_round():
     assert record("dash", 2, 13).folder == "rounds/013/dash_seed2"
 
 
-def test_a_run_goes_on_with_its_own_ledger_only(tmp_path):
+def test_a_run_goes_on_with_its_own_history_only(tmp_path):
     path = tmp_path / "history.json"
     settings = {"alpha": 0.3, "starts": ("dash",), "num_rounds": 2}
     open_history(path, settings).append(record())
@@ -146,7 +146,7 @@ def test_a_failed_write_leaves_the_promotions_as_they_were(tmp_path, monkeypatch
     assert history.promotions == read_history(tmp_path / "history.json").promotions == []
 
 
-def test_the_committed_ledgers_read():
+def test_the_committed_histories_read():
     folders = (REPOSITORY / "recipes" / "results").glob("*/history.json")
     for path in sorted(folders):
         assert read_history(path).promotions == []

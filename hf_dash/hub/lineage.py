@@ -38,6 +38,11 @@ class Parent:
     repo_id: str | None = None
     commit: str | None = None
 
+    @property
+    def base(self) -> tuple[str, str] | None:
+        """Its id and exact commit on the Hub; None for a local folder."""
+        return None if self.repo_id is None or self.commit is None else (self.repo_id, self.commit)
+
 
 def find_parent(
     name_or_path: str,

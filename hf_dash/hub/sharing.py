@@ -1,4 +1,4 @@
-"""Sharing as recipes do it: flags as in TrainingArguments, and no failure that ends a training.
+"""Pushing as recipes do it: flags as in TrainingArguments, and no failure that ends a training.
 
 Flow: flags → a finished folder, or the rounds of a run → the Hub; or one message that says what
 failed and how to push later.
@@ -6,19 +6,17 @@ failed and how to push later.
 
 import shlex
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from transformers import TrainingArguments
 
-from hf_dash.data.sources import DataConfig
-from hf_dash.history import History, RoundRecord, read_history
+from hf_dash.history import read_history
 from hf_dash.hub.client import MAIN, HubError, check_branch, check_repo_id, clean_token
 from hf_dash.hub.lineage import full_repo_id, published_tags, read_published
 from hf_dash.hub.publish import HubRound, promote_on_hub, push_round, round_tag
 from hf_dash.models import load_model
-from hf_dash.report.export import export_model
+from hf_dash.report.export import Chain, write_model_folder
 from hf_dash.runs.store import HISTORY, WEIGHTS
 from hf_dash.utils.logging import get_logger
 
@@ -27,13 +25,13 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class HubArguments:
-    """Where rounds are shared; names as in TrainingArguments, the help says what each is.
+    """Where rounds are pushed; names as in TrainingArguments, the help says what each is.
 
     Raises:
         ValueError: an id, a branch or a token can be none; the Hub is not asked for that.
     """
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Share finished rounds."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push finished rounds."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "user/name; the output folder's name by default."}
     )
@@ -144,28 +142,16 @@ def push_command(
     return shlex.join([*words, "--create_pr"] if create_pr else words)
 
 
-def push_rounds(
-    hub: HubArguments,
-    output_dir: str | Path,
-    history: History,
-    start: str,
-    seed: int,
-    data: DataConfig,
-    num_held_out: int,
-) -> HubRound | None:
-    """Share what a run has not shared yet, oldest round first, each with its card.
+def push_rounds(hub: HubArguments, output_dir: str | Path, chain: Chain) -> HubRound | None:
+    """Push what a run has not pushed yet, oldest round first, each with its card.
 
     Every round's ``base_model`` is the commit of the round before. Rounds whose weights are no
-    more on disk are left out. Of a challenger only the newest round is pushed, to its branch.
+    longer on disk are left out. Of a challenger only the newest round is pushed, to its branch.
 
     Args:
         hub: the flags.
         output_dir: of the run; its newest round is exported to ``model`` below it.
-        history: of the run.
-        start: whose rounds to share.
-        seed: of its run.
-        data: where the images came from.
-        num_held_out: number of held-out examples.
+        chain: the rounds to push.
 
     Returns:
         The newest round on the Hub; None where nothing was asked for, or the Hub failed.
@@ -173,31 +159,13 @@ def push_rounds(
     if not hub.push_to_hub:
         return None
     output_dir, repository = Path(output_dir), hub.repository(output_dir)
-    own = history.select(start, seed)
-
-    def export(record: RoundRecord, folder: Path, parent_commit: str | None) -> None:
-        later = own[own.index(record) + 1 :]
-        done = replace(history, path=None, records=[r for r in history.records if r not in later])
-        export_model(
-            load_model(str(output_dir / record.folder)),
-            folder,
-            done,
-            start,
-            seed,
-            data,
-            num_held_out,
-            hub_model_id=repository,
-            base_model=repository if parent_commit else None,
-            base_model_revision=parent_commit,
-        )
-
     try:
         repository = full_repo_id(repository, token=hub.hub_token)
-        return _told(_push_rounds(hub, output_dir, repository, own, export))
+        return _told(_push_rounds(hub, output_dir, repository, chain))
     except HubError as error:
         command = push_command(hub, output_dir / "model", repository)
         logger.warning(
-            "not pushed to %s: %s. Every round is whole on disk; the same command as before shares"
+            "not pushed to %s: %s. Every round is whole on disk; the same command as before pushes"
             " them later, and this one the newest alone\n\n    %s\n",
             repository,
             error,
@@ -206,37 +174,33 @@ def push_rounds(
         return None
 
 
-def _push_rounds(
-    hub: HubArguments,
-    output_dir: Path,
-    repository: str,
-    own: list[RoundRecord],
-    export: Callable[[RoundRecord, Path, str | None], None],
-) -> HubRound:
-    tags = published_tags(repository, token=hub.hub_token)
+def _push_rounds(hub: HubArguments, output_dir: Path, repository: str, chain: Chain) -> HubRound:
+    tags, own = published_tags(repository, token=hub.hub_token), chain.records
     challenger = hub.hub_revision not in (None, MAIN)
-    shared: HubRound | None = None
+    pushed: HubRound | None = None
     for before, record in zip([None, *own], own, strict=False):
         tag, newest = round_tag(record.round_index), record is own[-1]
         if tag in tags and not challenger:
             there = read_published(repository, tag, token=hub.hub_token).weights_sha256
             if there != record.weights_sha256:
                 raise HubError(f"{repository} holds {tag} already, with other weights")
-            shared = HubRound(repository, tags[tag], tag, record)
+            pushed = HubRound(repository, tags[tag], tag, record)
             continue
         gone = not (output_dir / record.folder / WEIGHTS).is_file()
         if not newest and (challenger or gone):
             continue
+        commit = None if before is None else tags.get(round_tag(before.round_index))
         with tempfile.TemporaryDirectory() as aside:
             folder = output_dir / "model" if newest else Path(aside)
-            export(
-                record, folder, None if before is None else tags.get(round_tag(before.round_index))
-            )
-            shared = hub.push(folder, repository)
-        tags[tag] = shared.commit
-    if shared is None:
-        raise HubError("the run has no round to share")
-    return shared
+            model = load_model(str(output_dir / record.folder))
+            base = None if commit is None else (repository, commit)
+            info = chain.until(record).info(model, base=base, hub_model_id=repository)
+            write_model_folder(model, folder, info)
+            pushed = hub.push(folder, repository)
+        tags[tag] = pushed.commit
+    if pushed is None:
+        raise HubError("the run has no round to push")
+    return pushed
 
 
 def push_promotion(
@@ -282,6 +246,6 @@ def push_promotion(
         return None
 
 
-def _told(shared: HubRound) -> HubRound:
-    print(f"shared {shared}")
-    return shared
+def _told(pushed: HubRound) -> HubRound:
+    print(f"pushed {pushed}")
+    return pushed

@@ -1,4 +1,6 @@
+from .card import CardData as CardData
 from .card import CardInfo as CardInfo
+from .card import card_info as card_info
 from .card import write_card as write_card
 from .evidence import Evidence as Evidence
 from .evidence import add_series as add_series
@@ -9,7 +11,7 @@ from .evidence import read_settings as read_settings
 from .evidence import write_evidence as write_evidence
 from .experiments import grounds_table as grounds_table
 from .experiments import setup_text as setup_text
-from .export import export_model as export_model
+from .export import Chain as Chain
 from .export import trainer_record as trainer_record
 from .export import training_settings as training_settings
 from .export import write_model_folder as write_model_folder

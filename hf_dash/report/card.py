@@ -8,6 +8,7 @@ escapes all that is not made here, and text from data is never a template itself
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_dash._version import __version__
-from hf_dash.data.sources import is_local
+from hf_dash.data.sources import LOADERS, is_local
 from hf_dash.history import RoundRecord
 from hf_dash.models import IMAGE_MODES, architecture_of, is_timm, model_labels
 from hf_dash.report import card_tables as tables
@@ -30,8 +31,30 @@ TEMPLATE_NAME = "model_card_template.md"
 
 
 @dataclass(frozen=True)
+class CardData:
+    """The images of a round as its card names them.
+
+    Args:
+        dataset_name: as it was loaded.
+        held_out_split: name of the split that was evaluated on.
+        num_held_out: number of held-out images, at least 1.
+        dataset_revision: branch, tag or commit of a Hub dataset.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.report.CardData("digits", "test", 360).num_held_out
+        360
+    """
+
+    dataset_name: str
+    held_out_split: str
+    num_held_out: int
+    dataset_revision: str | None = None
+
+
+@dataclass(frozen=True)
 class CardInfo:
-    """What a card needs to know beside the model.
+    """What a card needs to know besides the model.
 
     Args:
         model_name: title of the card.
@@ -46,15 +69,22 @@ class CardInfo:
         base_model: the parent's id on the Hub, where it has one.
         hub_model_id: where the model is to be found on the Hub, where it is.
         license: of the model, an identifier of the Hub's list; None leaves it out.
-        figure: name of a figure of the rounds beside the card.
+        figure: file name of a figure of the rounds.
         base_model_revision: exact commit of ``base_model`` that the round started from.
         rivals: records of other starts, such as ``"cold"``, in the same round.
-        factors_figure: name of a figure of the shrink's factors beside the card.
+        factors_figure: file name of a figure of the shrink's factors.
 
     Raises:
-        ValueError: there is no record or no held-out image; the accuracy is none of held-out
-            images, as it is no number in [0, 1], or as they are the images or the split trained on;
-            or ``base_model_revision`` is given without ``base_model``.
+        ValueError: there is no record or no held-out image; the accuracy is not a number in
+            [0, 1]; it was measured on the images or the split trained on; or
+            ``base_model_revision`` is given without ``base_model``.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.report.CardInfo("my model", [], {}, "digits", "test", 360)
+        Traceback (most recent call last):
+            ...
+        ValueError: records must hold at least one record, got none
     """
 
     model_name: str
@@ -92,6 +122,53 @@ class CardInfo:
     def record(self) -> RoundRecord:
         """The round the model comes from."""
         return self.records[-1]
+
+
+def card_info(
+    model: PreTrainedModel,
+    records: Sequence[RoundRecord],
+    settings: dict[str, Any],
+    data: CardData,
+    *,
+    rivals: Sequence[RoundRecord] = (),
+    base: tuple[str, str] | None = None,
+    hub_model_id: str | None = None,
+) -> CardInfo:
+    """Return what a card says of a model: the one way from records to a card.
+
+    Args:
+        model: whose architecture the title names.
+        records: see :class:`CardInfo`.
+        settings: see :class:`CardInfo`.
+        data: trained and evaluated on.
+        rivals: see :class:`CardInfo`.
+        base: id and exact commit of the parent on the Hub, where it is there.
+        hub_model_id: see :class:`CardInfo`.
+
+    Raises:
+        ValueError: see :class:`CardInfo`.
+    """
+    base_model, base_model_revision = base or (None, None)
+    return CardInfo(
+        model_name=f"{architecture_of(model)} on {title_of(data.dataset_name)}",
+        records=list(records),
+        settings=settings,
+        dataset_name=data.dataset_name,
+        held_out_split=data.held_out_split,
+        num_held_out=data.num_held_out,
+        dataset_revision=data.dataset_revision,
+        parent=None if records[-1].parent is None else "the model of the round before",
+        rivals=list(rivals),
+        base_model=base_model,
+        base_model_revision=base_model_revision,
+        hub_model_id=hub_model_id,
+    )
+
+
+def title_of(dataset_name: str) -> str:
+    """Return a dataset's name for a title: without folders, owner and the ending of a file."""
+    path = Path(dataset_name)
+    return path.stem if path.suffix in LOADERS else path.name
 
 
 def _check_held_out(info: CardInfo) -> None:
@@ -211,7 +288,7 @@ def _input_size(model: PreTrainedModel) -> tuple[int, int]:
 
 def _template() -> jinja2.Template:
     package = Path(__file__).parent.parent
-    # In a wheel the template lies in the package, in a checkout beside it.
+    # In a wheel the template lies in the package, in a checkout next to it.
     places = (package / TEMPLATE_NAME, package.parent / TEMPLATE_NAME)
     path = next(place for place in places if place.exists())
     environment = jinja2.sandbox.SandboxedEnvironment(

@@ -1,11 +1,11 @@
 """What a run leaves for people: tables, figures, and a model with its card.
 
-Flow: a ledger → Markdown tables and PNG figures; a model and its own records → a folder to share.
+Flow: a history → Markdown tables and PNG figures; a model and its own records → a folder to push.
 Everything is made from what was recorded, so it can be made again without training.
 """
 
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_dash._version import library_versions
 from hf_dash.data.rounds import Round, joint_fingerprint
-from hf_dash.data.sources import DataConfig
 from hf_dash.history import History, RoundRecord, write_history
 from hf_dash.models import model_labels, save_model
-from hf_dash.report.card import CardInfo, write_card
+from hf_dash.report.card import CardData, CardInfo, card_info, write_card
 from hf_dash.report.plots import plot_factors, plot_rounds
 from hf_dash.report.tables import memorization_table, rounds_table, starts_table
 from hf_dash.runs.store import HISTORY, WEIGHTS
@@ -53,56 +52,63 @@ def write_results(history: History, folder: str | Path) -> str:
     return "\n\n".join(tables)
 
 
-def export_model(
-    model: PreTrainedModel,
-    folder: str | Path,
-    history: History,
-    start: str,
-    seed: int,
-    data: DataConfig,
-    num_held_out: int,
-    *,
-    hub_model_id: str | None = None,
-    base_model: str | None = None,
-    base_model_revision: str | None = None,
-) -> None:
-    """Save a model with the card and the ledger of its own rounds.
+@dataclass(frozen=True)
+class Chain:
+    """The rounds of one start and seed of a run: what an exported model comes from.
 
     Args:
-        model: a timm wrapper, trained on the last recorded round of this start and seed.
-        folder: where everything goes; other files in it stay.
         history: of the run.
-        start: whose model it is.
-        seed: of its run.
-        data: where the images came from.
-        num_held_out: number of held-out examples the records' accuracies are of.
-        hub_model_id: see :class:`~hf_dash.report.card.CardInfo`.
-        base_model: likewise.
-        base_model_revision: likewise.
+        start: name of the start.
+        seed: of the run.
+        data: trained and evaluated on.
 
     Raises:
         ValueError: nothing is recorded of this start and seed.
+
+    Example:
+        >>> import hf_dash
+        >>> data = hf_dash.report.CardData("digits", "test", 360)
+        >>> hf_dash.report.Chain(hf_dash.History(None, {}), "dash", 0, data)
+        Traceback (most recent call last):
+            ...
+        ValueError: history has no record of start 'dash' and seed 0
     """
-    own = history.select(start=start, seed=seed)
-    if not own:
-        raise ValueError(f"history has no record of start {start!r} and seed {seed!r}")
-    # Somebody's own folders are nobody else's business.
-    settings = {k: v for k, v in history.settings.items() if k != "output_dir"}
-    info = CardInfo(
-        model_name=f"{model.config.architecture} on {Path(data.dataset_name).name}",
-        records=own,
-        settings=settings,
-        dataset_name=data.dataset_name,
-        held_out_split=data.test_split,
-        num_held_out=num_held_out,
-        dataset_revision=data.dataset_revision,
-        parent="the model of the round before" if len(own) > 1 else None,
-        rivals=[r for r in history.select(seed=seed) if r.start != start],
-        base_model=base_model,
-        base_model_revision=base_model_revision,
-        hub_model_id=hub_model_id,
-    )
-    write_model_folder(model, folder, info)
+
+    history: History
+    start: str
+    seed: int
+    data: CardData
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError(
+                f"history has no record of start {self.start!r} and seed {self.seed!r}"
+            )
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """The rounds, oldest first."""
+        return self.history.select(self.start, self.seed)
+
+    def until(self, record: RoundRecord) -> "Chain":
+        """Return the chain as it was when ``record`` was its newest round."""
+        later = self.records[self.records.index(record) + 1 :]
+        kept = [one for one in self.history.records if one not in later]
+        return replace(self, history=replace(self.history, path=None, records=kept))
+
+    def info(
+        self,
+        model: PreTrainedModel,
+        *,
+        base: tuple[str, str] | None = None,
+        hub_model_id: str | None = None,
+    ) -> CardInfo:
+        """Return what the card of the newest round says; see :func:`~hf_dash.report.card_info`."""
+        # Somebody's own folders are nobody else's business.
+        settings = {k: v for k, v in self.history.settings.items() if k != "output_dir"}
+        rivals = [r for r in self.history.select(seed=self.seed) if r.start != self.start]
+        named = {"rivals": rivals, "base": base, "hub_model_id": hub_model_id}
+        return card_info(model, self.records, settings, self.data, **named)
 
 
 def write_model_folder(
@@ -112,15 +118,15 @@ def write_model_folder(
     *,
     image_processor: Any | None = None,
 ) -> None:
-    """Save a model with its card, the ledger of its rounds, the last shrink, and figures of both.
+    """Save a model with its card, the history of its rounds, the last shrink, and figures of both.
 
-    Where the last record does not know the checksum of the weights, it is put into the ledger.
+    Where the last record does not hold the checksum of the weights, the history gets it.
 
     Args:
         model: an image classifier of transformers; a timm wrapper is saved in timm's layout.
         folder: made where it does not exist; other files in it stay.
-        info: for the card; its records and settings make the ledger.
-        image_processor: saved beside a model that is no timm wrapper.
+        info: for the card; its records and settings make the history.
+        image_processor: saved with a model that is not a timm wrapper.
 
     Raises:
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).

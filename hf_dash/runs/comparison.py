@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from hf_dash.utils.checks import check_confidence
+from hf_dash.utils.checks import check_confidence, check_number
 
 Labels: TypeAlias = np.ndarray[Any, Any]
 
@@ -161,72 +161,85 @@ def _compare_paired(challenger: Labels, champion: Labels, confidence: float) -> 
     )
 
 
-def decide(
-    comparison: Comparison,
-    *,
-    min_gain: float = 0.0,
-    max_loss: float = 0.02,
-    max_class_drop: float = 0.05,
-) -> Verdict:
-    """Decide whether a challenger is to take the champion's place.
+@dataclass(frozen=True)
+class PromotionRules:
+    """When a challenger takes the champion's place.
 
-    It is promoted if none of these holds, and the reason tells all that do:
+    The defaults let a model that is retrained on more data and is as good as before take over, as
+    long as the held-out examples suffice to exclude a loss of two points.
+
+    Args:
+        confidence: of the intervals, in (0, 1).
+        min_gain: smallest measured gain in accuracy, in [−1, 1].
+        max_loss: loss of accuracy that the interval must exclude, in [0, 1].
+        max_class_drop: largest significant drop of the accuracy of one class, in [0, 1].
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.runs.PromotionRules(min_gain=0.01).max_loss
+        0.02
+    """
+
+    confidence: float = 0.95
+    min_gain: float = 0.0
+    max_loss: float = 0.02
+    max_class_drop: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_number("confidence", self.confidence, "(0, 1)", 0, 1)
+        check_number("min_gain", self.min_gain, "[-1, 1]", -1, 1)
+        check_number("max_loss", self.max_loss, "[0, 1]", 0, 1)
+        check_number("max_class_drop", self.max_class_drop, "[0, 1]", 0, 1)
+
+
+def decide(comparison: Comparison, rules: PromotionRules | None = None) -> Verdict:
+    """Decide whether a challenger takes the champion's place.
+
+    It is promoted if none of these holds, and the reason names all that do:
 
     1. it is significantly worse: the whole interval of the overall difference is below 0;
     2. it gains less than ``min_gain`` overall, as measured;
     3. a loss of more than ``max_loss`` overall is not excluded: the interval reaches below it.
-       With few held-out examples that takes a clear gain: they must suffice to tell;
-    4. a class drops by more than ``max_class_drop``, as measured, and significantly so: the whole
+       With few held-out examples only a clear gain passes;
+    4. a class drops by more than ``max_class_drop``, as measured, and significantly: the whole
        interval of its difference is below 0.
 
-    The defaults let a model that is retrained on more data, and as good as before, take over, as
-    long as the held-out examples suffice to exclude a loss of two points.
-
     Args:
-        comparison: as :func:`compare_models` returns it.
-        min_gain: in accuracy, in [−1, 1].
-        max_loss: in accuracy, in [0, 1].
-        max_class_drop: in accuracy, in [0, 1].
+        comparison: as :func:`compare_models` returns it; its intervals have their confidence.
+        rules: the limits above; by default those of :class:`PromotionRules`.
 
-    Raises:
-        ValueError: an argument is out of range.
+    Example:
+        >>> import numpy as np
+        >>> import hf_dash
+        >>> labels = np.zeros(1000, dtype=int)
+        >>> champion = np.where(np.arange(1000) < 100, 1, labels)  # wrong about 100 of them
+        >>> hf_dash.runs.decide(hf_dash.runs.compare_models(labels, champion, labels)).promote
+        True
     """
-    check_rules(min_gain, max_loss, max_class_drop)
+    rules = rules or PromotionRules()
     overall = comparison.overall
     interval = f"{comparison.confidence:.0%} interval {overall.low:+.2%} to {overall.high:+.2%}"
     measured = f"the difference in accuracy is {overall.difference:+.2%} ({interval})"
     reasons = []
     if overall.high < 0:
         reasons.append("significantly worse overall")
-    if overall.difference < min_gain:
-        reasons.append(f"the gain is below min_gain, {min_gain:.2%}")
-    if overall.low < -max_loss:
-        reasons.append(f"a loss of more than max_loss, {max_loss:.2%}, is not excluded")
+    if overall.difference < rules.min_gain:
+        reasons.append(f"the gain is below min_gain, {rules.min_gain:.2%}")
+    if overall.low < -rules.max_loss:
+        reasons.append(f"a loss of more than max_loss, {rules.max_loss:.2%}, is not excluded")
     dropped = [
         f"{name!r} {paired.difference:+.2%}"
         for name, paired in comparison.per_class.items()
-        if paired.high < 0 and -paired.difference > max_class_drop
+        if paired.high < 0 and -paired.difference > rules.max_class_drop
     ]
     if dropped:
         reasons.append(
-            f"significantly worse by more than max_class_drop, {max_class_drop:.2%}, on"
+            f"significantly worse by more than max_class_drop, {rules.max_class_drop:.2%}, on"
             f" {', '.join(dropped)}"
         )
     reason = "; ".join(reasons or ["not worse overall, and no class drops"])
     return Verdict(not reasons, f"{reason}; {measured}", comparison)
-
-
-def check_rules(min_gain: float, max_loss: float, max_class_drop: float) -> None:
-    """Check the limits of :func:`decide`.
-
-    Raises:
-        ValueError: one is out of its range.
-    """
-    limits = {
-        "min_gain": (min_gain, -1),
-        "max_loss": (max_loss, 0),
-        "max_class_drop": (max_class_drop, 0),
-    }
-    for name, (value, low) in limits.items():
-        if not low <= value <= 1:
-            raise ValueError(f"{name} must be in [{low}, 1], got {value!r}")

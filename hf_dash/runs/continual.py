@@ -1,16 +1,16 @@
 """One strategy through all rounds: start, train, evaluate, save, record; each round exactly once.
 
 Flow: a fresh model → for every round: the parent round's saved final weights → start (from the
-second round on) → training to convergence → held-out accuracy → the round's folder → the ledger.
+second round on) → training to convergence → held-out accuracy → the round's folder → the history.
 Source: the protocol of Shin et al. (arXiv:2410.23495, section 2) and Ash & Adams (2020).
 Exactly once: a start works on weights read from the parent's folder, which are final by then, and
-a round ends when its own folder is renamed into place. A run that was killed anywhere goes on with
-the first round that has no folder, and everything random in a round derives from its seed.
+a round ends when its own folder is renamed into place. A run that was killed anywhere continues
+with the first round that has no folder, and everything random in a round derives from its seed.
 """
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hf_dash.data.examples import ImageExamples, RandomCropFlip
 from hf_dash.data.rounds import Round, joint_fingerprint, train_batches
 from hf_dash.history import History, RoundRecord
 from hf_dash.method.config import DashConfig
+from hf_dash.method.shrink import ShrinkReport
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.runs.store import (
     finished_round,
@@ -39,25 +40,72 @@ from hf_dash.training.config import TrainingConfig
 from hf_dash.training.evaluation import evaluate_model
 from hf_dash.training.loop import TrainingResult, train_round
 from hf_dash.training.memorization import measure_round
+from hf_dash.utils.checks import check_count, check_flag, check_kind
 from hf_dash.utils.distributed import gather, hardware, synchronize
 
 
-@dataclass
-class _Run:
-    """What stays the same through all rounds of one run."""
+@dataclass(frozen=True)
+class Run:
+    """What stays the same through all rounds of one run.
 
-    held_out: ImageExamples
-    start: Start
+    Args:
+        name: of the start, for the history and the folders; without a slash, and not beginning with
+            a dot.
+        seed: of the run, at least 0; the data order and the start of every round derive from it.
+        history: gets one record per round; written by the main process only.
+        accelerator: gives devices, processes and precision.
+        dash: settings of the gradient pass.
+        start_config: settings of the other starts.
+        training: settings of the training.
+        output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
+        save_total_limit: keep the folders of this many newest rounds, at least 1, and the
+            champion's; None keeps all.
+        measure_memorization: measure right before and after every start what the model remembers
+            (:func:`~hf_dash.training.memorization.measure_round`); not counted in the seconds.
+        parent: a round of any start, saved below ``output_dir``, whose weights the first of the
+            rounds starts from; None begins with the model as it is.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of its range, or ``parent`` comes without ``output_dir``.
+
+    Example:
+        >>> import hf_dash
+        >>> from accelerate import Accelerator
+        >>> run = hf_dash.runs.Run("dash", 0, hf_dash.History(None, {}), Accelerator(cpu=True))
+        >>> run.training.max_epochs
+        100
+    """
+
     name: str
     seed: int
     history: History
     accelerator: Accelerator
-    dash: DashConfig
-    starts: StartsConfig
-    training: TrainingConfig
-    output_dir: Path | None
-    save_total_limit: int | None
-    memorization: bool
+    dash: DashConfig = field(default_factory=DashConfig)
+    start_config: StartsConfig = field(default_factory=StartsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output_dir: str | Path | None = None
+    save_total_limit: int | None = None
+    measure_memorization: bool = False
+    parent: RoundRecord | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be the name of a start, got {self.name!r}")
+        if not self.name or self.name.startswith(".") or set(self.name) & {"/", "\\", "\0"}:
+            raise ValueError(
+                "name must be part of a folder's name: without a slash and not beginning with a"
+                f" dot, got {self.name!r}"
+            )
+        check_count("seed", self.seed, at_least=0)
+        if self.save_total_limit is not None:
+            check_count("save_total_limit", self.save_total_limit)
+        check_flag("measure_memorization", self.measure_memorization)
+        kinds = {"dash": DashConfig, "start_config": StartsConfig, "training": TrainingConfig}
+        for name, kind in kinds.items():
+            check_kind(name, getattr(self, name), kind)
+        if self.parent is not None and self.output_dir is None:
+            raise ValueError("output_dir must be given with parent, whose weights lie below it")
 
     def finished(self, round_: Round, parent: RoundRecord | None) -> RoundRecord | None:
         """Return the record of a round that an earlier call has finished, or None."""
@@ -66,53 +114,23 @@ class _Run:
         key = (self.name, self.seed, round_.index)
         return finished_round(self.output_dir, self.history, key, round_.fingerprint, parent)
 
-    def measure(self, model: PreTrainedModel, round_: Round) -> dict[str, float]:
-        """Measure what the model remembers, where that was asked for."""
-        if not self.memorization:
-            return {}
-        return measure_round(model, round_, self.held_out, self.accelerator)
-
 
 def run_rounds(
     model: PreTrainedModel,
     rounds: Iterable[Round],
     held_out: ImageExamples,
     start: Start,
-    *,
-    name: str,
-    seed: int,
-    history: History,
-    accelerator: Accelerator,
-    dash: DashConfig | None = None,
-    starts: StartsConfig | None = None,
-    training: TrainingConfig | None = None,
-    output_dir: str | Path | None = None,
-    save_total_limit: int | None = None,
-    measure_memorization: bool = False,
-    parent: RoundRecord | None = None,
+    run: Run,
 ) -> PreTrainedModel:
-    """Take a model through all rounds; go on where an earlier call on the same folder ended.
+    """Take a model through all rounds; continue where an earlier call on the same folder ended.
 
     Args:
-        model: freshly initialized with ``seed``; the first round trains it as it is.
-        rounds: in order, from the first, or from the one after ``parent``.
+        model: freshly initialized with ``run.seed``; the first round trains it as it is.
+        rounds: in order, from the first, or from the one after ``run.parent``.
         held_out: examples never trained on; a label the model does not know yet counts as wrong.
         start: called before every round but the first; before the first too if its attribute
             ``every_round`` is true.
-        name: of the start, for the history.
-        seed: of the run; the data order and the start of every round derive from it.
-        history: gets one record per round; written by the main process only.
-        accelerator: gives devices, processes and precision.
-        dash: settings of the gradient pass.
-        starts: settings of the other starts.
-        training: settings of the training.
-        output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
-        save_total_limit: keep the folders of so many newest rounds, at least 1, and the champion's;
-            None keeps all.
-        measure_memorization: measure right before and after every start what the model remembers
-            (:func:`~hf_dash.training.memorization.measure_round`); not counted in the seconds.
-        parent: a round of any start, saved below ``output_dir``, whose weights the first of
-            ``rounds`` starts from; None begins with the model as it is.
+        run: name, seed, settings, and where the rounds are kept.
 
     Returns:
         The model, trained on the last round: the given one, unless new labels made it grow.
@@ -120,42 +138,57 @@ def run_rounds(
     Raises:
         ValueError: what is recorded was made with other data or settings, or its weights are gone.
         OSError: a round could not be saved; the rounds before it are whole.
+
+    Example:
+        >>> import hf_dash
+        >>> from accelerate import Accelerator
+        >>> digits = hf_dash.load_images("digits").select(range(40))
+        >>> names = hf_dash.data.label_names(digits)
+        >>> model = hf_dash.create_model("test_resnet", label_names=names, image_size=32)
+        >>> transform = hf_dash.models.image_transform(model)
+        >>> rounds = list(hf_dash.data.cut_rounds(digits, 2, transform))
+        >>> config = hf_dash.TrainingConfig(max_epochs=1, disable_tqdm=True)
+        >>> history, accelerator = hf_dash.History(None, {}), Accelerator(cpu=True)
+        >>> run = hf_dash.runs.Run("dash", 0, history, accelerator, training=config)
+        >>> model = hf_dash.run_rounds(model, rounds, rounds[0].new, hf_dash.STARTS["dash"], run)
+        >>> [(record.round_index, record.num_total) for record in history.records]
+        [(1, 20), (2, 40)]
     """
-    if save_total_limit is not None and save_total_limit < 1:
-        raise ValueError(f"save_total_limit must be at least 1, got {save_total_limit!r}")
-    if parent is not None and output_dir is None:
-        raise ValueError("output_dir must be given with parent, whose weights lie below it")
-    run = _Run(
-        held_out,
-        start,
-        name,
-        seed,
-        history,
-        accelerator,
-        dash or DashConfig(),
-        starts or StartsConfig(),
-        training or TrainingConfig(),
-        None if output_dir is None else Path(output_dir),
-        save_total_limit,
-        measure_memorization,
-    )
-    model.to(accelerator.device)
+    model.to(run.accelerator.device)
+    parent, trained = run.parent, False
     kept: dict[str, Tensor] = {}
-    trained = False
     for round_ in rounds:
         done = run.finished(round_, parent)
         if done is not None:
-            model, _ = _with_classes_of(round_, model, seed)
+            model, _ = _with_classes_of(round_, model, run.seed)
             parent, trained = done, False
             continue
         if run.output_dir is not None and parent is not None:
             load_weights_(model, run.output_dir, parent)
             kept = load_optimizer_state(run.output_dir, parent)
-        model, parent, kept = _train_one(run, model, round_, parent, kept)
+        task = _Task(run, start, held_out, round_, seed_of_round(run.seed, round_.index))
+        model, parent, kept = _train_one(task, model, parent, kept)
         trained = True
     if parent is not None and not trained and run.output_dir is not None:
         load_weights_(model, run.output_dir, parent)
     return model
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One round to be trained, with the seed of everything random in it."""
+
+    run: Run
+    start: Start
+    held_out: ImageExamples
+    round_: Round
+    seed: int
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Measure what the model remembers, where that was asked for."""
+        if not self.run.measure_memorization:
+            return {}
+        return measure_round(model, self.round_, self.held_out, self.run.accelerator)
 
 
 def _with_classes_of(
@@ -167,26 +200,22 @@ def _with_classes_of(
 
 
 def _train_one(
-    run: _Run,
-    model: PreTrainedModel,
-    round_: Round,
-    parent: RoundRecord | None,
-    kept: dict[str, Tensor],
+    task: _Task, model: PreTrainedModel, parent: RoundRecord | None, kept: dict[str, Tensor]
 ) -> tuple[PreTrainedModel, RoundRecord, dict[str, Tensor]]:
     """Start, train, evaluate, save and record one round."""
-    round_seed = seed_of_round(run.seed, round_.index)
-    set_seed(round_seed)
-    model, rows = _with_classes_of(round_, model, round_seed)
-    measured = {} if parent is None else {"before": run.measure(model, round_)}
-    begun, start_seconds = _start(run, model, round_, round_seed, rows)
+    run, round_ = task.run, task.round_
+    set_seed(task.seed)
+    model, rows = _with_classes_of(round_, model, task.seed)
+    measured = {} if parent is None else {"before": task.measure(model)}
+    begun, start_seconds = _start(task, model, rows)
     if parent is not None:
-        measured["after"] = run.measure(model, round_)
+        measured["after"] = task.measure(model)
     result = train_round(
         model,
         train_batches(
             round_,
             run.training.train_batch_size,
-            seed=round_seed,
+            seed=task.seed,
             num_workers=run.training.num_workers,
             augment=RandomCropFlip(black_pixel(model)) if run.training.augment else None,
             num_processes=run.accelerator.num_processes,
@@ -198,26 +227,24 @@ def _train_one(
         optimizer_state=kept if begun.keep_optimizer else None,
         description=f"{run.name} round {round_.index}",
     )
-    metrics = evaluate_model(model, run.held_out, run.accelerator)
-    record = _record(run, round_, model, metrics, result, begun, start_seconds)
+    metrics = evaluate_model(model, task.held_out, run.accelerator)
     record = replace(
-        record,
+        _record(task, model, metrics, result, begun.report),
+        start_seconds=start_seconds,
         parent=None if parent is None else parent.folder,
-        memorization=measured if run.memorization and measured else None,
+        memorization=measured if run.measure_memorization and measured else None,
     )
     return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
 
 
 def _record(
-    run: _Run,
-    round_: Round,
+    task: _Task,
     model: PreTrainedModel,
     metrics: dict[str, Any],
     result: TrainingResult,
-    begun: Started,
-    start_seconds: float,
+    report: ShrinkReport | None,
 ) -> RoundRecord:
-    names, report = model.config.id2label, begun.report
+    run, round_, names = task.run, task.round_, model.config.id2label
     return RoundRecord(
         start=run.name,
         seed=run.seed,
@@ -234,7 +261,7 @@ def _record(
         converged=result.converged,
         epochs=result.epochs,
         steps=result.steps,
-        start_seconds=start_seconds,
+        start_seconds=0.0,
         train_seconds=result.seconds,
         shrink=None if report is None else report.to_dict(),
         data_fingerprint=round_.fingerprint,
@@ -243,27 +270,26 @@ def _record(
         images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),
-        held_out_fingerprint=joint_fingerprint([run.held_out]),
+        held_out_fingerprint=joint_fingerprint([task.held_out]),
     )
 
 
-def _start(
-    run: _Run, model: PreTrainedModel, round_: Round, seed: int, rows: dict[str, Tensor]
-) -> tuple[Started, float]:
+def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tuple[Started, float]:
     """Call the start where the round has one, and time it; rows of new classes stay fresh."""
-    if round_.index == 1 and not getattr(run.start, "every_round", False):
+    run, round_ = task.run, task.round_
+    if round_.index == 1 and not getattr(task.start, "every_round", False):
         return Started(), 0.0
     synchronize(run.accelerator.device)
     started = time.perf_counter()
     context = StartContext(
         round_,
-        seed,
+        task.seed,
         init_seed=run.seed,
         dash=run.dash,
-        starts=run.starts,
+        start_config=run.start_config,
         accelerator=run.accelerator,
     )
-    begun = run.start(model, context) or Started()
+    begun = task.start(model, context) or Started()
     state = model.timm_model.state_dict()
     with torch.no_grad():
         for name, fresh in rows.items():
@@ -273,7 +299,7 @@ def _start(
 
 
 def _save(
-    run: _Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
+    run: Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
 ) -> RoundRecord:
     error: OSError | None = None
     if run.output_dir is not None and run.accelerator.is_main_process:

@@ -2,8 +2,8 @@
 
 Flow: two recorded models of one run → predictions on the same held-out examples, by label name →
 ``compare_models`` → ``decide`` → an entry in ``history.json``, which names the champion.
-Differs from a registry's stages: nothing is copied or moved; the ledger alone says which folder is
-in use, with the evidence for it, so that going back is one more entry.
+Differs from a registry's stages: nothing is copied or moved; the history alone says which folder
+is in use, with the evidence for it, so that going back is one more entry.
 """
 
 import hashlib
@@ -21,66 +21,95 @@ from torch.utils.data import Dataset as TorchDataset
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.history import History, Promotion, PromotionKind, RoundRecord, read_history
 from hf_dash.models import image_transform, load_model, model_labels
-from hf_dash.runs.comparison import Comparison, Labels, Verdict, check_rules, compare_models, decide
+from hf_dash.runs.comparison import (
+    Comparison,
+    Labels,
+    PromotionRules,
+    Verdict,
+    compare_models,
+    decide,
+)
 from hf_dash.training.evaluation import predict
-from hf_dash.utils.checks import check_confidence
+from hf_dash.utils.checks import check_count
 from hf_dash.utils.files import one_writer
 
 Examples: TypeAlias = TorchDataset[dict[str, Any]]
 
-HeldOut: TypeAlias = Examples | Callable[[Transform], Examples]
+MakeExamples: TypeAlias = Callable[[Transform], Examples]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What both models predict, where the examples alone do not say everything.
+
+    Args:
+        examples: mappings of ``pixel_values`` and ``labels``, or a callable from a model's
+            transform to them, so that each model reads the images its own way; the same examples
+            in the same order every time.
+        label_names: of the examples' labels 0, 1, …; by default those of the dataset of
+            :class:`~hf_dash.data.ImageExamples`, and of other examples the challenger's.
+        fingerprint: goes into the entry; by default a digest of label names, labels and pixels as
+            the challenger reads them, which reads the examples once more.
+        batch_size: images per batch and process, at least 1.
+
+    Raises:
+        TypeError: ``batch_size`` is not an integer.
+        ValueError: ``batch_size`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> import hf_dash
+        >>> examples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 1}]
+        >>> hf_dash.runs.HeldOut(examples, label_names=["cat", "dog"]).batch_size
+        256
+    """
+
+    examples: Examples | MakeExamples
+    label_names: Sequence[str] | None = None
+    fingerprint: str | None = None
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
 
 
 def promote(
     output_dir: str | Path,
     challenger: str,
-    held_out: HeldOut,
+    held_out: HeldOut | Examples | MakeExamples,
     *,
     champion: str | None = None,
     force: bool = False,
-    label_names: Sequence[str] | None = None,
-    held_out_fingerprint: str | None = None,
-    confidence: float = 0.95,
-    min_gain: float = 0.0,
-    max_loss: float = 0.02,
-    max_class_drop: float = 0.05,
-    batch_size: int = 256,
+    rules: PromotionRules | None = None,
     accelerator: Accelerator | None = None,
 ) -> Verdict:
-    """Hold a challenger against the champion and record what came of it.
+    """Compare a challenger with the champion, decide, and record the decision.
 
-    Both predict the same held-out examples; labels are compared by name, so that a model may know
-    classes that the other does not. Without a champion the challenger becomes the first. The entry
-    goes into ``history.json`` of the output directory; while a run is at work there it is refused.
+    Both predict the same held-out examples; labels are compared by name, so a model may know
+    classes that the other does not. Without a champion the challenger becomes the first one. The
+    entry goes into ``history.json`` of the output directory; while a run is at work there it is
+    refused.
 
     Args:
         output_dir: of a run, with its ``history.json`` and the models of its rounds.
         challenger: folder of a recorded round below it, such as ``"rounds/003/dash_seed0"``.
-        held_out: the examples, or a callable from a model's transform to them, so that each model
-            reads the images its own way; the same examples in the same order every time.
+        held_out: the examples, or a callable from a model's transform to them; a :class:`HeldOut`
+            says more about them.
         champion: folder of the recorded round to compare with; by default the champion in use.
         force: promote in spite of a verdict against it; recorded as forced, with the verdict.
-        label_names: of the examples' labels 0, 1, …; by default those of the dataset of
-            :class:`ImageExamples`, and of other examples the challenger's.
-        held_out_fingerprint: goes into the entry; by default a digest of label names, labels and
-            pixels as the challenger reads them, which takes one more pass over the examples.
-        confidence: see :func:`compare_models`.
-        min_gain: see :func:`decide`.
-        max_loss: see :func:`decide`.
-        max_class_drop: see :func:`decide`.
-        batch_size: images per batch and process.
+        rules: of the decision; by default those of :class:`~hf_dash.runs.PromotionRules`.
         accelerator: gives devices and processes, all of which must call; by default a new one.
 
     Raises:
         TypeError: a folder is not given as text.
-        ValueError: an argument is out of range; a folder is not that of a recorded round below the
-            output directory, or has no model any more; challenger and champion are the same; or
-            the two models do not read the same examples; or a run is at work there.
+        ValueError: a folder is not that of a recorded round below the output directory, or its
+            model is gone; challenger and champion are the same; the two models do not read the
+            same examples; or a run is at work there.
     """
-    check_confidence(confidence)
-    check_rules(min_gain, max_loss, max_class_drop)
+    rules = rules or PromotionRules()
+    shown = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
     accelerator = accelerator or Accelerator()
-    history = _read_ledger(output_dir)
+    history = _read_history(output_dir)
     record, folder = _find_round(history, output_dir, "challenger", challenger)
     champion = history.champion if champion is None else champion
     rival = None
@@ -89,14 +118,12 @@ def promote(
         if rival == record:
             raise ValueError(f"challenger must not be the champion itself, got {challenger!r}")
 
-    own = _predict(folder, held_out, label_names, batch_size, accelerator)
+    own = _predict(folder, shown, accelerator)
     verdict = Verdict(True, "first champion")
     if rival is not None:
-        other = _predict(rival_folder, held_out, own.label_names, batch_size, accelerator)
-        comparison = _compare(own, other, shared=not callable(held_out), confidence=confidence)
-        verdict = decide(
-            comparison, min_gain=min_gain, max_loss=max_loss, max_class_drop=max_class_drop
-        )
+        other = _predict(rival_folder, replace(shown, label_names=own.label_names), accelerator)
+        comparison = _compare(own, other, callable(shown.examples), rules.confidence)
+        verdict = decide(comparison, rules)
     kind: PromotionKind = "promote" if verdict.promote else "reject"
     if force and not verdict.promote:
         kind = "force"
@@ -111,11 +138,11 @@ def promote(
             accuracy=own.accuracy,
             comparison=None if verdict.comparison is None else verdict.comparison.to_dict(),
             num_held_out=len(own.references),
-            held_out_fingerprint=held_out_fingerprint or _fingerprint(own),
+            held_out_fingerprint=shown.fingerprint or _fingerprint(own),
         )
         with one_writer(output_dir):
             # Read again: the comparison took its time.
-            _read_ledger(output_dir).append_promotion(entry)
+            _read_history(output_dir).append_promotion(entry)
     accelerator.wait_for_everyone()
     return verdict
 
@@ -132,15 +159,15 @@ def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") ->
         reason: goes into the entry.
 
     Returns:
-        The entry added to the ledger.
+        The entry added to the history.
 
     Raises:
         TypeError: the folder is not given as text.
         ValueError: there is no champion to go back from; the folder is not that of such a round,
-            or has no model any more; or a run is at work there.
+            or its model is gone; or a run is at work there.
     """
     with one_writer(output_dir):
-        return _rollback(_read_ledger(output_dir), output_dir, to, reason)
+        return _rollback(_read_history(output_dir), output_dir, to, reason)
 
 
 def _rollback(history: History, output_dir: str | Path, to: str, reason: str) -> Promotion:
@@ -161,7 +188,7 @@ def _rollback(history: History, output_dir: str | Path, to: str, reason: str) ->
     return entry
 
 
-def _read_ledger(output_dir: str | Path) -> History:
+def _read_history(output_dir: str | Path) -> History:
     path = Path(output_dir) / "history.json"
     if not path.is_file():
         raise ValueError(f"output_dir must hold the history.json of a run, got {str(output_dir)!r}")
@@ -187,13 +214,13 @@ def _find_round(
     if not folder.resolve().is_relative_to(Path(output_dir).resolve()):
         raise ValueError(f"{argument} must lie below {output_dir}, but {name!r} leads out of it")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{argument} is {name!r}, but there is no model in it any more")
+        raise ValueError(f"{argument} is {name!r}, but its model is gone")
     return record, folder
 
 
 @dataclass(frozen=True)
 class _Predictions:
-    """What one model makes of the held-out examples, in labels that both models share."""
+    """One model's answers to the held-out examples, in labels that both models share."""
 
     examples: Any
     label_names: list[str]
@@ -206,20 +233,14 @@ class _Predictions:
         return float(((self.predictions == self.references) & (self.references >= 0)).mean())
 
 
-def _predict(
-    folder: Path,
-    held_out: HeldOut,
-    label_names: Sequence[str] | None,
-    batch_size: int,
-    accelerator: Accelerator,
-) -> _Predictions:
-    model = load_model(str(folder))
-    examples: Any = held_out(image_transform(model)) if callable(held_out) else held_out
-    own_names = model_labels(model)
+def _predict(folder: Path, held_out: HeldOut, accelerator: Accelerator) -> _Predictions:
+    model, shown = load_model(str(folder)), held_out.examples
+    examples: Any = shown(image_transform(model)) if callable(shown) else shown
+    own_names, label_names = model_labels(model), held_out.label_names
     if label_names is None and isinstance(examples, ImageExamples):
         label_names = examples.dataset.features["label"].names
     names = list(own_names if label_names is None else label_names)
-    predictions, references = predict(model, examples, accelerator, batch_size=batch_size)
+    predictions, references = predict(model, examples, accelerator, batch_size=held_out.batch_size)
     # A class of the model that the held-out examples do not have is never right.
     labels = {name: label for label, name in enumerate(names)}
     shared = np.array([labels.get(name, -1) for name in own_names], dtype=np.int64)
@@ -228,9 +249,9 @@ def _predict(
 
 
 def _compare(
-    own: _Predictions, other: _Predictions, *, shared: bool, confidence: float
+    own: _Predictions, other: _Predictions, each_its_way: bool, confidence: float
 ) -> Comparison:
-    if shared and own.reads != other.reads:
+    if not each_its_way and own.reads != other.reads:
         raise ValueError(
             "held_out must be a callable from a transform to the examples, because the models read"
             f" images differently: challenger {own.reads}, champion {other.reads}"

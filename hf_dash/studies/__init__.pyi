@@ -1,3 +1,4 @@
+from .framework import FrameworkConfig as FrameworkConfig
 from .framework import Simulation as Simulation
 from .framework import plot_simulations as plot_simulations
 from .framework import simulate as simulate

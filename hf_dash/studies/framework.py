@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hf_dash.report.markdown import Markdown, markdown_table
 from hf_dash.report.plots import draw_line, dress, save_figure
 from hf_dash.report.tables import mean_and_spread
-from hf_dash.utils.checks import check_count, check_number
+from hf_dash.utils.checks import check_count, check_number, with_settings
 from hf_dash.utils.files import write_text
 
 FrameworkStart = Literal["random", "warm", "ideal", "partial"]
@@ -61,21 +61,66 @@ class Simulation:
     memorized_points: Integers
 
 
+@dataclass(frozen=True)
+class FrameworkConfig:
+    """Sizes of the learning framework; the defaults are the paper's.
+
+    Args:
+        num_classes: C, at least 2.
+        num_features: K, of each class, at least 1.
+        num_points: N, arriving per experiment, over all classes: a multiple of C.
+        num_experiments: J, at least 1.
+        gamma: γ, points that teach a feature, at least 1.
+        tau: τ, learned features that explain a point, at least 1.
+        max_probability: largest probability of a feature, in (0, 1].
+        forget_share: probability, in [0, 1], that ``"partial"`` forgets the noise of a memorized
+            point when an experiment begins; 0 is ``"warm"``, 1 ``"ideal"``. Other starts ignore it.
+        num_test_points: over all classes, a multiple of C; drawn once, as are their coins. 0 gives
+            the expected accuracy, computed from the probabilities, without the noise of a draw.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.studies.FrameworkConfig(tau=2).gamma
+        50
+    """
+
+    num_classes: int = 2
+    num_features: int = 50
+    num_points: int = 1000
+    num_experiments: int = 50
+    gamma: int = 50
+    tau: int = 3
+    max_probability: float = 0.2
+    forget_share: float = 0.5
+    num_test_points: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_count("num_test_points", self.num_test_points, at_least=0)
+        check_count("num_classes", self.num_classes, at_least=2)
+        for name in ("num_features", "num_points", "num_experiments", "gamma", "tau"):
+            check_count(name, getattr(self, name))
+        check_number("max_probability", self.max_probability, "(0, 1]", 0.0, 1.0)
+        check_number("forget_share", self.forget_share, "[0, 1]", 0.0, 1.0)
+        for name in ("num_points", "num_test_points"):
+            if getattr(self, name) % self.num_classes:
+                raise ValueError(
+                    f"{name} must be a multiple of num_classes={self.num_classes}, got"
+                    f" {getattr(self, name)!r}"
+                )
+
+
 def simulate(
     start: FrameworkStart,
     *,
     seed: int = 0,
-    num_classes: int = 2,
-    num_features: int = 50,
-    num_points: int = 1000,
-    num_experiments: int = 50,
-    gamma: int = 50,
-    tau: int = 3,
-    max_probability: float = 0.2,
-    forget_share: float = 0.5,
-    num_test_points: int = 10_000,
+    config: FrameworkConfig | None = None,
+    **settings: Any,
 ) -> Simulation:
-    """Run J experiments of the paper's learning framework (section 3); the defaults are its own.
+    """Run J experiments of the paper's learning framework (section 3).
 
     Every class has K features of its own. A point of the class has each with that feature's
     probability, drawn once from U(0, ``max_probability``) and sorted, largest first. In experiment
@@ -94,39 +139,31 @@ def simulate(
         seed: at least 0. It alone fixes probabilities, points, test points, coins, and the
             numbers that decide what is forgotten, each from a generator of its own: the starts
             see the same data, whatever γ and τ, and fewer experiments are the first of more.
-        num_classes: C, at least 2.
-        num_features: K, at least 1.
-        num_points: N, over all classes: a multiple of C.
-        num_experiments: J, at least 1.
-        gamma: γ, points, at least 1.
-        tau: τ, features, at least 1.
-        max_probability: largest probability of a feature, in (0, 1].
-        forget_share: probability, in [0, 1], that ``"partial"`` forgets the noise of a memorized
-            point when an experiment begins; 0 is ``"warm"``, 1 ``"ideal"``. Other starts ignore it.
-        num_test_points: over all classes, a multiple of C; drawn once, as are their coins. 0 gives
-            the expected accuracy, computed from the probabilities, without the noise of a draw.
+        config: the sizes; by default the paper's.
+        **settings: fields of :class:`FrameworkConfig` that differ from ``config``.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
+        TypeError: an argument is of the wrong kind, or a setting is unknown.
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> import hf_dash
+        >>> sizes = {"num_points": 100, "num_experiments": 3, "gamma": 5, "num_test_points": 0}
+        >>> warm = hf_dash.studies.simulate("warm", **sizes)
+        >>> ideal = hf_dash.studies.simulate("ideal", **sizes)
+        >>> bool(ideal.accuracy[-1] >= warm.accuracy[-1])
+        True
     """
     if start not in get_args(FrameworkStart):
         raise ValueError(f"start must be one of {get_args(FrameworkStart)}, got {start!r}")
-    _check_sizes(seed, num_classes, num_features, num_points, num_experiments, num_test_points)
-    check_count("gamma", gamma)
-    check_count("tau", tau)
-    check_number("max_probability", max_probability, "(0, 1]", 0.0, 1.0)
-    check_number("forget_share", forget_share, "[0, 1]", 0.0, 1.0)
-    probabilities, points = _draw_data(
-        seed, num_classes, num_features, num_points, num_experiments, max_probability
-    )
-    history, nonzero_points, memorized_points = _run(
-        points, num_experiments, start, seed, gamma, tau, forget_share
-    )
-    if num_test_points:
-        accuracy = _drawn_accuracy(probabilities, history, tau, seed, num_test_points)
+    check_count("seed", seed, at_least=0)
+    sizes = with_settings(config or FrameworkConfig(), settings)
+    probabilities, points = _draw_data(seed, sizes)
+    history, nonzero_points, memorized_points = _run(points, start, seed, sizes)
+    if sizes.num_test_points:
+        accuracy = _drawn_accuracy(probabilities, history, sizes.tau, seed, sizes.num_test_points)
     else:
-        accuracy = _expected_accuracy(probabilities, history, tau)
+        accuracy = _expected_accuracy(probabilities, history, sizes.tau)
     features = history.sum((1, 2), dtype=np.int64)
     return Simulation(start, seed, accuracy, features, nonzero_points, memorized_points)
 
@@ -191,55 +228,30 @@ def write_simulations(simulations: Mapping[str, Sequence[Simulation]], path: str
     write_text(Path(path), text.getvalue())
 
 
-def _check_sizes(
-    seed: int, classes: int, features: int, points: int, experiments: int, test_points: int
-) -> None:
-    for name, value in (("seed", seed), ("num_test_points", test_points)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer of at least 0, got {value!r}")
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value!r}")
-    check_count("num_classes", classes)
-    if classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {classes!r}")
-    check_count("num_features", features)
-    check_count("num_points", points)
-    check_count("num_experiments", experiments)
-    for name, value in (("num_points", points), ("num_test_points", test_points)):
-        if value % classes:
-            raise ValueError(f"{name} must be a multiple of num_classes={classes}, got {value!r}")
-
-
 def _occurrences(points: Features, which: Integers) -> Integers:
     # A product is many times faster than a sum of booleans; float32 counts exactly up to 2²⁴.
     counted = np.ones(len(which), np.float32) @ points.take(which, axis=0)
     return counted.astype(np.int64)
 
 
-def _draw_data(
-    seed: int, classes: int, features: int, points: int, experiments: int, max_probability: float
-) -> tuple[Floats, Bools]:
+def _draw_data(seed: int, sizes: FrameworkConfig) -> tuple[Floats, Bools]:
     """Return the probabilities [C, K] and the points [C, M, K], in order of arrival."""
+    classes, features = sizes.num_classes, sizes.num_features
     uniform = np.random.default_rng([seed, PROBABILITIES]).random((classes, features))
-    probabilities = np.sort(max_probability * uniform, axis=1)[:, ::-1]
+    probabilities = np.sort(sizes.max_probability * uniform, axis=1)[:, ::-1]
     generator = np.random.default_rng([seed, POINTS])
+    shape = (classes, sizes.num_points // classes, features)
     arrivals = [
-        generator.random((classes, points // classes, features)) < probabilities[:, None]
-        for _ in range(experiments)
+        generator.random(shape) < probabilities[:, None] for _ in range(sizes.num_experiments)
     ]
     return probabilities, np.concatenate(arrivals, axis=1)
 
 
 def _run(
-    points: Bools,
-    experiments: int,
-    start: FrameworkStart,
-    seed: int,
-    gamma: int,
-    tau: int,
-    forget_share: float,
+    points: Bools, start: FrameworkStart, seed: int, sizes: FrameworkConfig
 ) -> tuple[Bools, Integers, Integers]:
     """Return [J, C, K] what is learned, [J] points with a gradient, [J] points memorized."""
+    experiments, gamma, tau = sizes.num_experiments, sizes.gamma, sizes.tau
     classes, total, features = points.shape
     arriving = total // experiments
     numbers, columns = points.astype(np.float32), points.transpose(0, 2, 1).copy()
@@ -256,7 +268,7 @@ def _run(
             memorized[:] = False
         elif start == "partial":
             old = memorized[:, : j * arriving]
-            old &= forgetting.random(old.shape) >= forget_share
+            old &= forgetting.random(old.shape) >= sizes.forget_share
         new, seen = slice(j * arriving, (j + 1) * arriving), slice((j + 1) * arriving)
         counts[:, new] = (points[:, new] & learned[:, None]).sum(2)
         nonzero = ~memorized[:, seen] & (counts[:, seen] < tau)

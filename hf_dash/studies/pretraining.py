@@ -13,19 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from hf_dash.data.examples import ImageExamples
 from hf_dash.data.rounds import Round
-from hf_dash.history import History, RoundRecord
-from hf_dash.method.config import DashConfig
+from hf_dash.history import RoundRecord
 from hf_dash.report.markdown import Markdown, markdown_table
 from hf_dash.report.plots import COLORS, draw_line, save_figure
 from hf_dash.report.tables import before_and_after, mean_and_spread
-from hf_dash.runs.continual import run_rounds
-from hf_dash.starts import Start, StartsConfig, cold_, warm_
-from hf_dash.training.config import TrainingConfig
+from hf_dash.runs.continual import Run, run_rounds
+from hf_dash.starts import Start, cold_, warm_
 from hf_dash.utils.checks import check_count
 
 # Names of the records that are no start's: the stages, and training on all data from scratch.
@@ -39,67 +36,59 @@ def run_pretraining(
     held_out: ImageExamples,
     compared: Mapping[str, Start],
     pretrain_epochs: Sequence[int],
-    *,
-    seed: int,
-    history: History,
-    accelerator: Accelerator,
-    training: TrainingConfig,
-    output_dir: str | Path,
-    dash: DashConfig | None = None,
-    starts: StartsConfig | None = None,
+    run: Run,
 ) -> None:
     """Train on all data from every length of pre-training by every start, and from scratch.
 
-    A call on the same folder goes on where an earlier one ended, as ``run_rounds`` does.
+    A call on the same folder continues where an earlier one ended, as ``run_rounds`` does.
 
     Args:
-        make_model: returns the model freshly initialized with ``seed``.
+        make_model: returns the model freshly initialized with ``run.seed``.
         half: the first round: what the model is pre-trained on.
         whole: the second round: old and new examples; map-style.
         held_out: examples never trained on.
         compared: the starts by name; ``"cold"`` and ``"pretraining"`` are taken.
         pretrain_epochs: the lengths to compare, at least 1, rising.
-        seed: of the run; see ``run_rounds``.
-        history: gets a record of ``"cold"``, trained from scratch; for every length, with a
-            ``round_index`` that counts them, one of the ``"pretraining"`` stage that ends with it;
-            and for every start one with the next ``round_index`` and the stage as ``parent``.
-        accelerator: gives devices, processes and precision.
-        training: of what follows the start; pre-training has its own number of epochs.
-        output_dir: keeps the stages' weights; of a start's only the newest.
-        dash: settings of the gradient pass.
-        starts: settings of the other starts.
+        run: seed, settings and ``output_dir``; its name, parent and limit are set here for each
+            training. ``run.training`` is that after the start: pre-training has its own number of
+            epochs. ``run.history`` gets a record of ``"cold"``, trained from scratch; for every
+            length, with a ``round_index`` that counts them, one of the ``"pretraining"`` stage that
+            ends with it; and for every start one with the next ``round_index`` and the stage as
+            ``parent``. The stages' weights are kept, and of each start only the newest.
 
     Raises:
-        TypeError: a length is no integer.
-        ValueError: lengths do not rise from at least 1, a start has a name that is taken, or what
-            ``run_rounds`` refuses.
+        TypeError: a length is not an integer.
+        ValueError: lengths do not rise from at least 1, a start has a name that is taken,
+            ``run.output_dir`` is missing, or what ``run_rounds`` refuses.
+
+    Example:
+        >>> import hf_dash
+        >>>         >>> run = hf_dash.runs.Run("any", 0, hf_dash.History(None, {}), Accelerator(cpu=True))
+        >>> hf_dash.studies.run_pretraining(None, None, None, None, {}, [1, 4], run)
+        Traceback (most recent call last):
+            ...
+        ValueError: run must have an output_dir, which keeps the weights of the stages
     """
     _check(compared, pretrain_epochs)
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "history": history,
-        "accelerator": accelerator,
-        "output_dir": output_dir,
-        "dash": dash,
-        "starts": starts,
-    }
+    if run.output_dir is None:
+        raise ValueError("run must have an output_dir, which keeps the weights of the stages")
 
-    def train(name: str, start: Start, round_: Round, config: TrainingConfig, **more: Any) -> None:
+    def train(name: str, start: Start, round_: Round, **changes: Any) -> None:
         # What is recorded is done; the weights of a start's earlier rounds need not be there.
-        if history.find(name, seed, round_.index) is None:
-            more = {**shared, **more, "training": config}
-            run_rounds(make_model(), [round_], held_out, start, name=name, **more)
+        if run.history.find(name, run.seed, round_.index) is None:
+            own = replace(run, name=name, **{"parent": None, **changes})
+            run_rounds(make_model(), [round_], held_out, start, own)
 
-    train(SCRATCH, cold_, replace(whole, index=1), training)
+    train(SCRATCH, cold_, replace(whole, index=1))
     stage: RoundRecord | None = None
     done = 0
     for index, epochs in enumerate(pretrain_epochs, start=1):
-        config = replace(training, max_epochs=epochs - done, accuracy_threshold=None)
-        train(PRETRAINING, warm_, replace(half, index=index), config, parent=stage)
-        stage, done = history.find(PRETRAINING, seed, index), epochs
+        config = replace(run.training, max_epochs=epochs - done, accuracy_threshold=None)
+        train(PRETRAINING, warm_, replace(half, index=index), training=config, parent=stage)
+        stage, done = run.history.find(PRETRAINING, run.seed, index), epochs
         for name, start in compared.items():
             after = {"parent": stage, "measure_memorization": True, "save_total_limit": 1}
-            train(name, start, replace(whole, index=index + 1), training, **after)
+            train(name, start, replace(whole, index=index + 1), **after)
 
 
 def pretrained_epochs(record: RoundRecord, records: Sequence[RoundRecord]) -> float:
@@ -186,7 +175,7 @@ def pretraining_table(records: Sequence[RoundRecord]) -> Markdown:
 def plot_pretraining(records: Sequence[RoundRecord], path: str | Path) -> None:
     """Draw what each start makes of ever longer pre-training on the old half of the data.
 
-    Panels: held-out accuracy after training on all data, beside training from scratch; how many of
+    Panels: held-out accuracy after training on all data, vs. training from scratch; how many of
     the old half's labels, and of the wrong ones among them where there are any, the model answers
     right before any start and right after each. With several seeds a line is their mean and the
     band around it ± one sample standard deviation.

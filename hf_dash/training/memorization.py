@@ -10,6 +10,7 @@ Differs: dormant units are counted in the one layer that is given, not over all 
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -76,14 +77,54 @@ Examples = TorchDataset[dict[str, Any]]
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class ExampleSets:
+    """What a model's memory is measured on; each set holds ``pixel_values`` and ``labels``.
+
+    Args:
+        new: examples that arrived in this round.
+        held_out: examples never trained on.
+        old: examples of earlier rounds; None in a first round.
+        flipped: examples as they were trained, with a label that is wrong (:func:`flip_labels`).
+
+    Raises:
+        TypeError: a set is not a map-style dataset.
+        ValueError: a set is empty.
+
+    Example:
+        >>> import torch
+        >>> import hf_dash
+        >>> examples = [{"pixel_values": torch.zeros(3, 8, 8), "labels": 0}]
+        >>> list(hf_dash.training.ExampleSets(new=examples, held_out=examples).given)
+        ['new', 'held_out']
+    """
+
+    new: Examples
+    held_out: Examples
+    old: Examples | None = None
+    flipped: Examples | None = None
+
+    def __post_init__(self) -> None:
+        for name, examples in self.given.items():
+            if not hasattr(examples, "__len__"):
+                kind = type(examples).__name__
+                raise TypeError(f"{name} must be a map-style dataset, got {kind}")
+            if len(examples) == 0:
+                raise ValueError(f"{name} must hold at least one example, got none")
+
+    @property
+    def given(self) -> dict[str, Examples]:
+        """The sets there are, by name."""
+        sets = {"old": self.old, "new": self.new, "held_out": self.held_out}
+        sets["flipped"] = self.flipped
+        return {name: examples for name, examples in sets.items() if examples is not None}
+
+
 def measure_memorization(
     model: nn.Module,
-    *,
-    old: Examples | None,
-    new: Examples,
-    held_out: Examples,
+    sets: ExampleSets,
     accelerator: Accelerator,
-    flipped: Examples | None = None,
+    *,
     batch_size: int = 256,
     max_examples: int | None = 2_000,
     with_features: bool = False,
@@ -100,19 +141,15 @@ def measure_memorization(
 
     Args:
         model: a transformers image classifier; not prepared.
-        old: examples of earlier rounds, mappings of ``pixel_values`` and ``labels``; None in a
-            first round.
-        new: examples that arrived in this round, in the same form.
-        held_out: examples never trained on.
+        sets: the examples.
         accelerator: gives the processes; the model is computed on the device it lies on.
-        flipped: examples as they were trained, with a label that is wrong (:func:`flip_labels`).
         batch_size: images per batch and process, at least 1; gradients need memory for as many.
         max_examples: of each set, over all processes, at least 1: a fixed subset, evenly spaced
             from the first example on, so that the cost does not grow with the data. None takes
             all. At 2,000 the standard error of an accuracy is at most 1.1 points.
+        with_features: describe the features before the classifier too; timm models only.
         renew_batch_norms: measure with the statistics of old and new examples under the present
             weights, which every process computes, instead of the running ones.
-        with_features: describe the features before the classifier too; timm models only.
 
     Returns:
         ``accuracy_old``, ``accuracy_new``, ``accuracy_held_out``: in [0, 1].
@@ -125,21 +162,31 @@ def measure_memorization(
         ``effective_rank``: of the matrix of the held-out examples' features [examples, units]: the
         exponential of the entropy of its singular values divided by their sum; from 1 to the
         number of units, 0 where every feature is 0.
-        Numbers of examples that were not given, and of features not asked for, are left out.
+        Numbers of sets that were not given, and of features not asked for, are left out.
 
     Raises:
-        TypeError: features are asked for and the model is no timm model, or examples are of no
-            known number.
-        ValueError: a set of examples is empty, a label is none of the model's classes, a number is
-            out of range, or no parameter is trainable.
+        TypeError: features are asked for and the model is not a timm model.
+        ValueError: a label is not one of the model's classes, a number is out of range, or no
+            parameter is trainable.
         FloatingPointError: a gradient is not finite.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> import hf_dash
+        >>> from hf_dash.training import ExampleSets, measure_memorization
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> examples = [{"pixel_values": torch.rand(3, 32, 32), "labels": i % 2} for i in range(4)]
+        >>> found = measure_memorization(
+        ...     model, ExampleSets(new=examples, held_out=examples), Accelerator(cpu=True)
+        ... )
+        >>> sorted(found)
+        ['accuracy_held_out', 'accuracy_new', 'gradient_norm_new']
     """
-    sets = {"old": old, "new": new, "held_out": held_out, "flipped": flipped}
-    given = {name: examples for name, examples in sets.items() if examples is not None}
-    _check(model, given, batch_size, max_examples, with_features)
+    _check(model, batch_size, max_examples, with_features)
     subsets = {
         name: Subset(examples, spaced_indices(len(examples), max_examples))  # type: ignore[arg-type]
-        for name, examples in given.items()
+        for name, examples in sets.given.items()
     }
     images = _images(
         model, [subsets[name] for name in ("old", "new") if name in subsets], batch_size
@@ -189,28 +236,15 @@ def measure_round(
         raise ValueError("memorization cannot be measured on streams: use map-style data")
     num_classes = cast(PreTrainedModel, model).config.num_labels
     known = [index for index, label in enumerate(held_out.labels) if 0 <= label < num_classes]
+    sets = ExampleSets(round_.new, Subset(held_out, known), round_.seen, round_.flipped_seen)
     return measure_memorization(
-        model,
-        old=round_.seen,
-        new=round_.new,
-        held_out=Subset(held_out, known),
-        flipped=round_.flipped_seen,
-        accelerator=accelerator,
-        with_features=True,
-        renew_batch_norms=True,
+        model, sets, accelerator, with_features=True, renew_batch_norms=True
     )
 
 
 def _check(
-    model: nn.Module,
-    given: dict[str, Examples],
-    batch_size: int,
-    max_examples: int | None,
-    with_features: bool,
+    model: nn.Module, batch_size: int, max_examples: int | None, with_features: bool
 ) -> None:
-    for name, examples in given.items():
-        if _length(name, examples) == 0:
-            raise ValueError(f"{name} must hold at least one example, got none")
     for name, count in (("batch_size", batch_size), ("max_examples", max_examples)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count!r}")
@@ -221,12 +255,6 @@ def _check(
             "with_features needs a timm model, which gives the features before its classifier, got"
             f" {type(model).__name__}"
         )
-
-
-def _length(name: str, examples: Examples) -> int:
-    if not hasattr(examples, "__len__"):
-        raise TypeError(f"{name} must be a map-style dataset, got {type(examples).__name__}")
-    return len(examples)
 
 
 def spaced_indices(count: int, limit: int | None) -> list[int]:

@@ -1,10 +1,28 @@
 """Checks of arguments: the error names the argument, its value, and what is allowed."""
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from numbers import Real
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
 
 
 def check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:
-    """Return an argument as a float; refuse what is no number or outside of ``allowed``."""
+    """Return an argument as a float.
+
+    Args:
+        name: of the argument.
+        value: given for it.
+        allowed: the range as text, such as ``"(0, 1]"``; its brackets say whether an end belongs
+            to it.
+        low: lower end of the range.
+        high: upper end.
+
+    Raises:
+        TypeError: the value is not a real number.
+        ValueError: it is out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
     number = float(value)
@@ -16,17 +34,36 @@ def check_number(name: str, value: object, allowed: str, low: float, high: float
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse an argument that is neither True nor False."""
+    """Refuse an argument that is neither True nor False.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuse an argument that is no integer of at least 1."""
+def check_count(name: str, value: object, *, at_least: int = 1) -> None:
+    """Refuse an argument that is not an integer of at least ``at_least``.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too small.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
+        raise TypeError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse an argument that is not an instance of ``kind``.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
 def check_confidence(confidence: float) -> None:
@@ -37,3 +74,16 @@ def check_confidence(confidence: float) -> None:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a copy of a dataclass with some of its fields changed.
+
+    Raises:
+        TypeError: a setting is not a field; the message lists the fields.
+    """
+    known = [entry.name for entry in fields(config)]  # type: ignore[arg-type]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"settings must be among {known}, got {unknown}")
+    return replace(config, **settings)  # type: ignore[type-var]

@@ -33,7 +33,7 @@ def forget_downloads():
     shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
 
 
-def test_the_parent_is_the_exact_commit_with_its_ledger(hub, tmp_path):
+def test_the_parent_is_the_exact_commit_with_its_history(hub, tmp_path):
     first = make_round(tmp_path / "1", 1)
     pushed = push_round(tmp_path / "1", "user/model")
     for revision in ("main", "round-001", pushed.commit, None):
@@ -133,9 +133,9 @@ def test_the_chain_is_rebuilt_from_the_hub_alone(hub, chain, tmp_path):
     assert [one.commit for one in rebuilt] == [one.commit for one in chain]
     assert [one.repo_id for one in rebuilt] == ["user/one"] * 2 + ["user/two"] * 2
     assert rebuilt[1].revision == chain[1].commit  # as round 3 names its parent
-    ledger = tmp_path / "history.json"
-    hf_dash.history.write_history(ledger, {}, [one.record for one in rebuilt])
-    assert hf_dash.read_history(ledger).records == records
+    written = tmp_path / "history.json"
+    hf_dash.history.write_history(written, {}, [one.record for one in rebuilt])
+    assert hf_dash.read_history(written).records == records
     assert rebuild_chain("user/one", revision="round-001") == [
         dataclasses.replace(chain[0], revision="round-001")
     ]

@@ -41,8 +41,10 @@ def run(tmp_path):
     return tmp_path / "run", history
 
 
-def share(run, hub_arguments=ON):
-    return push_rounds(hub_arguments, *run, "dash", 0, hf_dash.DataConfig("digits"), 360)
+def push(run, hub_arguments=ON):
+    output_dir, history = run
+    data = hf_dash.report.CardData("digits", "test", 360)
+    return push_rounds(hub_arguments, output_dir, hf_dash.report.Chain(history, "dash", 0, data))
 
 
 def test_the_flags_are_those_of_training_arguments():
@@ -72,7 +74,7 @@ def test_the_token_leaves_the_trainers_arguments(tmp_path):
 def test_nothing_is_asked_of_the_hub_unasked(hub, run, tmp_path):
     off = dataclasses.replace(ON, push_to_hub=False)
     assert push_folder(off, tmp_path) is None
-    assert share(run, off) is None
+    assert push(run, off) is None
     assert push_promotion(off, run[0], "rounds/001/dash_seed0", "") is None
     assert hub.requests == []
 
@@ -105,7 +107,7 @@ def test_a_failure_ends_no_training_and_tells_the_command(
     assert content_of(folder) == before
     hub.faults.clear()
     assert push_folder(own, folder).revision == "round-001"
-    assert "shared round 1: user/model at round-001" in capfd.readouterr().out
+    assert "pushed round 1: user/model at round-001" in capfd.readouterr().out
 
 
 def test_the_command_repeats_what_was_asked_for(tmp_path):
@@ -117,8 +119,8 @@ def test_the_command_repeats_what_was_asked_for(tmp_path):
     assert push_command(ON, "runs/x", "user/model", create_pr=True).endswith(" --create_pr")
 
 
-def test_every_round_of_a_run_is_shared_once(hub, run):
-    done = share(run)
+def test_every_round_of_a_run_is_pushed_once(hub, run):
+    done = push(run)
     assert done.revision == "round-003"
     tags = hub.repositories["user/model"].tags
     assert list(tags) == ["round-001", "round-002", "round-003"]
@@ -132,36 +134,36 @@ def test_every_round_of_a_run_is_shared_once(hub, run):
     assert content_of(run[0] / "model").items() <= files[2].items()
     assert len(hf_dash.hub.rebuild_chain("user/model")) == 3
     requests = len(hub.requests)
-    assert share(run) == done
+    assert push(run) == done
     assert not any(" /api/models/user/model/commit/" in r for r in hub.requests[requests:])
 
 
 def test_rounds_that_were_not_pushed_are_caught_up_with(hub, run, quick, warnings):
     hub.fail("POST .*/tag/", 500)
-    assert share(run) is None
+    assert push(run) is None
     (told,) = [one for one in warnings.messages if one.startswith("not pushed")]
-    assert "the same command as before shares them later" in told
+    assert "the same command as before pushes them later" in told
     hub.faults.clear()
-    assert share(run).revision == "round-003"
+    assert push(run).revision == "round-003"
     assert len(log_of(hub)) == 4
 
 
 def test_pruned_rounds_are_left_out_and_another_runs_rounds_refused(hub, run, warnings, tmp_path):
     (run[0] / run[1].records[0].folder / "model.safetensors").unlink()
-    assert share(run).revision == "round-003"
+    assert push(run).revision == "round-003"
     assert list(hub.repositories["user/model"].tags) == ["round-002", "round-003"]
     other = dataclasses.replace(run[1].records[1], weights_sha256="0" * 64)
     records = [run[1].records[0], other, run[1].records[2]]
-    assert share((run[0], dataclasses.replace(run[1], records=records))) is None
+    assert push((run[0], dataclasses.replace(run[1], records=records))) is None
     assert "holds round-002 already, with other weights" in warnings.text
 
 
 def test_a_challenger_is_promoted_and_rolled_back(hub, run, quick, warnings):
     output_dir, history = run
     first = dataclasses.replace(history, records=history.records[:2])
-    share((output_dir, first))
+    push((output_dir, first))
     waiting = dataclasses.replace(ON, hub_revision="challenger")
-    assert share(run, waiting).revision == "challenger"
+    assert push(run, waiting).revision == "challenger"
     assert len(log_of(hub)) == 3
     assert "user/model" in hub.files("user/model", "challenger")["README.md"].decode()
 

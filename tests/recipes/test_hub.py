@@ -1,4 +1,4 @@
-"""Rounds shared by the recipes on a double of the Hub."""
+"""Rounds pushed by the recipes to a double of the Hub."""
 
 import json
 import shlex
@@ -20,9 +20,9 @@ FAST += ["--num_train_epochs", "1", "--disable_tqdm", "true", "--report_to", "no
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def pushed(tmp_path_factory):
     """Two rounds pushed by the comparison, the third from the Hub by the Trainer, none by hand."""
-    folder = tmp_path_factory.mktemp("shared")
+    folder = tmp_path_factory.mktemp("pushed")
     with HubDouble() as hub:
         online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
         alone = {**online, "launcher": False}
@@ -43,8 +43,8 @@ def shared(tmp_path_factory):
     assert hub.problems == []
 
 
-def test_rounds_go_to_the_hub_and_go_on_from_there(shared):
-    folder, hub, done, _ = shared
+def test_rounds_go_to_the_hub_and_go_on_from_there(pushed):
+    folder, hub, done, _ = pushed
     repository = hub.repositories["user/digits"]
     assert repository.private
     assert list(repository.tags) == ["round-001", "round-002", "round-003"]
@@ -63,11 +63,11 @@ def test_rounds_go_to_the_hub_and_go_on_from_there(shared):
     card = ModelCard(hub.files("user/digits")["README.md"].decode())
     assert card.data.base_model == "user/digits"
     for one in done:
-        assert "shared round" in one.stdout
+        assert "pushed round" in one.stdout
 
 
-def test_both_ways_to_the_hub_lay_out_a_round_alike(shared):
-    folder, hub, _, _ = shared
+def test_both_ways_to_the_hub_lay_out_a_round_alike(pushed):
+    folder, hub, _, _ = pushed
     by_accelerate, by_trainer = (hub.files("user/digits", f"round-00{i}") for i in (2, 3))
     assert by_trainer.keys() == by_accelerate.keys()
     assert by_trainer.keys() >= {"README.md", "config.json", "dash_report.json", "history.json"}
@@ -76,8 +76,8 @@ def test_both_ways_to_the_hub_lay_out_a_round_alike(shared):
     assert layouts[0] == layouts[1]
 
 
-def test_the_token_is_written_nowhere(shared):
-    folder, hub, done, _ = shared
+def test_the_token_is_written_nowhere(pushed):
+    folder, hub, done, _ = pushed
     written = [path for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in written)
     texts = [path.read_bytes() for path in written] + list(hub.objects.values())
@@ -88,8 +88,8 @@ def test_the_token_is_written_nowhere(shared):
     assert not [text for text in texts if TOKEN.encode() in text]
 
 
-def test_what_was_not_pushed_is_published_later(shared):
-    folder, hub, _, environment = shared
+def test_what_was_not_pushed_is_published_later(pushed):
+    folder, hub, _, environment = pushed
     hub.fail("POST .*/user/later/commit/", 403)
     flags = ["--model_dir", "child", "--hub_model_id", "user/later", "--hub_private_repo", "false"]
     failed = launch("publish.py", folder, *flags, check=False, launcher=False, **environment)
@@ -107,8 +107,8 @@ def test_what_was_not_pushed_is_published_later(shared):
     assert hub.files("user/later")["model.safetensors"] == own
 
 
-def test_main_follows_a_promotion(shared):
-    folder, hub, _, environment = shared
+def test_main_follows_a_promotion(pushed):
+    folder, hub, _, environment = pushed
     flags = ["--output_dir", "runs/continual_rounds", "--challenger", "rounds/001/dash_seed0"]
     flags += ["--dataset_name", "digits", "--push_to_hub", "--hub_model_id", "user/digits"]
     done = launch("promote.py", folder, *flags, launcher=False, **environment)

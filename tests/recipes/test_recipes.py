@@ -228,8 +228,8 @@ def test_starts_are_compared_without_training(tmp_path):
             for index in (1, 2)
         ]
         hf_dash.history.write_history(tmp_path / f"{start}.json", {"starts": [start]}, records)
-    ledgers = ("--histories", "cold.json", "dash.json", "--skip_seeds", "0")
-    printed = launch("compare_starts.py", tmp_path, *ledgers, "--output_dir", "both").stdout
+    histories = ("--histories", "cold.json", "dash.json", "--skip_seeds", "0")
+    printed = launch("compare_starts.py", tmp_path, *histories, "--output_dir", "both").stdout
     cells = [cell.strip() for cell in printed.split("|")]
     assert cells[cells.index("dash") :][:3] == ["dash", "2", "50.00 ± 0.00 %"]
     assert "+10.00 (+10.00 … +10.00)" in printed

@@ -7,17 +7,21 @@ from helpers import record, tiny_processor, tiny_vit
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
-from hf_dash import DashCallback, DataConfig, History, read_history
+from hf_dash import DashCallback, History, read_history
 from hf_dash._version import library_versions
 from hf_dash.data.rounds import joint_fingerprint
 from hf_dash.report import (
+    CardData,
     CardInfo,
-    export_model,
+    Chain,
     trainer_record,
     training_settings,
     write_model_folder,
     write_results,
 )
+
+DATA = CardData("digits", "test", 360)
+
 
 SHRINK = {
     "config": {"alpha": 0.3, "lam": 0.3, "grouping": "kernel"},
@@ -63,8 +67,12 @@ def test_what_was_measured_is_in_the_tables(tmp_path):
     assert not (tmp_path / "factors.png").exists()
 
 
+def export(model, folder, chain):
+    write_model_folder(model, folder, chain.info(model))
+
+
 def test_a_model_is_exported_with_its_own_records(history, small_model, tmp_path):
-    export_model(small_model, tmp_path, history, "dash", 0, DataConfig(), 360)
+    export(small_model, tmp_path, Chain(history, "dash", 0, DATA))
     own = read_history(tmp_path / "history.json")
     assert own.records == history.records[:2]
     card = ModelCard.load(tmp_path / "README.md")
@@ -72,7 +80,7 @@ def test_a_model_is_exported_with_its_own_records(history, small_model, tmp_path
     assert "| hardware | 1 × cpu, fp32 |" in " ".join(str(card).split())
     assert own.settings == {"lam": 0.3}
     with pytest.raises(ValueError, match="no record of start 'cold' and seed 0"):
-        export_model(small_model, tmp_path, history, "cold", 0, DataConfig(), 360)
+        Chain(history, "cold", 0, DATA)
 
 
 def test_an_exported_model_is_held_against_its_rival_from_scratch(history, small_model, tmp_path):
@@ -84,7 +92,7 @@ def test_an_exported_model_is_held_against_its_rival_from_scratch(history, small
     records += [record("cold", seed, n, accuracy=a, **known) for seed, n, a in others]
     run = History(None, {}, records)
     (tmp_path / "factors.png").touch()  # of another model, exported here before
-    export_model(small_model, tmp_path, run, "dash", 0, DataConfig(dataset_revision="v1"), 360)
+    export(small_model, tmp_path, Chain(run, "dash", 0, replace(DATA, dataset_revision="v1")))
     text = (tmp_path / "README.md").read_text()
     assert "| **held-out accuracy** | 25.00% | **50.00%** |       75.00% |" in text
     assert "| `v1` |" in " ".join(text.split())
@@ -92,7 +100,7 @@ def test_an_exported_model_is_held_against_its_rival_from_scratch(history, small
     assert not (tmp_path / "factors.png").exists()
 
 
-def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
+def test_a_native_model_is_written_with_its_card_and_history(history, tmp_path):
     records = history.records[:2]
     info = CardInfo("a vit", records, {"lam": 0.3}, "digits", "test", 360)
     write_model_folder(tiny_vit(), tmp_path, info, image_processor=tiny_processor())
@@ -112,7 +120,7 @@ def test_a_native_model_is_written_with_its_card_and_ledger(history, tmp_path):
     assert "(factors.png)" in text
 
 
-def test_the_ledger_of_a_folder_knows_its_weights_and_the_last_shrink(small_model, tmp_path):
+def test_the_history_of_a_folder_knows_its_weights_and_the_last_shrink(small_model, tmp_path):
     before = [record("dash", shrink=SHRINK, weights_sha256=None)]
     info = CardInfo("a resnet", before, {}, "digits", "test", 360)
     write_model_folder(small_model, tmp_path, info)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from hf_dash.runs import Comparison, PairedAccuracy, compare_models, decide
+from hf_dash.runs import Comparison, PairedAccuracy, PromotionRules, compare_models, decide
 
 
 def answers(both=0, gained=0, lost=0, neither=0):
@@ -161,9 +161,9 @@ def test_verdicts_and_their_reasons(overall, classes, reasons):
 
 def test_the_limits_may_be_set():
     close = comparison(-0.004, -0.01, 0.003, cat=(-0.1, -0.15, -0.05))
-    assert decide(close, min_gain=-0.005, max_class_drop=0.1).promote
-    assert "min_gain, 0.50%" in decide(close, min_gain=0.005).reason
-    assert "max_loss, 0.90%" in decide(close, max_loss=0.009).reason
+    assert decide(close, PromotionRules(min_gain=-0.005, max_class_drop=0.1)).promote
+    assert "min_gain, 0.50%" in decide(close, PromotionRules(min_gain=0.005)).reason
+    assert "max_loss, 0.90%" in decide(close, PromotionRules(max_loss=0.009)).reason
 
 
 def test_the_verdict_on_real_counts():
@@ -208,4 +208,4 @@ def test_no_examples_and_no_integers_are_refused():
 )
 def test_limits_out_of_range_are_refused(rule, value):
     with pytest.raises(ValueError, match=rf"{rule} must be in \[.*, 1\], got {value}"):
-        decide(comparison(0.0, 0.0, 0.0), **{rule: value})
+        PromotionRules(**{rule: value})

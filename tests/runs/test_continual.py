@@ -1,5 +1,4 @@
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from helpers import same_state, state_of
 
 import hf_dash
 from hf_dash._version import library_versions
-from hf_dash.runs.continual import _start, seed_of_round
+from hf_dash.runs.continual import _start, _Task, seed_of_round
 
 TRAINING = hf_dash.TrainingConfig(max_epochs=2, train_batch_size=30, disable_tqdm=True)
 
@@ -20,12 +19,14 @@ def run(model, rounds, start, accelerator, name="mine", seed=0):
         rounds,
         rounds[0].new,
         start,
-        name=name,
-        seed=seed,
-        history=history,
-        accelerator=accelerator,
-        training=TRAINING,
-        dash=hf_dash.DashConfig(gradient_batch_size=30),
+        hf_dash.runs.Run(
+            name,
+            seed,
+            history,
+            accelerator,
+            training=TRAINING,
+            dash=hf_dash.DashConfig(gradient_batch_size=30),
+        ),
     )
     return history.records
 
@@ -118,14 +119,16 @@ def saved_run(
         rounds,
         rounds[0].new,
         hf_dash.find_start(start),
-        name=start,
-        seed=0,
-        history=history,
-        accelerator=accelerator,
-        training=training,
-        dash=hf_dash.DashConfig(gradient_batch_size=30),
-        output_dir=folder,
-        **options,
+        hf_dash.runs.Run(
+            start,
+            0,
+            history,
+            accelerator,
+            training=training,
+            dash=hf_dash.DashConfig(gradient_batch_size=30),
+            output_dir=folder,
+            **options,
+        ),
     )
     return model, history
 
@@ -196,17 +199,29 @@ def test_another_start_branches_off_a_finished_round(two_rounds, accelerator, tm
     assert same_state(state_of(branch), state_of(straight))
     assert (history.records[-1].start, history.records[-1].parent) == ("dash", first.folder)
     with pytest.raises(ValueError, match="output_dir must be given with parent"):
-        hf_dash.run_rounds(
-            branch,
-            two_rounds[1:],
-            two_rounds[0].new,
-            hf_dash.find_start("dash"),
-            name="dash",
-            seed=0,
-            history=history,
-            accelerator=accelerator,
-            parent=first,
-        )
+        hf_dash.runs.Run("dash", 0, history, accelerator, parent=first)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"name": "../dash"}, ValueError, r"name must be .*, got '\.\./dash'"),
+        ({"name": "a/b"}, ValueError, "name must be .*, got 'a/b'"),
+        ({"name": ""}, ValueError, "name must be .*, got ''"),
+        ({"name": 3}, TypeError, "name must be .*, got 3"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer of at least 0, got 0.5"),
+        ({"save_total_limit": 0}, ValueError, "save_total_limit must be at least 1, got 0"),
+        ({"measure_memorization": 1}, TypeError, "measure_memorization must be True or False"),
+        ({"dash": {}}, TypeError, "dash must be a DashConfig, got {}"),
+        ({"start_config": []}, TypeError, r"start_config must be a StartsConfig, got \[\]"),
+        ({"training": None}, TypeError, "training must be a TrainingConfig, got None"),
+    ],
+)
+def test_a_run_checks_its_settings(wrong, error, message, accelerator):
+    fields = {"name": "dash", "seed": 0, "accelerator": accelerator}
+    with pytest.raises(error, match=message):
+        hf_dash.runs.Run(history=hf_dash.History(None, {}), **{**fields, **wrong})
 
 
 def growing_rounds(digits, transform):
@@ -245,9 +260,9 @@ def test_old_rows_start_as_usual_and_new_ones_fresh(digits, small_model, acceler
 
     model, _ = saved_run(tmp_path, rounds[:1], accelerator)
     old = state_of(model)["timm_model.fc.weight"]
-    run = SimpleNamespace(start=halve, seed=0, dash=None, starts=None, accelerator=accelerator)
+    run = hf_dash.runs.Run("mine", 0, hf_dash.History(None, {}), accelerator)
     grown, rows = hf_dash.models.grow_head(model, names_of(10)[7:], seed=3)
-    _start(run, grown, rounds[1], 3, rows)
+    _start(_Task(run, halve, rounds[0].new, rounds[1], 3), grown, rows)
     weight = grown.timm_model.fc.weight.detach()
     assert torch.equal(weight[:7], 0.5 * old)
     assert torch.equal(weight[7:], rows["fc.weight"])

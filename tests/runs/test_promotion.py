@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -7,8 +8,13 @@ import torch
 import hf_dash
 from hf_dash import History, promote, read_history, rollback
 from hf_dash.history import RoundRecord
+from hf_dash.runs import HeldOut, PromotionRules
 
 DIGITS = [str(digit) for digit in range(10)]
+
+
+# No class is too much worse to be promoted.
+ANY_CLASS = PromotionRules(max_class_drop=1.0)
 
 
 FIRST, SECOND, THIRD = (f"rounds/{index:03d}/dash_seed0" for index in (1, 2, 3))
@@ -100,7 +106,7 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(run, held_out, 
     refused = promote(run, SECOND, held_out, accelerator=accelerator)
     assert not refused.promote
     assert "max_class_drop, 5.00%, on '5' -100.00%" in refused.reason
-    taken = promote(run, SECOND, held_out, max_class_drop=1.0, accelerator=accelerator)
+    taken = promote(run, SECOND, held_out, rules=ANY_CLASS, accelerator=accelerator)
     assert taken.promote
     overall = taken.comparison.overall
     assert (overall.champion, overall.challenger, overall.difference) == (0.25, 0.75, 0.5)
@@ -147,7 +153,7 @@ def test_labels_are_compared_by_name(run, held_out, accelerator):
     # A grown head, its classes in another order, and another size of image.
     save_constant(run / SECOND, "3", ["dog", "5", "3"], image_size=40)
     promote(run, FIRST, held_out, accelerator=accelerator)
-    verdict = promote(run, SECOND, held_out, max_class_drop=1.0, accelerator=accelerator)
+    verdict = promote(run, SECOND, held_out, rules=ANY_CLASS, accelerator=accelerator)
     assert (verdict.comparison.overall.champion, entries(run)[1].accuracy) == (0.25, 0.75)
     assert set(verdict.comparison.per_class) == {"3", "5"}
     # A class the champion does not know is one it is wrong about.
@@ -162,20 +168,14 @@ def test_examples_may_be_given_with_the_names_of_their_labels(run, digits_test, 
     # Labels 0 and 1 mean 3 and 5; −1 means neither and is wrong.
     examples = [{"pixel_values": pixels, "labels": label} for label in (0, 0, 1, -1)]
     names = ["3", "5"]
-    promote(run, FIRST, examples, label_names=names, accelerator=accelerator)
-    promote(
-        run,
-        SECOND,
-        examples,
-        label_names=names,
-        held_out_fingerprint="given",
-        accelerator=accelerator,
-    )
+    shown = HeldOut(examples, label_names=names)
+    promote(run, FIRST, shown, accelerator=accelerator)
+    promote(run, SECOND, replace(shown, fingerprint="given"), accelerator=accelerator)
     assert [e.accuracy for e in entries(run)] == [0.25, 0.5]
     assert entries(run)[0].held_out_fingerprint != entries(run)[1].held_out_fingerprint == "given"
     save_constant(run / THIRD, "5", image_size=40)
     with pytest.raises(ValueError, match="held_out must be a callable from a transform"):
-        promote(run, THIRD, examples, label_names=names, accelerator=accelerator)
+        promote(run, THIRD, shown, accelerator=accelerator)
     assert len(entries(run)) == 2
 
 
@@ -246,7 +246,7 @@ def test_folders_that_lead_out_or_are_gone_are_refused(run, held_out, accelerato
         with pytest.raises(ValueError, match="challenger must lie below"):
             promote(run, name, held_out, accelerator=accelerator)
     (run / FIRST / "config.json").unlink()
-    with pytest.raises(ValueError, match="there is no model in it any more"):
+    with pytest.raises(ValueError, match="its model is gone"):
         rollback(run, FIRST)
     with pytest.raises(TypeError, match="to must be a folder's name, got 3"):
         rollback(run, 3)
@@ -256,9 +256,11 @@ def test_folders_that_lead_out_or_are_gone_are_refused(run, held_out, accelerato
 def test_bad_input_is_refused_before_a_model_is_loaded(run, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_dash.runs.promotion.load_model", None)
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95"):
-        promote(run, FIRST, held_out, confidence=95)
+        promote(run, FIRST, held_out, rules=PromotionRules(confidence=95))
     with pytest.raises(ValueError, match=r"max_loss must be in \[0, 1\], got 2"):
-        promote(run, FIRST, held_out, max_loss=2)
+        promote(run, FIRST, held_out, rules=PromotionRules(max_loss=2))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        promote(run, FIRST, HeldOut(held_out, batch_size=0))
     with pytest.raises(ValueError, match="challenger must not be the champion itself"):
         promote(run, FIRST, held_out, champion=FIRST)
     with pytest.raises(ValueError, match=r"output_dir must hold the history.json of a run, got"):

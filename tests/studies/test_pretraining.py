@@ -25,11 +25,7 @@ def compare(folder, rounds, accelerator, lengths, compared=STARTS):
         rounds[0].new,
         compared,
         lengths,
-        seed=0,
-        history=history,
-        accelerator=accelerator,
-        training=TRAINING,
-        output_dir=folder,
+        hf_dash.runs.Run("any", 0, history, accelerator, training=TRAINING, output_dir=folder),
     )
     return history
 

@@ -8,7 +8,7 @@ from helpers import same_state, state_of
 from torch import nn
 
 from hf_dash import create_model
-from hf_dash.training import measure_memorization
+from hf_dash.training import ExampleSets, measure_memorization
 from hf_dash.training.memorization import dormant_share, effective_rank, spaced_indices
 
 
@@ -61,14 +61,8 @@ HELD_OUT = points([([1.0, 0.0], 0), ([3.0, 1.0], 1), ([0.0, 1.0], 0)])
 def test_accuracies_and_gradient_norms_by_hand(accelerator):
     # Logits are the pixels themselves: the larger one is the answer.
     model = Linear([[1.0, 0.0], [0.0, 1.0]])
-    found = measure_memorization(
-        model,
-        old=OLD,
-        new=NEW,
-        held_out=HELD_OUT,
-        flipped=points([([1.0, 0.0], 1), ([0.0, 1.0], 1)]),
-        accelerator=accelerator,
-    )
+    flipped = points([([1.0, 0.0], 1), ([0.0, 1.0], 1)])
+    found = measure_memorization(model, ExampleSets(NEW, HELD_OUT, OLD, flipped), accelerator)
     # One example (0, 1) of class 0: ∂loss/∂weight = pixels ⊗ (softmax − one-hot), whose second row
     # is (−e, e) / (1 + e), so the norm is √2 · e / (1 + e).
     assert found.pop("gradient_norm_new") == pytest.approx(2**0.5 * np.e / (1 + np.e))
@@ -102,14 +96,9 @@ def test_the_norm_is_that_of_the_mean_gradient(small_model, two_rounds, accelera
     small_model.eval()
     small_model.timm_model.fc.bias.requires_grad_(False)
     old, new = two_rounds[1].seen, two_rounds[1].new
+    sets = ExampleSets(new, held_out=new, old=old)
     found = measure_memorization(
-        small_model,
-        old=old,
-        new=new,
-        held_out=new,
-        accelerator=accelerator,
-        batch_size=batch_size,
-        max_examples=20,
+        small_model, sets, accelerator, batch_size=batch_size, max_examples=20
     )
     for key, part in (("gradient_norm_old", old), ("gradient_norm_new", new)):
         kept = [part[i] for i in range(0, 60, 3)]
@@ -119,17 +108,15 @@ def test_the_norm_is_that_of_the_mean_gradient(small_model, two_rounds, accelera
 
 def test_nothing_old_in_a_first_round(accelerator):
     model = Linear([[1.0, 0.0], [0.0, 1.0]])
-    found = measure_memorization(model, old=None, new=NEW, held_out=OLD, accelerator=accelerator)
+    found = measure_memorization(model, ExampleSets(NEW, held_out=OLD), accelerator)
     assert set(found) == {"accuracy_new", "gradient_norm_new", "accuracy_held_out"}
 
 
 def test_features_are_those_before_the_classifier(small_model, two_rounds, accelerator):
     found = measure_memorization(
         small_model,
-        old=None,
-        new=two_rounds[0].new,
-        held_out=two_rounds[1].new,
-        accelerator=accelerator,
+        ExampleSets(two_rounds[0].new, held_out=two_rounds[1].new),
+        accelerator,
         batch_size=16,
         with_features=True,
     )
@@ -157,9 +144,8 @@ def test_other_families_have_features_too(architecture, size, accelerator):
     model = create_model(architecture, label_names=["a", "b"], image_size=size)
     side = model.config.pretrained_cfg["input_size"][-1]
     pairs = points([(torch.rand(3, side, side).tolist(), label) for label in (0, 1, 0)])
-    found = measure_memorization(
-        model, old=None, new=pairs, held_out=pairs, accelerator=accelerator, with_features=True
-    )
+    sets = ExampleSets(new=pairs, held_out=pairs)
+    found = measure_memorization(model, sets, accelerator, with_features=True)
     assert 1 <= found["effective_rank"] <= 3
     assert found["dormant_share"] == 0
 
@@ -177,13 +163,13 @@ def test_the_subset_is_evenly_spaced():
 def test_batch_norms_may_be_renewed(small_model, two_rounds, accelerator):
     # Filters of another length change what the batch norm behind them is given; only renewed
     # statistics undo it, and give the features of the model as it was.
+    old, new = (round_.new for round_ in two_rounds)
+
     def measure(renew):
         return measure_memorization(
             small_model,
-            old=two_rounds[0].new,
-            new=two_rounds[1].new,
-            held_out=two_rounds[1].new,
-            accelerator=accelerator,
+            ExampleSets(new, held_out=new, old=old),
+            accelerator,
             batch_size=30,
             with_features=True,
             renew_batch_norms=renew,
@@ -212,12 +198,11 @@ def test_no_trace_is_left(small_model, two_rounds, accelerator):
     modes = [module.training for module in small_model.modules()]
     frozen = [parameter.requires_grad for parameter in small_model.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    old, new = (round_.new for round_ in two_rounds)
     measure_memorization(
         small_model,
-        old=two_rounds[0].new,
-        new=two_rounds[1].new,
-        held_out=two_rounds[1].new,
-        accelerator=accelerator,
+        ExampleSets(new, held_out=new, old=old),
+        accelerator,
         with_features=True,
         renew_batch_norms=True,
     )
@@ -246,19 +231,19 @@ def test_no_trace_is_left(small_model, two_rounds, accelerator):
 )
 def test_bad_arguments_are_refused(changes, error, message, accelerator):
     model = Linear([[1.0, 0.0], [0.0, 1.0]])
-    arguments = {"old": OLD, "new": NEW, "held_out": HELD_OUT, "accelerator": accelerator}
+    sets = {"old": OLD, "new": NEW, "held_out": HELD_OUT}
+    sets |= {name: changes.pop(name) for name in list(changes) if name in ("flipped", *sets)}
     with pytest.raises(error, match=message):
-        measure_memorization(model, **{**arguments, **changes})
+        measure_memorization(model, ExampleSets(**sets), accelerator, **changes)
 
 
 def test_bad_models_and_labels_are_refused(small_model, accelerator):
-    sets = {"old": None, "held_out": HELD_OUT, "accelerator": accelerator}
+    sets = ExampleSets(NEW, HELD_OUT)
     with pytest.raises(FloatingPointError, match="gradient over the new examples is not finite"):
-        measure_memorization(Linear([[float("nan")] * 2] * 2), new=NEW, **sets)
+        measure_memorization(Linear([[float("nan")] * 2] * 2), sets, accelerator)
+    unknown = points([(np.zeros((3, 32, 32)).tolist(), n) for n in (0, 10)])
     with pytest.raises(ValueError, match=r"labels must lie in 0 … 9 .* got labels from 0 to 10"):
-        measure_memorization(
-            small_model, new=points([(np.zeros((3, 32, 32)).tolist(), n) for n in (0, 10)]), **sets
-        )
+        measure_memorization(small_model, ExampleSets(unknown, HELD_OUT), accelerator)
     frozen = Linear([[1.0, 0.0], [0.0, 1.0]]).requires_grad_(False)
     with pytest.raises(ValueError, match="model has no trainable parameter"):
-        measure_memorization(frozen, new=NEW, **sets)
+        measure_memorization(frozen, sets, accelerator)
