@@ -1,8 +1,8 @@
-"""The ledger of rounds: a JSON file that only grows.
+"""The history of a run: a JSON file that only grows.
 
 Flow: one ``RoundRecord`` per round and start → appended to ``history.json`` in one step → read back
-for tables, plots and cards, or to go on, without training again. A digest over the whole content
-shows whether anything but this module has changed the file.
+for tables, plots and cards, or to continue, without training again. A digest over the whole content
+shows whether anything else has changed the file.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ FORMAT = 2
 
 PromotionKind = Literal["promote", "reject", "force", "rollback"]
 
-# Settings of ``recipes/continual_rounds.py`` that say nothing about the rounds recorded: a run goes
-# on with others, and runs that differ in nothing else are one protocol.
+# Settings of ``recipes/continual_rounds.py`` that say nothing about the rounds recorded: a run may
+# continue with others, and runs that differ in nothing else are one protocol.
 MAY_DIFFER = frozenset(
     {
         "output_dir",
@@ -99,7 +99,7 @@ class RoundRecord:
 
     @staticmethod
     def folder_of(start: str, seed: int, round_index: int) -> str:
-        """Return the folder of a round that need not be there."""
+        """Return the round's folder name, whether or not it exists."""
         return f"rounds/{round_index:03d}/{start}_seed{seed}"
 
     @property
@@ -115,9 +115,9 @@ class Promotion:
     Args:
         kind: ``"promote"`` or ``"reject"`` as the comparison said, ``"force"`` where the challenger
             was promoted in spite of it, ``"rollback"`` to an earlier model.
-        challenger: folder, below the output directory, of the model put up; in a rollback of the
-            model gone back to.
-        champion: folder of the model it was held against; None where there was none.
+        challenger: folder, below the output directory, of the model put forward; in a rollback, of
+            the model rolled back to.
+        champion: folder of the model it was compared with; None where there was none.
         reason: of the decision, in plain words.
         time: of the decision in UTC, ISO 8601.
         accuracy: of the challenger on the held-out examples, in [0, 1]; None in a rollback.
@@ -146,10 +146,10 @@ class Promotion:
 
 @dataclass
 class History:
-    """An append-only ledger.
+    """What a run has recorded; it only grows.
 
     Args:
-        path: of the JSON file, or None to keep the ledger in memory only.
+        path: of the JSON file, or None to keep it in memory only.
         settings: everything that was set for the run.
         records: so far, oldest first; use :meth:`append`.
         promotions: decisions so far, oldest first; use :meth:`append_promotion`.
@@ -164,15 +164,15 @@ class History:
 
     @property
     def champion(self) -> str | None:
-        """Folder of the model in use, as the last entry but rejections has it; None before any."""
+        """Folder of the model in use: of the last entry that is not a rejection; None before."""
         taken = [entry.challenger for entry in self.promotions if entry.kind != "reject"]
         return taken[-1] if taken else None
 
     def check_same_run(self, other: "History") -> None:
-        """Check that another ledger has the same settings, but for those that may differ.
+        """Check that another history has the same settings, except those that may differ.
 
         Raises:
-            ValueError: it has not; the message names them.
+            ValueError: some differ; the message names them.
         """
         mine, theirs = (json.loads(json.dumps(h.settings)) for h in (self, other))
         names = sorted((mine.keys() | theirs.keys()) - set(self.may_differ))
@@ -184,7 +184,7 @@ class History:
         if changes:
             raise ValueError(
                 f"{other.path} belongs to a run with other settings ({', '.join(changes)}): give"
-                " its settings again to go on with it, or another output_dir"
+                " its settings again to continue it, or another output_dir"
             )
 
     def append(self, record: RoundRecord) -> None:
@@ -228,7 +228,7 @@ def write_history(
     records: Iterable[RoundRecord],
     promotions: Iterable[Promotion] = (),
 ) -> None:
-    """Write a whole ledger in one step, in place of the file at ``path``."""
+    """Write a whole history in one step, in place of the file at ``path``."""
     content = {"format": FORMAT, "settings": settings, "records": [asdict(r) for r in records]}
     content["promotions"] = [asdict(promotion) for promotion in promotions]
     content["digest"] = _digest(content)
@@ -245,10 +245,10 @@ def _respelled(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_history(path: str | Path) -> History:
-    """Read a ledger back.
+    """Read a history back.
 
     Raises:
-        ValueError: the file is not a whole ledger of this format, or was changed by hand.
+        ValueError: the file is not a whole history of this format, or was changed by hand.
     """
     path = Path(path)
     try:
@@ -258,7 +258,7 @@ def read_history(path: str | Path) -> History:
         if content.pop("digest") != _digest(content):
             raise ValueError("it was changed by something else; restore it from a copy")
         records = [RoundRecord(**_respelled(record)) for record in content["records"]]
-        # Ledgers written before there were promotions have none.
+        # Histories written before there were promotions have none.
         promotions = [Promotion(**entry) for entry in content.get("promotions", [])]
         return History(path, content["settings"], records, promotions)
     except (KeyError, TypeError, ValueError) as error:
@@ -272,17 +272,17 @@ def open_history(
     may_differ: Collection[str] = (),
     read_only: bool = False,
 ) -> History:
-    """Go on with the ledger at ``path``, or begin one.
+    """Continue the history at ``path``, or begin one.
 
     Args:
-        path: of the JSON file; None keeps the ledger in memory only.
+        path: of the JSON file; None keeps it in memory only.
         settings: of the run, as plain JSON types.
         may_differ: names of settings that say nothing about what has been recorded, such as the
             number of rounds; the values given now take the place of the recorded ones.
         read_only: never write the file: for all processes but the main one.
 
     Raises:
-        ValueError: the ledger is damaged, or of a run with other settings; the message names them.
+        ValueError: the history is damaged, or of a run with other settings; the message names them.
     """
     history = History(None if path is None else Path(path), settings, may_differ=may_differ)
     if path is not None and Path(path).exists():

@@ -196,15 +196,13 @@ def shrink_perturb_(model: PreTrainedModel, context: StartContext) -> Started:
 
     Source: Ash & Adams, NeurIPS 2020 (arXiv:1910.08475).
     """
-    generator = torch.Generator().manual_seed(context.seed)
+    config, generator = context.start_config, torch.Generator().manual_seed(context.seed)
     for tensor in find_shrinkable(model)[0]:
         weight = tensor.parameter
         # Drawn on the CPU, so that every machine draws the same.
         noise = torch.randn(weight.shape, generator=generator).to(weight)
-        weight.mul_(context.start_config.perturb_lam).add_(
-            noise, alpha=context.start_config.perturb_sigma
-        )
-    return Started(keep_optimizer=not context.start_config.reset_optimizer)
+        weight.mul_(config.perturb_lam).add_(noise, alpha=config.perturb_sigma)
+    return Started(keep_optimizer=not config.reset_optimizer)
 
 
 def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:

@@ -4,9 +4,9 @@ Launch:  accelerate launch recipes/compare_starts.py --histories runs/x/history.
          accelerate launch recipes/compare_starts.py --histories runs/x/history.json \
              runs/y/history.json --baseline dash --skip_seeds 0 --output_dir runs/compared
 
-The histories must be of one protocol: the same data and settings, other starts or seeds. Prints each
-start's mean and spread, with several seeds its paired difference from the baseline and a confidence
-interval, and its cost until it is as good as the baseline in the end.
+The histories must be of one protocol: the same data and settings, other starts or seeds. Prints
+each start's mean and spread, with several seeds its paired difference from the baseline and a
+confidence interval, and its cost until it is as good as the baseline in the end.
 """
 
 from dataclasses import dataclass, field

@@ -7,8 +7,8 @@ Launch:  accelerate launch recipes/memorization.py
 
 For every number of pre-training epochs and every start: held-out accuracy and steps after training
 on all data, vs. training from scratch; and what the model knows right before and after the start
-of the right and wrong labels it was pre-trained on (Shin et al. 2024). The same command
-continues where it was stopped or killed. Flags: those below, and the fields of hf_dash's DataConfig,
+of the right and wrong labels it was pre-trained on (Shin et al. 2024). The same command continues
+where it was stopped or killed. Flags: those below, and the fields of hf_dash's DataConfig,
 TrainingConfig, DashConfig and StartsConfig.
 """
 

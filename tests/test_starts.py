@@ -24,7 +24,7 @@ NAMES = [
 
 def run_start(name, model, context, **settings):
     """Call a start of that name, with these settings of ``StartsConfig``."""
-    context = dataclasses.replace(context, starts=hf_dash.starts.StartsConfig(**settings))
+    context = dataclasses.replace(context, start_config=hf_dash.starts.StartsConfig(**settings))
     return hf_dash.find_start(name)(model, context)
 
 

@@ -1,6 +1,6 @@
 """Where a model comes from: its parent, on disk or on the Hub, and the rounds behind it.
 
-Flow: a name and a revision → the exact commit → the ledger beside the model; a model on the Hub →
+Flow: a name and a revision → the exact commit → the history next to the model; a model on the Hub →
 its parent → its parent's parent, each checked against what the next one says of it.
 Every round names its parent as ``user/name@commit`` where it began on the Hub; a parent in a local
 folder is the round before in the same repository, found by its tag.
@@ -28,7 +28,7 @@ class Parent:
 
     Args:
         name: for the record: ``user/name@commit``, or the folder as it was given.
-        records: of the rounds behind it, oldest first; none where it has no ledger.
+        records: of the rounds behind it, oldest first; none where it has no history.
         repo_id: on the Hub; None for a local folder.
         commit: the exact one on the Hub; None for a local folder.
     """
@@ -51,7 +51,7 @@ def find_parent(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Parent:
-    """Find the model to start from, and the ledger beside it.
+    """Find the model to start from, and the history next to it.
 
     Args:
         name_or_path: a folder, or the id of a repository.
@@ -62,7 +62,7 @@ def find_parent(
 
     Raises:
         ValueError: there is no such folder and it can be no id; its weights are not safetensors;
-            or its ledger is damaged.
+            or its history is damaged.
         HubError: the Hub was not reached, or has no such revision.
     """
     commit, folder = None, Path(name_or_path)
@@ -82,8 +82,8 @@ def find_parent(
         )
         commit = folder.name
     require_safetensors(name_or_path, revision=commit, cache_dir=cache_dir, token=token)
-    ledger = folder / HISTORY
-    records = read_history(ledger).records if ledger.is_file() else []
+    path = folder / HISTORY
+    records = read_history(path).records if path.is_file() else []
     if commit is None:
         return Parent(name_or_path, records)
     return Parent(f"{name_or_path}@{commit}", records, name_or_path, commit)
@@ -159,7 +159,7 @@ class Published:
 
     Args:
         commit: the exact one, 40 hexadecimal digits.
-        records: of the ledger there, oldest first; none where there is no ledger.
+        records: of the history there, oldest first; none where there is no history.
         weights_sha256: of the weights' file; None where there is none.
     """
 
@@ -172,7 +172,7 @@ def read_published(repo_id: str, revision: str, *, token: str | None = None) -> 
     """Read what the Hub holds at a revision, without its weights.
 
     Raises:
-        HubError: the Hub was not reached, or has no such revision; or the ledger is damaged.
+        HubError: the Hub was not reached, or has no such revision; or the history is damaged.
     """
 
     def read() -> Published:

@@ -101,7 +101,7 @@ def oid_of(file: RepoFile | None) -> str | None:
 
 
 def read_pushed_history(repo_id: str, commit: str, token: str | None) -> list[RoundRecord]:
-    """Return the records in the ledger of a commit, oldest first."""
+    """Return the records in the history of a commit, oldest first."""
     path = hf_hub_download(repo_id, HISTORY, revision=commit, token=clean_token(token))
     return read_history(path).records
 
@@ -114,7 +114,7 @@ class HubRound:
         repo_id: ``user/name``.
         commit: the exact one, 40 hexadecimal digits.
         revision: how else it is called: its tag, branch or pull request (``refs/pr/1``).
-        record: what the ledger of this commit says of its newest round.
+        record: what the history of this commit says of its newest round.
     """
 
     repo_id: str

@@ -107,8 +107,15 @@ class Chain:
         # Somebody's own folders are nobody else's business.
         settings = {k: v for k, v in self.history.settings.items() if k != "output_dir"}
         rivals = [r for r in self.history.select(seed=self.seed) if r.start != self.start]
-        named = {"rivals": rivals, "base": base, "hub_model_id": hub_model_id}
-        return card_info(model, self.records, settings, self.data, **named)
+        return card_info(
+            model,
+            self.records,
+            settings,
+            self.data,
+            rivals=rivals,
+            base=base,
+            hub_model_id=hub_model_id,
+        )
 
 
 def write_model_folder(

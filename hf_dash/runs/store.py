@@ -75,7 +75,7 @@ def _aside(target: Path) -> Path:
 
 
 def find_round(output_dir: str | Path, folder: str) -> History | None:
-    """Return the ledger of a finished round alone, or None where its folder is not there.
+    """Return the history of a finished round alone, or None where its folder is not there.
 
     Args:
         output_dir: of the run.
@@ -99,11 +99,11 @@ def finished_round(
     """Return the record of a round that was finished before, or None.
 
     A round whose folder is there but whose record is not was cut off between the two: its record
-    is taken over into the ledger.
+    is taken over into the history.
 
     Args:
         output_dir: of the run.
-        history: its ledger.
+        history: of the run.
         key: start, seed and index of the round.
         fingerprint: of the data it would be trained on now.
         parent: record of the round before.

@@ -63,7 +63,8 @@ def run_pretraining(
 
     Example:
         >>> import hf_dash
-        >>>         >>> run = hf_dash.runs.Run("any", 0, hf_dash.History(None, {}), Accelerator(cpu=True))
+        >>> from accelerate import Accelerator
+        >>> run = hf_dash.runs.Run("any", 0, hf_dash.History(None, {}), Accelerator(cpu=True))
         >>> hf_dash.studies.run_pretraining(None, None, None, None, {}, [1, 4], run)
         Traceback (most recent call last):
             ...

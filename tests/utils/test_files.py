@@ -1,0 +1,95 @@
+import hashlib
+import multiprocessing
+
+import pytest
+
+import hf_dash
+from hf_dash.utils.files import (
+    files_written_aside,
+    flush_folder,
+    sha256_of,
+    write_bytes,
+    write_text,
+)
+
+
+def full_disk(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one – 1")
+    write_text(path, "two")
+    assert path.read_bytes() == b"two"
+    write_bytes(path, b"\0\1")
+    assert path.read_bytes() == b"\0\1"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, where):
+    path = tmp_path / "a.txt"
+    write_text(path, "one")
+    monkeypatch.setattr(f"hf_dash.utils.files.os.{where}", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "two")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["one"]
+
+
+def fail_halfway(folder):
+    with files_written_aside(folder) as aside:
+        (aside / "a").write_text("3")
+        raise RuntimeError("halfway")
+
+
+def test_files_move_together_when_all_are_whole(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with files_written_aside(folder) as aside:
+        (aside / "a").write_text("1")
+        (aside / "b").write_text("2")
+        assert not (folder / "a").exists()
+    (folder / "mine").write_text("stays")
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway(folder)
+    kept = {file.name: file.read_text() for file in folder.iterdir()}
+    assert kept == {"a": "1", "b": "2", "mine": "stays"}
+
+
+def test_the_checksum_is_that_of_the_content(tmp_path):
+    content = bytes(range(256)) * 10_000  # more than one piece
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_every_file_and_the_folder_are_flushed(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    (tmp_path / "c").mkdir()
+    flushed = []
+    monkeypatch.setattr("hf_dash.utils.files.os.fsync", flushed.append)
+    flush_folder(tmp_path)
+    assert len(flushed) == 3
+
+
+def hold(folder, held, done):
+    with hf_dash.utils.one_writer(folder):
+        held.set()
+        done.wait()
+
+
+def test_two_processes_never_share_a_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path), held, done))
+    other.start()
+    assert held.wait(120)
+    with (
+        pytest.raises(ValueError, match="is in use by another process"),
+        hf_dash.utils.one_writer(tmp_path),
+    ):
+        pass
+    other.kill()  # the lock ends with its process
+    other.join()
+    with hf_dash.utils.one_writer(tmp_path):
+        pass
