@@ -83,8 +83,8 @@ class StartContext:
         >>> import hf_dash
         >>> model = hf_dash.create_model("test_resnet", label_names=list("0123456789"))
         >>> transform = hf_dash.models.image_transform(model)
-        >>> digits = hf_dash.load_images().select(range(256))
-        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, transform)
+        >>> images = hf_dash.load_images().select(range(256))
+        >>> (round_,) = hf_dash.data.cut_rounds(images, 1, transform)
         >>> context = hf_dash.StartContext(round_, seed=0)
         >>> len(context.gradient_batches())
         2

@@ -136,10 +136,10 @@ def cut_rounds(
     Example:
         >>> import hf_dash
         >>> from torchvision.transforms.v2.functional import pil_to_tensor
-        >>> digits = hf_dash.data.in_arrival_order(hf_dash.load_images(), seed=0)
-        >>> rounds = hf_dash.data.cut_rounds(digits, 5, pil_to_tensor)
+        >>> images = hf_dash.data.in_arrival_order(hf_dash.load_images(), seed=0)
+        >>> rounds = hf_dash.data.cut_rounds(images, 5, pil_to_tensor)
         >>> [round_.num_total for round_ in rounds]
-        [288, 576, 863, 1150, 1437]
+        [500, 1000, 1500, 2000, 2500]
     """
     arrivals = tuple(
         ImageExamples(part, transform, in_memory=in_memory)
@@ -190,11 +190,11 @@ def train_batches(
     Example:
         >>> import hf_dash
         >>> from torchvision.transforms.v2.functional import pil_to_tensor
-        >>> digits = hf_dash.load_images().select(range(64))
-        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, pil_to_tensor)
+        >>> images = hf_dash.load_images().select(range(64))
+        >>> (round_,) = hf_dash.data.cut_rounds(images, 1, pil_to_tensor)
         >>> batch = next(iter(hf_dash.data.train_batches(round_, 16, seed=0)))
         >>> batch["pixel_values"].shape, batch["labels"].shape
-        (torch.Size([16, 3, 32, 32]), torch.Size([16]))
+        (torch.Size([16, 3, 28, 28]), torch.Size([16]))
     """
     if round_.streams:
         return StreamLoader(
@@ -293,8 +293,8 @@ def gradient_batches(
     Example:
         >>> import hf_dash
         >>> from torchvision.transforms.v2.functional import pil_to_tensor
-        >>> digits = hf_dash.load_images().select(range(100))
-        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, pil_to_tensor)
+        >>> images = hf_dash.load_images().select(range(100))
+        >>> (round_,) = hf_dash.data.cut_rounds(images, 1, pil_to_tensor)
         >>> config = hf_dash.DashConfig(gradient_batch_size=40)
         >>> [len(batch["labels"]) for batch in hf_dash.data.gradient_batches(round_, config)]
         [20, 40, 40]

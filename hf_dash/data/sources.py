@@ -1,6 +1,6 @@
 """Load labeled images and put them in arrival order.
 
-Flow: a name (embedded digits, a local path, a Hub dataset) → a HF dataset with the columns
+Flow: a name (an embedded sample, a local path, a Hub dataset) → a HF dataset with the columns
 ``image`` and ``label`` → its examples in arrival order, each with a stable ``example_id``.
 Differs from plain ``load_dataset``: columns are checked and renamed once, here, and the label
 column always has class names.
@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 
 from hf_dash.data.columns import AnyDataset, standard_columns
-
-DIGITS = "digits"
-
-DIGITS_TEST_SHARE = 0.2
+from hf_dash.data.embedded import EMBEDDED, FASHION_MNIST
 
 # The loader of ``datasets`` for each kind of file that a name or a glob can match.
 LOADERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -40,7 +37,8 @@ class DataConfig:
     """Where images come from; the fields are those of :func:`load_images`.
 
     Args:
-        dataset_name: ``"digits"``, a local path, a glob of parquet or tar files, or a Hub dataset.
+        dataset_name: ``"fashion_mnist"``, ``"digits"``, a local path, a glob of parquet or tar
+            files, or a Hub dataset.
             If shards arrive, their directory or glob (see ``hf_dash.data.list_arrivals``).
         dataset_revision: branch, tag or commit of a Hub dataset.
         test_dataset_name: dataset of the held-out images, if it is another one; required for globs.
@@ -63,12 +61,12 @@ class DataConfig:
 
     Example:
         >>> import hf_dash
-        >>> config = hf_dash.DataConfig("digits")
+        >>> config = hf_dash.DataConfig("fashion_mnist")
         >>> len(config.load_train()), len(config.load_held_out())
-        (1437, 360)
+        (2500, 2500)
     """
 
-    dataset_name: str = DIGITS
+    dataset_name: str = FASHION_MNIST
     dataset_revision: str | None = None
     test_dataset_name: str | None = None
     train_split: str = "train"
@@ -132,7 +130,7 @@ class DataConfig:
 
 
 def load_images(
-    name: str = DIGITS,
+    name: str = FASHION_MNIST,
     *,
     split: str = "train",
     revision: str | None = None,
@@ -148,10 +146,11 @@ def load_images(
     """Load a labeled image dataset.
 
     Args:
-        name: ``"digits"`` (scikit-learn's 1,797 real handwritten digits, no download needed),
-            a local folder of parquet files or an imagefolder, a glob of parquet or webdataset tar
-            files, or the name of a dataset on the Hub.
-        split: which split; the digits have ``"train"`` (80 %) and ``"test"``, always the same.
+        name: ``"fashion_mnist"`` (a sample of 5,000 photographs of clothes) or ``"digits"``
+            (scikit-learn's 1,797 handwritten digits), which need no download; a local folder of
+            parquet files or an imagefolder, a glob of parquet or webdataset tar files, or the name
+            of a dataset on the Hub.
+        split: which split; the embedded datasets have ``"train"`` and ``"test"``.
         revision: branch, tag or commit of a Hub dataset.
         streaming: read through an ``IterableDataset`` instead of preparing it on disk.
         image_column: the source's column of images.
@@ -171,12 +170,12 @@ def load_images(
 
     Example:
         >>> import hf_dash
-        >>> digits = hf_dash.load_images("digits")
-        >>> digits.column_names, digits[0]["image"].size
-        (['image', 'label'], (32, 32))
+        >>> images = hf_dash.load_images("fashion_mnist")
+        >>> images.column_names, images[0]["image"].size
+        (['image', 'label'], (28, 28))
     """
-    if name == DIGITS:
-        dataset = load_digits(split)
+    if name in EMBEDDED:
+        dataset = EMBEDDED[name](split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif Path(name).suffix in LOADERS:
         loader = LOADERS[Path(name).suffix]
@@ -196,38 +195,6 @@ def load_images(
             cache_dir=cache_dir,
         )
     return standard_columns(dataset, image_column, label_column, image_mode)
-
-
-def load_digits(split: str = "train") -> Dataset:
-    """Return scikit-learn's handwritten digits as 32×32 RGB images.
-
-    Args:
-        split: ``"train"`` (1,437 examples) or ``"test"`` (360), stratified, always the same.
-
-    Raises:
-        ValueError: ``split`` has another value.
-        ImportError: scikit-learn is not installed.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split of the digits must be 'train' or 'test', got {split!r}")
-    from PIL import Image as PILImage
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    digits = load()
-    rows = train_test_split(
-        np.arange(len(digits.target)),
-        test_size=DIGITS_TEST_SHARE,
-        stratify=digits.target,
-        random_state=0,
-    )[split == "test"]
-    # Gray levels come as 0 … 16 on 8×8 pixels.
-    levels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
-    images = [PILImage.fromarray(gray).resize((32, 32)).convert("RGB") for gray in levels]
-    names = [str(digit) for digit in digits.target_names]
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    labels = [int(label) for label in digits.target[rows]]
-    return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
 def in_arrival_order(
@@ -258,9 +225,9 @@ def in_arrival_order(
 
     Example:
         >>> import hf_dash
-        >>> digits = hf_dash.load_images("digits")
-        >>> arrived = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=3)
-        >>> arrived["label"][0] == digits["label"][arrived["example_id"][0]]
+        >>> images = hf_dash.load_images("fashion_mnist")
+        >>> arrived = hf_dash.data.in_arrival_order(images, seed=0, num_examples=3)
+        >>> arrived["label"][0] == images["label"][arrived["example_id"][0]]
         True
     """
     generator = np.random.default_rng(seed)
@@ -311,7 +278,7 @@ def _kept(stream: IterableDataset, rows: Iterator[Row]) -> Dataset:
 def is_local(name: str) -> bool:
     """Check whether a dataset name means embedded or local data rather than the Hub."""
     return (
-        name == DIGITS
+        name in EMBEDDED
         or Path(name).suffix in LOADERS
         or glob.has_magic(name)
         or Path(name).exists()

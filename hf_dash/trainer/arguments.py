@@ -16,8 +16,9 @@ from datasets import IterableDataset, get_dataset_split_names
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from hf_dash.data.columns import AnyDataset
+from hf_dash.data.embedded import EMBEDDED
 from hf_dash.data.schedule import BUFFER_SIZE, Schedule, single_schedule
-from hf_dash.data.sources import DIGITS, LOADERS, check_split, load_images
+from hf_dash.data.sources import LOADERS, check_split, load_images
 from hf_dash.models import is_timm, load_model
 
 HELD_OUT_SPLITS = ("validation", "test")
@@ -94,7 +95,9 @@ class DataTrainingArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "New images: 'digits', a folder, a glob of files or a Hub dataset."},
+        metadata={
+            "help": "New images: 'fashion_mnist', 'digits', a folder, a glob or a Hub dataset."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Of the dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Of a Hub dataset."})
@@ -200,7 +203,7 @@ class DataTrainingArguments:
         return f"{self.train_val_split:.0%} of {self.train_split}", []
 
     def _find_split(self, name: str, **where: Any) -> str | None:
-        if name == DIGITS:
+        if name in EMBEDDED:
             return "test"
         if Path(name).suffix in LOADERS:
             # Files have no splits: those named for the test are all held out.

@@ -2,7 +2,7 @@
 
 Launch:  accelerate launch recipes/benchmarks/tolerance.py
 
-A small timm ResNet is trained on the first of five rounds (digits by default); then the bounded
+A small timm ResNet is trained on the first of five rounds; then the bounded
 pass is compared with the whole pass over all five, in minibatches of 32. The error is the summed
 distance between the two shrunk models, relative to the summed change that the whole pass makes.
 """

@@ -157,7 +157,7 @@ def test_wrong_labels_of_streams_are_refused(incoming):
 
 
 def test_each_seed_has_a_schedule(incoming, digits):
-    cut = load_schedules(DataConfig(), [0, 1], 3, 10, [])
+    cut = load_schedules(DataConfig("digits"), [0, 1], 3, 10, [])
     names = tuple(hf_dash.data.label_names(digits))
     assert [s.label_names() for s in cut] == [names, names]
     by_file = load_schedules(config(incoming), [0, 1], 5, None, [])

@@ -34,23 +34,6 @@ def image_folder(tmp_path_factory):
     return folder
 
 
-def test_the_digits_are_real_whole_and_always_the_same(digits, digits_test):
-    assert (len(digits), len(digits_test)) == (1437, 360)
-    assert hf_dash.data.label_names(digits) == [str(digit) for digit in range(10)]
-    image = digits[0]["image"]
-    assert (image.size, image.mode) == (((32, 32), "RGB"))
-    assert digits[:50]["label"] == hf_dash.load_images("digits")[:50]["label"]
-    # Stratified: every digit makes about a tenth of either split.
-    for part in (digits, digits_test):
-        shares = np.bincount(part["label"]) / len(part)
-        assert np.abs(shares - 0.1).max() < 0.005
-
-
-def test_an_unknown_split_of_the_digits_is_refused():
-    with pytest.raises(ValueError, match="split of the digits must be 'train' or 'test', got 'va'"):
-        hf_dash.load_images("digits", split="va")
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_parquet_files(parquet_folder, digits, streaming):
     train = hf_dash.load_images(str(parquet_folder), streaming=streaming)

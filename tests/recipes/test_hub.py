@@ -27,6 +27,7 @@ def pushed(tmp_path_factory):
         online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
         alone = {**online, "launcher": False}
         rounds = ["--num_rounds", "2", "--examples_per_round", "60", "--starts", "dash", *QUICK]
+        rounds += ["--dataset_name", "digits"]
         push = ["--push_to_hub", "--hub_model_id", "user/digits"]
         done = [
             launch("continual_rounds.py", folder, *rounds, *push, **alone, HF_TOKEN=TOKEN),

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 import hf_dash
 
-SMALL = ["--num_rounds", "2", "--examples_per_round", "100", *QUICK]
+SMALL = ["--dataset_name", "digits", "--num_rounds", "2", "--examples_per_round", "100", *QUICK]
 
 
 CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
