@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import json
+import operator
 import os
 import re
 import subprocess
@@ -82,42 +83,65 @@ def test_importing_the_package_has_no_side_effects(tmp_path):
     assert Path(hf_dash.__file__).parent.name == "hf_dash"
 
 
-def code_blocks(language, heading):
-    """The code blocks of one language in a section of the README."""
-    section = (REPOSITORY / "README.md").read_text().split(f"\n## {heading}\n")[1]
-    section = section.split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+def code_blocks(page, language, heading):
+    """The code blocks of one language in a section of a page."""
+    section = (REPOSITORY / page).read_text().split(f"\n## {heading}\n")[1]
+    return re.findall(rf"```{language}\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
 
 
-def test_the_readmes_trainer_example_runs(two_rounds, small_model, tmp_path):
-    (example,) = code_blocks("python", "In your Trainer script")
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    names = {"Trainer": Trainer, "model": small_model, "args": args}
-    exec(example, {**names, "dataset": two_rounds[0].examples})
-    report = json.loads((tmp_path / "dash_report.json").read_text())
-    assert report["mean_factor"] < 1
+def test_the_readmes_trainer_lines_run(two_rounds, small_model, tmp_path):
+    plain, based = code_blocks("README.md", "diff", "In your Trainer script")
+    hf_dash.save_model(small_model, tmp_path / "checkpoint")
+    for diff in (
+        plain,
+        based.replace("google/vit-base-patch16-224-in21k", f"{tmp_path}/checkpoint"),
+    ):
+        added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        model = hf_dash.create_model(
+            "test_resnet",
+            label_names=hf_dash.data.label_names(two_rounds[0].new.dataset),
+            image_size=32,
+            seed=1,
+        )
+        trainer = Trainer(model, args, train_dataset=two_rounds[0].examples)
+        exec("\n".join(added), {"trainer": trainer, "DashCallback": hf_dash.DashCallback})
+        trainer.train()
+        report = json.loads((tmp_path / "dash_report.json").read_text())
+        assert report["mean_factor"] < 1
 
 
-def test_the_readmes_diff_adds_the_lines_of_its_example():
-    (diff,) = code_blocks("diff", "In your Trainer script")
-    (example,) = code_blocks("python", "In your Trainer script")
-    added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
-    assert added == [
-        line.partition("  #")[0] for line in example.splitlines() if "DashCallback" in line
+def test_the_readmes_own_loop_runs(two_rounds, small_model, capsys):
+    (example,) = code_blocks("README.md", "python", "In your own loop")
+    batches = hf_dash.data.gradient_batches(two_rounds[0], hf_dash.DashConfig())
+    exec(example, {"model": small_model, "batches": batches})
+    (printed,) = code_blocks("README.md", "text", "In your own loop")
+    words = [
+        re.sub(r"[\d.%]+", "#", text.splitlines()[0]) for text in (printed, capsys.readouterr().out)
     ]
+    assert words[0] == words[1]
 
 
-def test_the_readme_lists_every_option_of_the_callback():
-    section = (REPOSITORY / "README.md").read_text().split("\n## In your Trainer script\n")[1]
-    table = section.split("| option ")[1].split("\n\n")[0]
-    named = inspect.signature(hf_dash.DashCallback).parameters.keys() - {"settings"}
-    for name in named | {field.name for field in dataclasses.fields(hf_dash.DashConfig)}:
-        if name not in ("gradient_batch_size", "preset"):
-            assert f"`{name}`" in table, name
+def test_the_map_lists_every_setting_and_option():
+    page = (REPOSITORY / "hf_dash" / "README.md").read_text()
+    settings = page.split("| setting ")[1].split("\n\n")[0]
+    for setting in dataclasses.fields(hf_dash.DashConfig):
+        assert f"`{setting.name}`" in settings, setting.name
+    options = page.split("| option ")[1].split("\n\n")[0]
+    for name in inspect.signature(hf_dash.DashCallback).parameters:
+        if name not in ("config", "settings"):
+            assert f"`{name}`" in settings + options, name
+
+
+def test_the_map_names_only_what_is_there():
+    page = (REPOSITORY / "hf_dash" / "README.md").read_text()
+    tour = page.split("## A tour of the rest")[1].split("\n## ")[0]
+    for name in re.findall(r"`([\w.]+)`", tour.split("| --- |")[1]):
+        assert operator.attrgetter(name)(hf_dash) is not None, name
