@@ -37,11 +37,13 @@ def reference_factors(
     lam: float = 0.3,
     grouping: str = "kernel",
     sample: int | None = None,
+    base: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return, per tensor name, the factor of every element (float64, the tensor's own shape).
 
     With ``sample`` only so many vectors of each tensor, drawn at random, are computed; the elements
-    of all others are NaN.
+    of all others are NaN. With ``base`` the change since its tensors, by the same names, takes the
+    place of the weights; a tensor it lacks counts from zero.
     """
     theta = reference_tensors(model)
     G = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in theta.items()}
@@ -63,9 +65,10 @@ def reference_factors(
         if sample is not None and count > sample:
             numbers = random.Random(0).sample(range(count), sample)
         factors = torch.full(tensor.shape, math.nan, dtype=torch.float64)
+        change = tensor.detach().double() - (base or {}).get(name, torch.zeros(())).double()
         for number in numbers:
             vector = where(number)
-            g, w = G[name][vector].flatten().tolist(), tensor.detach()[vector].flatten().tolist()
+            g, w = G[name][vector].flatten().tolist(), change[vector].flatten().tolist()
             factors[vector] = max(lam, min(1.0, _cosine(g, w)))
         result[name] = factors
     return result
