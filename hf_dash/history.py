@@ -55,7 +55,9 @@ class RoundRecord:
         train_seconds: duration of the training.
         shrink: ``ShrinkReport.to_dict()``, or None where nothing was shrunk.
         parent: where the start's weights came from: a round's folder below the output directory,
-            or a name or path outside it; None for a first round.
+            ``user/name@commit`` on the Hub, or the name of a folder outside; None for a first
+            round that began with fresh weights.
+        parent_sha256: of the weights there, where they lie outside the output directory.
         weights_sha256: of the final weights' file.
         data_fingerprint: of the labeled images trained on, old and new.
         files: names of the files that arrived in this round, where arrivals are files.
@@ -91,6 +93,7 @@ class RoundRecord:
     versions: dict[str, str] | None = None
     hardware: str | None = None
     held_out_fingerprint: str | None = None
+    parent_sha256: str | None = None
 
     @property
     def folder(self) -> str:
