@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_dash.data.rounds import Round, gradient_batches
+from hf_dash.method.base import BaseLike, open_base
 from hf_dash.method.batches import Batch
 from hf_dash.method.config import DashConfig
 from hf_dash.method.dash import dash_shrink_
@@ -27,6 +28,7 @@ from hf_dash.method.shrink import ShrinkReport
 from hf_dash.method.tensors import find_shrinkable
 from hf_dash.method.variants import NEWTON_SCHULZ_STEPS, make_orthogonal_
 from hf_dash.models import fresh_state, timm_model_of
+from hf_dash.pretrained import Checkpoint, classifier_prefixes
 from hf_dash.utils.checks import check_count, check_flag, check_number
 
 
@@ -78,6 +80,9 @@ class StartContext:
         dash: settings of the gradient pass and the shrink.
         start_config: settings of the other starts.
         accelerator: gives processes and precision; None without Accelerate.
+        checkpoint: the pretrained weights that the run began from; None after fresh ones. Cold
+            begins there again, DASH and shrink-and-perturb shrink towards it unless ``dash.base``
+            says otherwise.
 
     Example:
         >>> import hf_dash
@@ -96,6 +101,20 @@ class StartContext:
     dash: DashConfig = field(default_factory=DashConfig)
     start_config: StartsConfig = field(default_factory=StartsConfig)
     accelerator: Accelerator | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def base(self) -> BaseLike | None:
+        """What weights shrink towards; None stands for zero."""
+        if self.dash.base is not None or self.checkpoint is None:
+            return self.dash.base
+        return self.checkpoint.state
+
+    def first_state(self, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+        """Return the weights that a run begins with, fresh ones drawn from ``seed``."""
+        if self.checkpoint is None:
+            return fresh_state(model, seed)
+        return self.checkpoint.first_state(model, seed)
 
     def gradient_batches(self) -> Iterable[Batch]:
         """Return this process's share of the minibatches, oldest examples first."""
@@ -162,12 +181,12 @@ def every_round(start: Start) -> Start:
 
 
 def cold_(model: PreTrainedModel, context: StartContext) -> None:
-    """Replace all weights by timm's fresh initialization: training from scratch.
+    """Begin again: timm's fresh initialization, or the run's checkpoint with a fresh classifier.
 
     Raises:
         TypeError: the model is not a timm wrapper.
     """
-    timm_model_of(model).load_state_dict(fresh_state(model, context.seed))
+    timm_model_of(model).load_state_dict(context.first_state(model, context.seed))
 
 
 def warm_(model: PreTrainedModel, context: StartContext) -> Started:
@@ -190,19 +209,26 @@ def warm_reset_momentum_(model: PreTrainedModel, context: StartContext) -> None:
 def shrink_perturb_(model: PreTrainedModel, context: StartContext) -> Started:
     """Shrink and perturb: w ← λ·w + N(0, σ²), λ = ``perturb_lam``, σ = ``perturb_sigma``.
 
+    Of a run that began from a checkpoint w₀ the change shrinks: w ← w₀ + λ·(w − w₀) + N(0, σ²).
+
     Weights and biases of linear and convolution layers change, as in the DASH authors' code;
     norms, embeddings and frozen tensors stay. The noise depends only on the context's seed: it is
     the same on every process, and the global random state is left alone.
 
     Source: Ash & Adams, NeurIPS 2020 (arXiv:1910.08475).
     """
-    config, generator = context.start_config, torch.Generator().manual_seed(context.seed)
-    for tensor in find_shrinkable(model)[0]:
-        weight = tensor.parameter
-        # Drawn on the CPU, so that every machine draws the same.
-        noise = torch.randn(weight.shape, generator=generator).to(weight)
-        weight.mul_(config.perturb_lam).add_(noise, alpha=config.perturb_sigma)
-    return Started(keep_optimizer=not config.reset_optimizer)
+    settings, generator = context.start_config, torch.Generator().manual_seed(context.seed)
+    tensors = find_shrinkable(model)[0]
+    with open_base(context.base, tensors, model) as base:
+        for tensor in tensors:
+            weight = tensor.parameter
+            # Drawn on the CPU, so that every machine draws the same.
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            weight.mul_(settings.perturb_lam).add_(noise, alpha=settings.perturb_sigma)
+            if base is not None and base.holds(tensor):
+                origin = base.origin(tensor).view_as(weight).to(weight)
+                weight.add_(origin, alpha=1 - settings.perturb_lam)
+    return Started(keep_optimizer=not settings.reset_optimizer)
 
 
 def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
@@ -217,11 +243,8 @@ def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
         ValueError: timm finds no classifier with weights in the model.
     """
     timm_model = timm_model_of(model)
-    classifier: Any = timm_model.get_classifier()
-    heads = classifier if isinstance(classifier, tuple | list) else (classifier,)
-    names = [name for name, module in timm_model.named_modules() if any(module is h for h in heads)]
     fresh = fresh_state(model, context.seed)
-    prefixes = tuple(f"{name}." for name in names)
+    prefixes = classifier_prefixes(timm_model)
     head = {name: tensor for name, tensor in fresh.items() if name.startswith(prefixes)}
     if not head:
         raise ValueError(
@@ -236,8 +259,8 @@ def head_reset_(model: PreTrainedModel, context: StartContext) -> Started:
 def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
     """Keep the weights and pull them toward the initial ones in training: penalty λ·‖θ − θ₀‖².
 
-    θ are all trainable parameters, θ₀ the run's first weights, which timm draws again from
-    ``context.init_seed``; λ = ``l2_init_lam``. The model must already be on its device. The first
+    θ are all trainable parameters, θ₀ the run's first weights, drawn again from
+    ``context.init_seed`` or read from the run's checkpoint; λ = ``l2_init_lam``. The model must already be on its device. The first
     round uses the penalty too.
 
     Source: Kumar et al., 2023 (arXiv:2308.11958).
@@ -248,7 +271,7 @@ def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
         ValueError: a trainable parameter is not one of timm's.
     """
     timm_model_of(model)
-    fresh = fresh_state(model, context.init_seed)
+    fresh = context.first_state(model, context.init_seed)
     initial = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -282,6 +305,7 @@ def dash_(model: PreTrainedModel, context: StartContext) -> Started:
         disable_tqdm=True,
         seed=context.seed,
         config=context.dash,
+        base=context.base,
     )
     return Started(report, keep_optimizer=not context.start_config.reset_optimizer)
 

@@ -12,6 +12,7 @@ PACKAGES = [
     "utils",
     "history",
     "models",
+    "pretrained",
     "method",
     "data",
     "starts",
