@@ -260,8 +260,8 @@ def l2_init_(model: PreTrainedModel, context: StartContext) -> Started:
     """Keep the weights and pull them toward the initial ones in training: penalty λ·‖θ − θ₀‖².
 
     θ are all trainable parameters, θ₀ the run's first weights, drawn again from
-    ``context.init_seed`` or read from the run's checkpoint; λ = ``l2_init_lam``. The model must already be on its device. The first
-    round uses the penalty too.
+    ``context.init_seed`` or read from the run's checkpoint; λ = ``l2_init_lam``. The model must
+    already be on its device. The first round uses the penalty too.
 
     Source: Kumar et al., 2023 (arXiv:2308.11958).
     Differs from the DASH authors' code, which squares the sum of per-module norms.
