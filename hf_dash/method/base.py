@@ -9,6 +9,7 @@ Differs from loading a second model: a few rows of one tensor are in memory at a
 Symbols: w₀ (``origin``).
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,15 +18,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hf_dash.method.config import ZERO
 from hf_dash.method.tensors import ShrinkableTensor
-from hf_dash.utils.distributed import whole
+from hf_dash.utils.distributed import held_rows, whole
 
 BaseLike: TypeAlias = Mapping[str, Tensor] | str | Path
-# The base that stands for the paper's method, whatever a model began from.
-ZERO = "zero"
 
 # What wrappers and libraries put in front of a parameter's name.
 _PREFIXES = ("module.", "base_model.model.", "timm_model.", "model.")
@@ -67,12 +65,7 @@ class Base:
         parameter = tensor.parameter
         # A view of a grouped transposed convolution has several stored rows in one of its own.
         stored = parameter.shape[0] // tensor.shape[0]
-        first, count = 0, parameter.shape[0]
-        if isinstance(parameter, DTensor) and not whole:
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            first, count = offset[0], shape[0]
+        first, count = (0, parameter.shape[0]) if whole else held_rows(parameter)
         begin, end, _ = rows.indices(count // stored)
         values = self.read(
             self.keys[tensor.name], slice(first + begin * stored, first + end * stored)
@@ -98,8 +91,9 @@ def open_base(
 
     Raises:
         TypeError: ``base`` is none of these, or holds something else than tensors.
-        ValueError: the checkpoint holds none of the tensors, or one of another shape, so that it is
-            of another architecture; it is quantized; its weights are not safetensors.
+        ValueError: the checkpoint holds less than half of the weights that shrink, or one of
+            another shape, so that it is of another architecture; it is quantized; its weights are
+            not safetensors, damaged or not there.
     """
     if base is None or (isinstance(base, str) and base == ZERO):
         yield None
@@ -136,15 +130,27 @@ def _of_state_dict(state: Mapping[str, Any]) -> _Source:
 
 
 def _of_files(name: str, stack: ExitStack) -> _Source:
-    from safetensors import safe_open
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from safetensors import SafetensorError, safe_open
 
     from hf_dash.models import weight_files
 
     shapes: dict[str, tuple[int, ...]] = {}
     handles: dict[str, Any] = {}
     repo, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
-    for path in weight_files(repo, revision=revision or None):
-        handle = stack.enter_context(safe_open(path, framework="pt"))
+    try:
+        paths = weight_files(repo, revision=revision or None)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        # The client's own text may quote what was sent to the Hub.
+        raise ValueError(
+            f"base must be a folder or a repository on the Hub, but {name!r} was not found there"
+            f" ({type(error).__name__})"
+        ) from None
+    for path in paths:
+        try:
+            handle = stack.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"base {name}: {path.name} cannot be read: {error}") from error
         for key in handle.keys():  # noqa: SIM118  # not a mapping
             shapes[key] = tuple(handle.get_slice(key).get_shape())
             handles[key] = handle
@@ -175,8 +181,9 @@ def _match(
     own = getattr(model, "base_model_prefix", "")
     prefixes = (*_PREFIXES, f"{own}.") if own else _PREFIXES
     by_core: dict[str, str] = {}
+    renamed = _renaming_of(model)
     for key in shapes:
-        core = _core(key, prefixes)
+        core = _core(renamed(key), prefixes)
         if core in by_core:
             raise ValueError(
                 f"base {name} names one tensor twice: {by_core[core]!r} and {key!r}; give the"
@@ -197,12 +204,36 @@ def _match(
             )
         else:
             keys[tensor.name] = key
-    if not keys:
+    held = [tensor.parameter.numel() for tensor in tensors if tensor.name in keys]
+    # Under PEFT the adapters are the change: no checkpoint holds them, and they began at zero.
+    adapted = hasattr(model, "peft_config")
+    if not adapted and 2 * sum(held) < sum(tensor.parameter.numel() for tensor in tensors):
         raise ValueError(
-            f"base {name} holds none of the {len(tensors)} tensors that shrink, such as"
-            f" {tensors[0].name!r}; it has {sorted(shapes)[:3]} …: it is of another architecture"
+            f"base {name} holds {len(keys)} of the {len(tensors)} tensors that shrink, but not"
+            f" {missing[0]!r}; it has {sorted(shapes)[:3]} …: it is of another architecture, or its"
+            " names are; give the state dict of the checkpoint as a model of this architecture"
         )
     return keys, tuple(missing)
+
+
+def _renaming_of(model: nn.Module) -> Callable[[str], str]:
+    """Return what turns names in a file into those of a model: transformers renames some."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return lambda name: name
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # early releases of transformers 5
+        return lambda name: name
+    steps = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for step in steps:
+            name = step.rename_source_key(name)[0]
+        return name
+
+    return renamed
 
 
 def _core(name: str, prefixes: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ Symbols: α (``alpha``) weighs the newest minibatch in the moving average of the
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hf_dash.utils.checks import check_count, check_flag, check_number
@@ -17,6 +18,9 @@ Grouping = Literal["kernel", "filter", "auto"]
 Preset = Literal["paper"]
 
 Variant = Literal["fill", "orthogonal"]
+
+# The base that stands for the paper's method, whatever a model began from.
+ZERO = "zero"
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class DashConfig:
             ResNet with batch norm; orthogonal gains 2.5 points (2.2 … 2.8) on the MLP, loses as
             many on the ViT and nothing on the ResNet. So neither is the default; try fill where
             norms are layer norms.
+        base: the checkpoint that a fine-tuned model began from: a model folder, a Hub id
+            (``user/name`` or ``user/name@revision``), or a state dict. Every vector of the change
+            w − w₀ shrinks instead of w, so that pretrained features stay. None or ``"zero"``
+            shrinks towards zero, as the paper does; :class:`~hf_dash.DashCallback` and the recipes
+            take None for the checkpoint that the model's history names.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -66,6 +75,8 @@ class DashConfig:
     include_frozen: bool = False
     preset: Preset | None = None
     variant: Variant | None = None
+    # Or a state dict, which no parser of flags can give.
+    base: str | None = None
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, "(0, 1]", 0.0, 1.0)
@@ -84,6 +95,14 @@ class DashConfig:
             raise ValueError(
                 f"variant must be None or one of {get_args(Variant)}, got {self.variant!r}"
             )
+        if self.base is not None and not isinstance(self.base, str | Path | Mapping):
+            raise TypeError(
+                "base must be None, 'zero', a model folder, a Hub id or a state dict, got"
+                f" {type(self.base).__name__}"
+            )
+        towards_zero = self.base is None or (isinstance(self.base, str) and self.base == ZERO)
+        if self.variant is not None and not towards_zero:
+            raise ValueError(f"variant must be None with a base, got {self.variant!r}")
 
     @property
     def newest(self) -> int | None:

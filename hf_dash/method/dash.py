@@ -6,11 +6,13 @@ Source: Algorithm 1 of Shin et al., NeurIPS 2024 (arXiv:2410.23495); authors' co
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_dash.method.base import Base, open_base
 from hf_dash.method.batches import Batch, check_labels, newest_batches, split_labels
 from hf_dash.method.config import DashConfig, Variant, with_settings
 from hf_dash.method.gradients import LossFn, average_gradients
@@ -92,29 +94,31 @@ def dash_shrink_(
 
     synchronize(tensors[0].parameter.device)
     started = time.perf_counter()
-    average = average_gradients(
-        module,
-        tensors,
-        newest,
-        _under_autocast(loss_fn, accelerator),
-        alpha=config.alpha,
-        micro_batch_size=config.micro_batch_size,
-        disable_tqdm=disable_tqdm,
-        quietly=wrapped.has_foreign_hooks,
-    )
-    factors = all_factors(tensors, average, config.lam)
-    if not dry_run:
-        _change_(module, tensors, factors, config.variant, seed)
-        wrapped.refresh()
+    with open_base(config.base, tensors, module) as base:
+        average = average_gradients(
+            module,
+            tensors,
+            newest,
+            _under_autocast(loss_fn, accelerator),
+            alpha=config.alpha,
+            micro_batch_size=config.micro_batch_size,
+            disable_tqdm=disable_tqdm,
+            quietly=wrapped.has_foreign_hooks,
+        )
+        factors = all_factors(tensors, average, config.lam, base)
+        if not dry_run:
+            _change_(module, tensors, factors, config.variant, seed, base)
+            wrapped.refresh()
     synchronize(tensors[0].parameter.device)
     report = ShrinkReport(
         tensors=report_tensors(tensors, factors, config.lam),
         untouched=tuple(untouched),
-        config=config,
+        config=config if base is None else replace(config, base=base.name),
         num_batches=len(average.batch_sizes),
         num_images=sum(average.batch_sizes) * num_processes(),
         seconds=time.perf_counter() - started,
         dry_run=dry_run,
+        towards_zero=() if base is None else base.towards_zero,
     )
     if is_main_process():
         logger.info("%s", str(report).partition("\n")[0])
@@ -142,9 +146,10 @@ def _change_(
     factors: list[Tensor],
     variant: Variant | None,
     seed: int,
+    base: Base | None,
 ) -> None:
     if variant is None:
-        shrink_(tensors, factors)
+        shrink_(tensors, factors, base)
     elif variant == "fill":
         filled_shrink_(module, tensors, factors, seed)
     else:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_dash.history import read_history
-from hf_dash.method.base import ZERO, open_base
+from hf_dash.method.base import open_base
+from hf_dash.method.config import ZERO
 from hf_dash.method.tensors import find_shrinkable
 from hf_dash.utils.files import sha256_of
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_dash.method.base import Base
-from hf_dash.method.config import DashConfig
+from hf_dash.method.config import ZERO, DashConfig
 from hf_dash.method.gradients import GradientAverage
 from hf_dash.method.tensors import ShrinkableTensor, is_sharded
 from hf_dash.utils.distributed import gather, local, whole, whole_like
@@ -65,6 +65,8 @@ class ShrinkReport:
         num_images: images read by all processes.
         seconds: duration of the pass and the shrink.
         dry_run: True where the weights were left as they are.
+        towards_zero: names of the tensors that the base lacks, such as a new head, which shrank
+            towards zero; empty without a base.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -74,6 +76,7 @@ class ShrinkReport:
     num_images: int
     seconds: float
     dry_run: bool = False
+    towards_zero: tuple[str, ...] = ()
 
     @property
     def num_vectors(self) -> int:
@@ -110,18 +113,24 @@ class ShrinkReport:
             **plain,
             "tensors": list(plain["tensors"]),
             "untouched": list(self.untouched),
+            "towards_zero": list(self.towards_zero),
             **overall,
         }
 
     def __str__(self) -> str:
         did = "would shrink" if self.dry_run else "shrank"
         variant = "" if self.config.variant is None else f", {self.config.variant} variant"
+        based = self.config.base not in (None, ZERO)
+        towards = f" towards {self.config.base}" if based else ""
         lines = [
-            f"DASH {did} {self.num_vectors} vectors in {len(self.tensors)} tensors: mean factor"
-            f" {self.mean_factor:.3f}, {self.share_at_lam:.1%} at λ = {self.config.lam}"
+            f"DASH {did} {self.num_vectors} vectors in {len(self.tensors)} tensors{towards}: mean"
+            f" factor {self.mean_factor:.3f}, {self.share_at_lam:.1%} at λ = {self.config.lam}"
             f" (α = {self.config.alpha}, {self.num_batches} minibatches, {self.num_images} images,"
             f" {self.seconds:.2f} s; {len(self.untouched)} parameters untouched{variant})",
         ]
+        if self.towards_zero:
+            names = ", ".join(self.towards_zero)
+            lines.append(f"towards zero, since the base lacks them: {names}")
         width = max(len(tensor.name) for tensor in self.tensors)
         lines.append(f"{'tensor':<{width}}  vectors   mean    min    max   at λ")
         lines += [

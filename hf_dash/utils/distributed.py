@@ -59,6 +59,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def held_rows(tensor: Tensor) -> tuple[int, int]:
+    """Return the first row of a tensor that this process holds, and how many rows it holds."""
+    if not is_dtensor(tensor):
+        return 0, tensor.shape[0]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return offset[0], shape[0]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor on every process; gathers a sharded one."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
