@@ -3,6 +3,7 @@ from . import history as history
 from . import hub as hub
 from . import method as method
 from . import models as models
+from . import pretrained as pretrained
 from . import report as report
 from . import runs as runs
 from . import starts as starts

@@ -193,17 +193,17 @@ def _match(
     keys: dict[str, str] = {}
     missing: list[str] = []
     for tensor in tensors:
-        key = by_core.get(_core(tensor.name, prefixes))
+        found = by_core.get(_core(tensor.name, prefixes))
         shape = tuple(tensor.parameter.shape)
-        if key is None or _is_other_head(shapes[key], shape, model):
+        if found is None or _is_other_head(shapes[found], shape, model):
             missing.append(tensor.name)
-        elif shapes[key] != shape:
+        elif shapes[found] != shape:
             raise ValueError(
-                f"base {name} is of another architecture: {key!r} has the shape {shapes[key]}, the"
-                f" model's {tensor.name!r} {shape}"
+                f"base {name} is of another architecture: {found!r} has the shape {shapes[found]},"
+                f" the model's {tensor.name!r} {shape}"
             )
         else:
-            keys[tensor.name] = key
+            keys[tensor.name] = found
     held = [tensor.parameter.numel() for tensor in tensors if tensor.name in keys]
     # Under PEFT the adapters are the change: no checkpoint holds them, and they began at zero.
     adapted = hasattr(model, "peft_config")

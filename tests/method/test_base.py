@@ -260,6 +260,8 @@ def test_no_more_than_a_slice_of_the_checkpoint_is_read_at_a_time(monkeypatch):
     assert same_state(state_of(model), state_of(whole))
 
 
+# peft reads it under its older name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapters_are_the_change_itself(tiny_timm):
     peft = pytest.importorskip("peft", reason="peft is not a dependency: tested where it is there")
     base = state_of(tiny_timm)
