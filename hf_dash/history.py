@@ -157,6 +157,14 @@ class History:
         records: so far, oldest first; use :meth:`append`.
         promotions: decisions so far, oldest first; use :meth:`append_promotion`.
         may_differ: names of settings that say nothing about what has been recorded.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> history = hf_dash.History(None, {"lam": 0.3})
+        >>> history.append(RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0))
+        >>> history.find("dash", 0, 1).folder
+        'rounds/001/dash_seed0'
     """
 
     path: Path | None
@@ -252,6 +260,14 @@ def read_history(path: str | Path) -> History:
 
     Raises:
         ValueError: the file is not a whole history of this format, or was changed by hand.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.history.write_history(f"{folder}/history.json", {"lam": 0.3}, [])
+        ...     hf_dash.read_history(f"{folder}/history.json").settings
+        {'lam': 0.3}
     """
     path = Path(path)
     try:

@@ -25,6 +25,5 @@ from .paired import paired_table as paired_table
 from .paired import price_table as price_table
 from .plots import plot_factors as plot_factors
 from .plots import plot_rounds as plot_rounds
-from .tables import memorization_table as memorization_table
 from .tables import rounds_table as rounds_table
 from .tables import starts_table as starts_table

@@ -1,8 +1,8 @@
 """The model card: what is recorded, laid into ``model_card_template.md``.
 
 Flow: history and model → YAML metadata and template variables → ``README.md``.
-Every value is given or recorded, none is inferred; a variable the template asks for and nobody
-gives is an error. Names and settings come from data: the template is rendered in a sandbox, which
+Every value is given or recorded, never inferred; a variable of the template without a value is an
+error. Names and settings come from data: the template is rendered in a sandbox, which
 escapes all that is not made here, and text from data is never a template itself.
 """
 
@@ -147,6 +147,15 @@ def card_info(
 
     Raises:
         ValueError: see :class:`CardInfo`.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> data = hf_dash.report.CardData("digits", "test", 360)
+        >>> hf_dash.report.card_info(model, [record], {}, data).model_name
+        'test_resnet on digits'
     """
     base_model, base_model_revision = base or (None, None)
     return CardInfo(
@@ -183,7 +192,7 @@ def _check_held_out(info: CardInfo) -> None:
     if info.held_out_split == info.settings.get("train_split") and not elsewhere:
         raise ValueError(
             "held_out_split must not be the split trained on, settings['train_split'], got"
-            f" {info.held_out_split!r}: accuracy on it is no evaluation"
+            f" {info.held_out_split!r}: accuracy on it is not an evaluation"
         )
 
 
@@ -272,7 +281,18 @@ def render_card(model: PreTrainedModel, info: CardInfo) -> ModelCard:
 
 
 def write_card(folder: str | Path, model: PreTrainedModel, info: CardInfo) -> None:
-    """Write the card of a model as ``README.md`` into ``folder``, in one step."""
+    """Write the card of a model as ``README.md`` into ``folder``, in one step.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> info = hf_dash.report.CardInfo("my model", [record], {}, "digits", "test", 360)
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.report.write_card(folder, model, info)
+    """
     write_text(Path(folder) / "README.md", str(render_card(model, info)))
 
 

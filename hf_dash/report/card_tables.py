@@ -71,7 +71,7 @@ def _column(record: RoundRecord | None, model: RoundRecord) -> list[str]:
 
 
 def per_class_table(records: Sequence[RoundRecord], rivals: Sequence[RoundRecord]) -> Markdown:
-    """Return one row per class, beside those of other models measured on the same images."""
+    """Return one row per class, with columns of other models measured on the same images."""
     record = records[-1]
     others = {"parent": parent_of(records), "from scratch": from_scratch_of(records, rivals)}
     columns = {"this model": record.per_class_accuracy}
@@ -86,7 +86,7 @@ def per_class_table(records: Sequence[RoundRecord], rivals: Sequence[RoundRecord
 
 
 def cost_table(records: Sequence[RoundRecord]) -> Markdown:
-    """Return what the last round cost, beside all rounds of the chain that are recorded."""
+    """Return the cost of the last round and of all rounds of the chain that are recorded."""
     columns = (records[-1:], records)
     rows = [
         ["images read", *(_total([r.images_read for r in column]) for column in columns)],

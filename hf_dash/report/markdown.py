@@ -13,7 +13,7 @@ _MARKUP = re.compile(
     re.IGNORECASE,
 )
 
-# They would turn around or hide what stands beside them.
+# They would turn around or hide the text next to them.
 _BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
@@ -52,6 +52,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Mark
     """Lay rows out as a Markdown table, first column left, the others right.
 
     Cells are shown as they are (:func:`escape_markdown`) unless they are :class:`Markdown`.
+
+    Example:
+        >>> import hf_dash
+        >>> print(hf_dash.report.markdown_table(["start", "steps"], [["dash", "90"]]))
+        | start | steps |
+        | ----- | ----: |
+        | dash  |    90 |
     """
     table = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]

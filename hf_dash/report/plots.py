@@ -48,6 +48,14 @@ def plot_rounds(records: Sequence[RoundRecord], path: str | Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.report.plot_rounds([record], f"{folder}/rounds.png")
     """
     from matplotlib.figure import Figure
 
@@ -81,8 +89,16 @@ def plot_factors(shrink: RoundRecord | ShrinkReport | Mapping[str, Any], path: s
         path: of the PNG file to write.
 
     Raises:
-        ValueError: the record has no shrink, or the mapping is no report.
+        ValueError: the record has no shrink, or the mapping is not a report.
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> tensor = {"name": "fc.weight", "mean_factor": 0.5, "min_factor": 0.3, "max_factor": 1.0}
+        >>> shrink = {"tensors": [tensor], "config": {"lam": 0.3}, "mean_factor": 0.5}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.report.plot_factors({**shrink, "share_at_lam": 0.1}, f"{folder}/a.png")
     """
     report = _report(shrink)
     from matplotlib.figure import Figure

@@ -24,7 +24,15 @@ MEASURES = {
 
 
 def rounds_table(records: Sequence[RoundRecord]) -> Markdown:
-    """Return one row per record: start, seed, round, sizes, accuracy, steps, seconds."""
+    """Return one row per record: start, seed, round, sizes, accuracy, steps, seconds.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> [cell.strip() for cell in hf_dash.report.rounds_table([record]).split("|")][-6:-1]
+        ['10', '50.00%', '30', '2.5', '0.50']
+    """
     header = ["start", "seed", "round", "images", "accuracy", "steps", "seconds", "of these start"]
     rows = [
         [
@@ -50,8 +58,15 @@ def starts_table(records: Sequence[RoundRecord]) -> Markdown:
 
     The accuracy and the steps are those of the last round and, per seed, the mean over the rounds
     that have a start (all but the first); seconds, which include the starts, are those of all
-    rounds together, and so are the images read by starts and training. The column of the images is
-    there where any record has them; a start with a round that has none shows "–".
+    rounds together, and so are the images read by starts and training. The column of images read
+    appears if any record has them; a start with a round that does not shows "–".
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> [cell.strip() for cell in hf_dash.report.starts_table([record]).split("|")][-9:-6]
+        ['dash', '1', '50.00 %']
     """
     header = [
         "start",

@@ -1,13 +1,13 @@
-"""Is one model better than another, as far as the same held-out examples can tell?
+"""Is one model better than another on the same held-out examples?
 
-Flow: predictions of both on the same examples → who alone is right how often → accuracies, interval
-of their difference, exact test, overall and per class → a verdict in words.
+Flow: predictions of both on the same examples → how often each alone is right → accuracies,
+interval of their difference, exact test, overall and per class → a verdict in words.
 Source: exact test of paired predictions: McNemar (1947). Interval of a difference of paired
 proportions: Bonett & Price (2012), "Adjusted Wald Confidence Interval for a Difference of Binomial
 Proportions Based on Paired Data"; unlike a bootstrap's it stays open where few or no predictions
-differ, and takes no resampling.
+differ, and needs no resampling.
 Differs from comparing two accuracies: examples that both models get right or wrong say nothing
-about which is better, so pairing tells smaller differences with the same examples.
+about which is better, so pairing detects smaller differences with the same examples.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,11 @@ class PairedAccuracy:
         low: lower end of the confidence interval of the difference.
         high: upper end.
         p_value: of the exact McNemar test that both are equally good, two-sided.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.runs.PairedAccuracy(100, 0.5, 0.75, 0.25, 0.1, 0.4, 0.001).difference
+        0.25
     """
 
     num_examples: int
@@ -46,7 +51,7 @@ class PairedAccuracy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A challenger beside the champion.
+    """A challenger compared with the champion.
 
     Args:
         overall: over all held-out examples.
@@ -54,6 +59,14 @@ class Comparison:
             the given confidence (Bonferroni), so that of many classes none stands out by chance;
             the p-values are those of each class alone.
         confidence: of the intervals, in (0, 1).
+
+    Example:
+        >>> import numpy as np
+        >>> import hf_dash
+        >>> labels = np.array([0, 0, 1, 1])
+        >>> comparison = hf_dash.runs.compare_models(labels, 1 - labels, labels)
+        >>> comparison.to_dict()["overall"]["difference"]
+        1.0
     """
 
     overall: PairedAccuracy
@@ -73,6 +86,11 @@ class Verdict:
         promote: whether it does.
         reason: in plain words.
         comparison: on which the verdict rests; None where there was no champion yet.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.runs.Verdict(True, "first champion").promote
+        True
     """
 
     promote: bool
@@ -93,8 +111,8 @@ def compare_models(
     Args:
         challenger: its predicted labels, integers of shape [num_examples].
         champion: those of the model in use, of the same shape.
-        references: the true labels, of the same shape. A negative one stands for a class without
-            a name: both models are wrong about it, and it has no entry among the classes.
+        references: the true labels, of the same shape. A negative one means a class without a
+            name: both models are wrong about it, and it has no entry among the classes.
         label_names: of the labels 0, 1, …; by default the labels themselves.
         confidence: of the intervals, in (0, 1).
 
@@ -102,6 +120,13 @@ def compare_models(
         TypeError: an array does not hold integers.
         ValueError: the arrays differ in shape or are empty, ``label_names`` are too few or repeat,
             or ``confidence`` is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> import hf_dash
+        >>> labels = np.arange(20) % 2
+        >>> hf_dash.runs.compare_models(labels, np.zeros(20, int), labels).overall.champion
+        0.5
     """
     arrays = {"challenger": challenger, "champion": champion, "references": references}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}

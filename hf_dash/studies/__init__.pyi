@@ -5,6 +5,5 @@ from .framework import simulate as simulate
 from .framework import simulations_table as simulations_table
 from .framework import write_simulations as write_simulations
 from .pretraining import plot_pretraining as plot_pretraining
-from .pretraining import pretrained_epochs as pretrained_epochs
 from .pretraining import pretraining_table as pretraining_table
 from .pretraining import run_pretraining as run_pretraining

@@ -4,7 +4,7 @@ Flow: seed → probabilities of features → points, test points → experiments
 a table and a figure.
 Source: section 3 of Shin et al., NeurIPS 2024 (arXiv:2410.23495), and the authors' notebook
 (commit dcac4c2): sizes, order among equally frequent features, coin flips of the test.
-Differs: frequencies are updated when points lose their gradient instead of counted anew, which is
+Differs: frequencies are updated when points lose their gradient instead of counted again, which is
 the same process; a test point keeps its coin through all experiments; ``"partial"`` is ours.
 Symbols: C classes, K features a class, N points arrive per experiment, J experiments; γ points that
 have a gradient teach a feature, τ learned features explain a point. M = J·N / C points a class.
@@ -51,6 +51,12 @@ class Simulation:
         learned_features: [J] known after the experiment, of all C·K.
         nonzero_points: [J] with a gradient when the experiment begins: the paper's training time.
         memorized_points: [J] whose noise the model holds after the experiment.
+
+    Example:
+        >>> import hf_dash
+        >>> sizes = {"num_points": 100, "num_experiments": 3, "num_test_points": 0}
+        >>> hf_dash.studies.simulate("random", **sizes).accuracy.shape
+        (3,)
     """
 
     start: FrameworkStart
@@ -186,8 +192,8 @@ def learn_(
         nonzero: [C, M] which points have a gradient; each has fewer than τ learned features.
         learned: [C, K] which features are learned.
         counts: [C, M] learned features of each point, with a gradient or not.
-        gamma: γ, points with a gradient that it takes to learn a feature, at least 1.
-        tau: τ, learned features that take a point its gradient, at least 1.
+        gamma: γ, points with a gradient that teach a feature, at least 1.
+        tau: τ, learned features at which a point loses its gradient, at least 1.
     """
     classes, _, features = points.shape
     frequency = np.stack(
@@ -214,6 +220,14 @@ def write_simulations(simulations: Mapping[str, Sequence[Simulation]], path: str
     Args:
         simulations: by the setting they share, a text for the first column.
         path: of the file to write.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> sizes = {"num_points": 100, "num_experiments": 2, "num_test_points": 0}
+        >>> runs = [hf_dash.studies.simulate("warm", **sizes)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.studies.write_simulations({"small": runs}, f"{folder}/simulations.csv")
     """
     text = StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -313,6 +327,15 @@ def simulations_table(simulations: Mapping[str, Sequence[Simulation]]) -> Markdo
 
     Accuracy, learned features and memorized points are those after the last experiment, points with
     a gradient those when it begins; the last column adds these up over all experiments.
+
+    Example:
+        >>> import hf_dash
+        >>> sizes = {"num_points": 100, "num_experiments": 2, "num_test_points": 0}
+        >>> table = hf_dash.studies.simulations_table(
+        ...     {"small": [hf_dash.studies.simulate("warm", **sizes)]}
+        ... )
+        >>> [cell.strip() for cell in table.splitlines()[2].split("|")][1:4]
+        ['small', 'warm', '1']
     """
     header = [
         "setting",
@@ -351,8 +374,16 @@ def plot_simulations(simulations: Mapping[str, Sequence[Simulation]], path: str 
         path: of the PNG file to write.
 
     Raises:
-        ValueError: there is no simulation, or those of a setting differ in length.
+        ValueError: ``simulations`` are empty, or those of a setting differ in length.
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> sizes = {"num_points": 100, "num_experiments": 2, "num_test_points": 0}
+        >>> runs = [hf_dash.studies.simulate("warm", **sizes)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.studies.plot_simulations({"small": runs}, f"{folder}/simulations.png")
     """
     for setting, group in simulations.items():
         lengths = {len(one.accuracy) for one in group}

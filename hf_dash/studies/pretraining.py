@@ -5,7 +5,7 @@ same from scratch → a table and a figure.
 Source: the pre-training-length experiment of Shin et al. (arXiv:2410.23495), after Ash & Adams
 (NeurIPS 2020): a warm start does no harm until the network begins to memorize noise.
 Differs: one pre-training is cut into stages, whose ends are the lengths compared, instead of
-beginning anew for each length; what every start remembers is measured before and after it.
+starting over for each length; what every start remembers is measured before and after it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from hf_dash.runs.continual import Run, run_rounds
 from hf_dash.starts import Start, cold_, warm_
 from hf_dash.utils.checks import check_count
 
-# Names of the records that are no start's: the stages, and training on all data from scratch.
+# Names of the records that do not belong to a start: the stages, and training from scratch.
 PRETRAINING, SCRATCH = "pretraining", "cold"
 
 
@@ -157,6 +157,17 @@ def pretraining_table(records: Sequence[RoundRecord]) -> Markdown:
 
     Raises:
         ValueError: the records are not those of ``run_pretraining``.
+
+    Example:
+        >>> import hf_dash
+        >>> from dataclasses import replace
+        >>> from hf_dash.history import RoundRecord
+        >>> cold = RoundRecord("cold", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> stage = replace(cold, start="pretraining", epochs=4)
+        >>> dash = replace(cold, start="dash", round_index=2, parent=stage.folder)
+        >>> table = hf_dash.studies.pretraining_table([cold, stage, dash])
+        >>> [cell.strip() for cell in table.splitlines()[-1].split("|")][1:5]
+        ['dash', '4', '1', '50.00 %']
     """
     header = ["start", "epochs before", "seeds", "accuracy, held out", "steps"]
     header += ["old labels known", "wrong labels reproduced"]
@@ -188,6 +199,17 @@ def plot_pretraining(records: Sequence[RoundRecord], path: str | Path) -> None:
     Raises:
         ValueError: they are others.
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+
+    Example:
+        >>> import tempfile
+        >>> from dataclasses import replace
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> cold = RoundRecord("cold", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> stage = replace(cold, start="pretraining", epochs=4)
+        >>> dash = replace(cold, start="dash", round_index=2, parent=stage.folder)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.studies.plot_pretraining([cold, stage, dash], f"{folder}/pretraining.png")
     """
     runs = records_by_length(records)
     from matplotlib.figure import Figure

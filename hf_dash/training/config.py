@@ -74,11 +74,17 @@ class TrainingConfig:
             decay, no augmentation, to 99.9 %; ``max_epochs`` is yours) or ``"sota"`` (learning rate
             0.1, momentum 0.9, decay 5e-4, batches of 128, augmentation, × 0.2 after 60, 120, 160
             and 200 epochs, one warm-up epoch, 260 epochs). It fills every field that has its
-            default; a different value stays. A default asked for by name cannot be told apart.
+            default; a different value stays. A default given by name looks the same as none given.
 
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> import hf_dash
+        >>> config = hf_dash.TrainingConfig(training_preset="sota", max_epochs=200)
+        >>> (config.learning_rate, config.max_epochs, config.augment)
+        (0.1, 200, True)
     """
 
     learning_rate: float = 0.05
@@ -124,7 +130,7 @@ class TrainingConfig:
     def _check_kinds(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            # Told by the default: HfArgumentParser writes into the annotations.
+            # By the default: HfArgumentParser writes into the annotations.
             expected = type(entry.default)
             endless = entry.name == "accuracy_threshold" and value is None
             if expected not in (int, float) or endless:

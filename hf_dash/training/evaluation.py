@@ -21,8 +21,14 @@ class ClassAccuracy(evaluate.Metric):  # type: ignore[misc]
     """Accuracy overall and per class.
 
     ``compute`` returns ``accuracy`` in [0, 1] and ``per_class_accuracy``, a mapping from label to
-    accuracy over the classes that occur among the references. A negative reference stands for a
+    accuracy over the classes that occur among the references. A negative reference means a
     class the model does not know: no prediction of it is right, and it has no entry of its own.
+
+    Example:
+        >>> import hf_dash
+        >>> metric = hf_dash.training.ClassAccuracy(keep_in_memory=True)
+        >>> metric.compute(predictions=[0, 1, 1], references=[0, 1, -1])["per_class_accuracy"]
+        {0: 1.0, 1: 1.0}
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -52,12 +58,12 @@ def predict(
     *,
     batch_size: int = 256,
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Predict the labels of held-out examples, in evaluation mode; the model's own is restored.
+    """Predict the labels of held-out examples in evaluation mode; the model's own mode is restored.
 
     Args:
         model: a transformers image classifier; not prepared.
-        examples: mappings of ``pixel_values`` and ``labels``, one an example; a label of −1 stands
-            for a class the model does not know.
+        examples: mappings of ``pixel_values`` and ``labels``, one an example; a label of −1 means a
+            class the model does not know.
         accelerator: gives devices and processes.
         batch_size: images per batch and process, at least 1.
 
@@ -66,7 +72,17 @@ def predict(
         of the examples, the same on every process.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: ``examples`` are empty.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> import hf_dash
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> examples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": i % 2} for i in range(4)]
+        >>> predictions, labels = hf_dash.training.predict(model, examples, Accelerator(cpu=True))
+        >>> (predictions.shape, labels.tolist())
+        ((4,), [0, 1, 0, 1])
     """
     if len(examples) == 0:  # type: ignore[arg-type]
         raise ValueError("examples must hold at least one held-out example, got none")
@@ -97,8 +113,8 @@ def evaluate_model(
 
     Args:
         model: a transformers image classifier; not prepared.
-        examples: mappings of ``pixel_values`` and ``labels``, one an example. A label of −1 stands
-            for a class the model does not know: it counts as wrong in ``accuracy`` and has no entry
+        examples: mappings of ``pixel_values`` and ``labels``, one an example. A label of −1 means a
+            class the model does not know: it counts as wrong in ``accuracy`` and has no entry
             in ``per_class_accuracy``.
         accelerator: gives devices and processes.
         batch_size: images per batch and process, at least 1.
@@ -108,7 +124,16 @@ def evaluate_model(
         counted.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: ``examples`` are empty.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> import hf_dash
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> examples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": i % 2} for i in range(4)]
+        >>> hf_dash.training.evaluate_model(model, examples, Accelerator(cpu=True))["accuracy"]
+        0.5
     """
     predictions, references = predict(model, examples, accelerator, batch_size=batch_size)
     metric = ClassAccuracy(keep_in_memory=True)

@@ -44,7 +44,12 @@ class TrainingResult:
         converged: whether the threshold was reached; None where there was none.
         seconds: duration.
         optimizer_state: what the optimizer kept, momentum for one, as tensors on the CPU by
-            ``"<parameter name>::<entry>"``; a later ``train_round`` can go on with it.
+            ``"<parameter name>::<entry>"``; a later ``train_round`` can continue with it.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.training.TrainingResult(3, 30, 0.9, False, 1.5).optimizer_state
+        {}
     """
 
     epochs: int
@@ -103,8 +108,8 @@ class _Training:
         right, images, loss = self.accelerator.reduce(totals, reduction="sum").tolist()
         if images == 0:
             raise ValueError(
-                "batches gave no image in an epoch: they must hold one, and be iterable anew for"
-                " every epoch"
+                "batches gave no image in an epoch: they must hold one, and start over in every"
+                " epoch"
             )
         if not loss - loss == 0:
             raise FloatingPointError(f"the training loss is not finite: {loss / images}")
@@ -126,20 +131,30 @@ def train_round(
     Args:
         model: a transformers image classifier; not prepared.
         batches: a shuffled ``DataLoader`` of mappings with ``labels``, not prepared; or anything
-            else that gives such mappings anew for every epoch, each process its own equal share.
+            else that gives such mappings again in every epoch, each process its own equal share.
             Where it has ``set_epoch``, that is called with 0, 1, … before the epochs.
         config: optimizer, schedule and stopping.
         accelerator: gives devices, processes and precision.
         penalty: called as ``penalty(model)`` in every step with the prepared model; its scalar is
             added to the loss. Reported losses and accuracies are without it.
-        optimizer_state: of an earlier ``TrainingResult``, to go on with, under one process or DDP.
+        optimizer_state: of an earlier ``TrainingResult``, to continue with; one process or DDP.
             What no longer fits in shape, name or kind of optimizer is dropped.
-        description: shown beside the progress bar.
+        description: shown with the progress bar.
 
     Raises:
         FloatingPointError: the loss of an epoch is not finite.
         ValueError: an epoch had no image; ``config`` has a learning-rate schedule and ``batches``
             no length; a key of ``optimizer_state`` is malformed.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> import hf_dash
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> batches = [{"pixel_values": torch.rand(8, 3, 32, 32), "labels": torch.arange(8) % 2}]
+        >>> config = hf_dash.TrainingConfig(max_epochs=2, disable_tqdm=True)
+        >>> hf_dash.training.train_round(model, batches, config, Accelerator(cpu=True)).steps
+        2
     """
     inner = model
     if config.channels_last:

@@ -97,9 +97,9 @@ def kept_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def restore_optimizer_(
     model: nn.Module, optimizer: Optimizer, state: Mapping[str, Tensor]
 ) -> list[str]:
-    """Let a new optimizer go on with kept state.
+    """Let a new optimizer continue with kept state.
 
-    The state of a parameter is dropped, and the parameter begins anew, where a shape no longer
+    The state of a parameter is dropped, and the parameter starts over, where a shape no longer
     fits, where the model has no parameter of that name, and where another kind of optimizer left
     the state.
 
@@ -109,7 +109,7 @@ def restore_optimizer_(
         state: as :func:`kept_state` returns it.
 
     Returns:
-        The names of the parameters that go on.
+        The names of the parameters that continue.
 
     Raises:
         ValueError: a key is not of the form ``"<parameter name>::<entry>"``.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from helpers import record
 
-from hf_dash.report import memorization_table, rounds_table, starts_table
+from hf_dash.report.tables import memorization_table, rounds_table, starts_table
 from hf_dash.studies import Simulation, pretraining_table, simulations_table
 
 

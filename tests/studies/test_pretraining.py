@@ -117,10 +117,10 @@ def test_epochs_add_up_along_the_parents():
     first, second = (stage.folder for stage in stages)
     stages[1] = record("pretraining", 0, 2, epochs=5, parent=first)
     start = record("dash", 0, 3, parent=second)
-    assert hf_dash.studies.pretrained_epochs(start, stages) == 7
-    assert hf_dash.studies.pretrained_epochs(stages[0], []) == 0
+    assert hf_dash.studies.pretraining.pretrained_epochs(start, stages) == 7
+    assert hf_dash.studies.pretraining.pretrained_epochs(stages[0], []) == 0
     with pytest.raises(ValueError, match="records must hold the parent 'rounds/002/pre"):
-        hf_dash.studies.pretrained_epochs(start, stages[:1])
+        hf_dash.studies.pretraining.pretrained_epochs(start, stages[:1])
 
 
 @pytest.mark.parametrize("records", [[], [record("cold")], [record("warm")]])
