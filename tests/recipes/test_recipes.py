@@ -8,6 +8,8 @@ from helpers import QUICK, REPOSITORY, launch, record
 from huggingface_hub import ModelCard
 
 import hf_dash
+from hf_dash.report.tables import memorization_table
+from hf_dash.studies.pretraining import pretrained_epochs
 
 SMALL = ["--dataset_name", "digits", "--num_rounds", "2", "--examples_per_round", "100", *QUICK]
 
@@ -79,7 +81,7 @@ def test_all_starts_run_on_noisy_labels(tmp_path):
     done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
     assert [r.start for r in records if r.round_index == 2] == list(hf_dash.STARTS)
-    assert hf_dash.report.tables.memorization_table(records) in done.stdout
+    assert memorization_table(records) in done.stdout
     assert (tmp_path / "runs" / "continual_rounds" / "factors.png").exists()
 
 
@@ -200,11 +202,7 @@ def test_lengths_of_pretraining_are_compared(tmp_path):
     done = launch("memorization.py", tmp_path, *flags)
     output = tmp_path / "runs" / "memorization"
     records = hf_dash.read_history(output / "history.json").records
-    lengths = [
-        hf_dash.studies.pretraining.pretrained_epochs(r, records)
-        for r in records
-        if r.start == "warm"
-    ]
+    lengths = [pretrained_epochs(r, records) for r in records if r.start == "warm"]
     assert lengths == [1, 2]
     assert [r.num_total for r in records if r.start == "pretraining"] == [40, 40]
     assert hf_dash.studies.pretraining_table(records) in done.stdout

@@ -4,7 +4,8 @@ from helpers import record, same_state, state_of
 from safetensors.torch import load_file
 
 import hf_dash
-from hf_dash.studies.pretraining import records_by_length
+from hf_dash.data.schedule import cut_schedule
+from hf_dash.studies.pretraining import pretrained_epochs, records_by_length
 
 TRAINING = hf_dash.TrainingConfig(max_epochs=2, train_batch_size=30, disable_tqdm=True)
 
@@ -33,7 +34,7 @@ def compare(folder, rounds, accelerator, lengths, compared=STARTS):
 @pytest.fixture(scope="module")
 def rounds(digits):
     """Two rounds of 60 digits each, some of the labels wrong."""
-    schedule = hf_dash.data.schedule.cut_schedule(
+    schedule = cut_schedule(
         digits, digits.select(range(60)), num_rounds=2, seed=0, examples_per_round=60
     )
     return schedule.rounds(hf_dash.models.image_transform(make_model()), label_noise=0.2)
@@ -117,10 +118,10 @@ def test_epochs_add_up_along_the_parents():
     first, second = (stage.folder for stage in stages)
     stages[1] = record("pretraining", 0, 2, epochs=5, parent=first)
     start = record("dash", 0, 3, parent=second)
-    assert hf_dash.studies.pretraining.pretrained_epochs(start, stages) == 7
-    assert hf_dash.studies.pretraining.pretrained_epochs(stages[0], []) == 0
+    assert pretrained_epochs(start, stages) == 7
+    assert pretrained_epochs(stages[0], []) == 0
     with pytest.raises(ValueError, match="records must hold the parent 'rounds/002/pre"):
-        hf_dash.studies.pretraining.pretrained_epochs(start, stages[:1])
+        pretrained_epochs(start, stages[:1])
 
 
 @pytest.mark.parametrize("records", [[], [record("cold")], [record("warm")]])
