@@ -26,6 +26,43 @@ from hf_dash.utils.files import sha256_of
 
 
 @dataclass(frozen=True)
+class CheckpointArguments:
+    """Flags that name the checkpoint to begin round 1 from; see :func:`load_checkpoint`.
+
+    Args:
+        model_name_or_path: a model folder or a Hub id; None begins with fresh weights.
+        model_revision: branch, tag or commit on the Hub.
+        pretrained: ``model_name_or_path`` is timm's name of a pretrained model.
+
+    Raises:
+        ValueError: ``pretrained`` or a revision comes without ``model_name_or_path``.
+
+    Example:
+        >>> from hf_dash.pretrained import CheckpointArguments
+        >>> CheckpointArguments().load() is None
+        True
+    """
+
+    model_name_or_path: str | None = None
+    model_revision: str | None = None
+    pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is None and (self.pretrained or self.model_revision):
+            raise ValueError(
+                "model_name_or_path must be given with pretrained or model_revision, got None"
+            )
+
+    def load(self) -> "Checkpoint | None":
+        """Load the checkpoint; None where none is named."""
+        if self.model_name_or_path is None:
+            return None
+        return load_checkpoint(
+            self.model_name_or_path, pretrained=self.pretrained, revision=self.model_revision
+        )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The weights of a pretrained timm model, below its classifier.
 

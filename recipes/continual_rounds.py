@@ -8,14 +8,17 @@ Launch:  accelerate launch recipes/continual_rounds.py
 
 Every start sees the same rounds in the same order and shares its first round's initial weights per
 seed. The same command continues where it was stopped or killed, and with files that have arrived
-since. With --push_to_hub --hub_model_id user/name every round of one start goes to the Hub. Flags:
-those below, and the fields of hf_dash's DataConfig, TrainingConfig, DashConfig, StartsConfig and
-HubArguments.
+since. With --push_to_hub --hub_model_id user/name every round of one start goes to the Hub. With
+--model_name_or_path (a model folder or Hub id; with --pretrained a timm name) round 1 begins from
+that checkpoint, cold means the checkpoint again, and DASH shrinks towards it. Flags: those below,
+and the fields of hf_dash's CheckpointArguments, DataConfig, TrainingConfig, DashConfig,
+StartsConfig and HubArguments.
 """
 
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -73,6 +76,7 @@ class RunArguments:
 
 def main() -> None:
     configs = (
+        hf_dash.pretrained.CheckpointArguments,
         hf_dash.DataConfig,
         hf_dash.TrainingConfig,
         hf_dash.DashConfig,
@@ -87,9 +91,9 @@ def main() -> None:
         compare(accelerator, *groups)
 
 
-def compare(accelerator, run, data, training, dash, start_config, hub) -> None:
+def compare(accelerator, run, source, data, training, dash, start_config, hub) -> None:
     output_dir, first_seed = Path(run.output_dir), run.seed_range[0]
-    groups = run, data, training, dash, start_config
+    groups = run, source, data, training, dash, start_config
     settings = {name: value for group in groups for name, value in asdict(group).items()}
     history = hf_dash.history.open_history(
         output_dir / "history.json",
@@ -98,18 +102,18 @@ def compare(accelerator, run, data, training, dash, start_config, hub) -> None:
         read_only=not accelerator.is_main_process,
     )
     with accelerator.main_process_first():
+        checkpoint = source.load()
         schedules = hf_dash.data.load_schedules(
             data, run.seed_range, run.num_rounds, run.examples_per_round, history.records
         )
     for seed, schedule in zip(run.seed_range, schedules, strict=True):
-        fresh = {
-            "architecture": run.architecture,
-            "label_names": list(schedule.label_names(1)),
-            "model_args": json.loads(run.model_args),
-            "image_size": run.image_size,
-            "seed": seed,
-        }
-        transform = hf_dash.models.image_transform(hf_dash.create_model(**fresh))
+        first = {"label_names": list(schedule.label_names(1)), "image_size": run.image_size}
+        if checkpoint is None:
+            first |= {"model_args": json.loads(run.model_args)}
+            create = partial(hf_dash.create_model, run.architecture, **first, seed=seed)
+        else:
+            create = partial(checkpoint.create_model, **first, seed=seed)
+        transform = hf_dash.models.image_transform(create())
         rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
         held_out = schedule.held_out_examples(transform)
         for start in run.starts:
@@ -124,9 +128,9 @@ def compare(accelerator, run, data, training, dash, start_config, hub) -> None:
                 output_dir=output_dir,
                 save_total_limit=run.save_total_limit,
                 measure_memorization=run.measure_memorization,
+                checkpoint=checkpoint,
             )
-            model = hf_dash.create_model(**fresh)
-            model = hf_dash.run_rounds(model, rounds, held_out, hf_dash.find_start(start), one)
+            model = hf_dash.run_rounds(create(), rounds, held_out, hf_dash.find_start(start), one)
             if accelerator.is_main_process and (start, seed) == (run.export_start, first_seed):
                 images = hf_dash.report.CardData(
                     data.dataset_name, data.test_split, len(held_out), data.dataset_revision

@@ -28,14 +28,16 @@ from hf_dash.history import History, RoundRecord
 from hf_dash.method.config import DashConfig
 from hf_dash.method.shrink import ShrinkReport
 from hf_dash.models import black_pixel, grow_head
+from hf_dash.pretrained import Checkpoint
 from hf_dash.runs.store import (
+    find_round,
     finished_round,
     load_optimizer_state,
     load_weights_,
     prune_rounds,
     save_round,
 )
-from hf_dash.starts import Start, StartContext, Started, StartsConfig
+from hf_dash.starts import STARTS, Start, StartContext, Started, StartsConfig
 from hf_dash.training.config import TrainingConfig
 from hf_dash.training.evaluation import evaluate_model
 from hf_dash.training.loop import TrainingResult, train_round
@@ -62,6 +64,8 @@ class Run:
             champion's; None keeps all.
         measure_memorization: measure right before and after every start what the model remembers
             (:func:`~hf_dash.training.memorization.measure_round`); not counted in the seconds.
+        checkpoint: the pretrained weights that the run began from: the model given to
+            :func:`run_rounds` is theirs, with a fresh head, and so is a cold start.
         parent: a round of any start, saved below ``output_dir``, whose weights the first of the
             rounds starts from; None begins with the model as it is.
 
@@ -87,6 +91,7 @@ class Run:
     output_dir: str | Path | None = None
     save_total_limit: int | None = None
     measure_memorization: bool = False
+    checkpoint: Checkpoint | None = None
     parent: RoundRecord | None = None
 
     def __post_init__(self) -> None:
@@ -166,6 +171,12 @@ def run_rounds(
         if run.output_dir is not None and parent is not None:
             load_weights_(model, run.output_dir, parent)
             kept = load_optimizer_state(run.output_dir, parent)
+        shared = _first_round_of_another(run, start, round_)
+        if shared is not None and run.output_dir is not None:
+            load_weights_(model, run.output_dir, shared)
+            kept = load_optimizer_state(run.output_dir, shared)
+            parent, trained = _save(run, model, kept, replace(shared, start=run.name)), True
+            continue
         task = _Task(run, start, held_out, round_, seed_of_round(run.seed, round_.index))
         model, parent, kept = _train_one(task, model, parent, kept)
         trained = True
@@ -189,6 +200,22 @@ class _Task:
         if not self.run.measure_memorization:
             return {}
         return measure_round(model, self.round_, self.held_out, self.run.accelerator)
+
+
+def _first_round_of_another(run: Run, start: Start, round_: Round) -> RoundRecord | None:
+    """Return the record of the same first round, trained by another start, while it is kept.
+
+    Without a start of its own a first round follows from seed and data alone.
+    """
+    if round_.index > 1 or run.output_dir is None or getattr(start, "every_round", False):
+        return None
+    for record in run.history.select(seed=run.seed):
+        name = record.start.partition("+")[0]
+        alike = name in STARTS and not getattr(STARTS[name], "every_round", False)
+        same = record.round_index == 1 and record.data_fingerprint == round_.fingerprint
+        if alike and same and find_round(run.output_dir, record.folder) is not None:
+            return record
+    return None
 
 
 def _with_classes_of(
@@ -231,10 +258,16 @@ def _train_one(
     record = replace(
         _record(task, model, metrics, result, begun.report),
         start_seconds=start_seconds,
-        parent=None if parent is None else parent.folder,
+        parent=_origin_of(run) if parent is None else parent.folder,
+        parent_sha256=run.checkpoint.sha256 if parent is None and run.checkpoint else None,
         memorization=measured if run.measure_memorization and measured else None,
     )
     return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
+
+
+def _origin_of(run: Run) -> str | None:
+    """Return the name of the checkpoint that a first round began from, if any."""
+    return None if run.checkpoint is None else run.checkpoint.name
 
 
 def _record(
@@ -288,6 +321,7 @@ def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tupl
         dash=run.dash,
         start_config=run.start_config,
         accelerator=run.accelerator,
+        checkpoint=run.checkpoint,
     )
     begun = task.start(model, context) or Started()
     state = model.timm_model.state_dict()

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from hf_dash.utils.checks import check_flag
 
 Optim = Literal["sgd", "adamw"]
+Schedule = Literal["constant", "cosine"]
 
 TrainingPreset = Literal["plain", "sota"]
 
@@ -63,6 +64,8 @@ class TrainingConfig:
         lr_milestones: numbers of epochs, rising and at least 1, after which the learning rate is
             multiplied by ``lr_gamma``; warm-up epochs count.
         lr_gamma: in (0, 1].
+        lr_scheduler_type: ``"constant"`` (but for warm-up and milestones), or ``"cosine"``: after
+            the warm-up the learning rate falls to 0 over ``max_epochs``, as people fine-tune.
         warmup_epochs: epochs in which the learning rate rises step by step to its full value, at
             least 0: it is k / n of it in the k-th of n warm-up steps.
         augment: crop and flip training images at random; see
@@ -101,6 +104,7 @@ class TrainingConfig:
     sam_rho: float = 0.0
     lr_milestones: list[int] = field(default_factory=list)
     lr_gamma: float = 0.2
+    lr_scheduler_type: Schedule = "constant"
     warmup_epochs: int = 0
     augment: bool = False
     num_workers: int = 0
@@ -112,6 +116,15 @@ class TrainingConfig:
             self._fill(self.training_preset)
         if self.optim not in get_args(Optim):
             raise ValueError(f"optim must be one of {get_args(Optim)}, got {self.optim!r}")
+        if self.lr_scheduler_type not in get_args(Schedule):
+            raise ValueError(
+                f"lr_scheduler_type must be one of {get_args(Schedule)}, got"
+                f" {self.lr_scheduler_type!r}"
+            )
+        if self.lr_scheduler_type == "cosine" and self.lr_milestones:
+            raise ValueError(
+                f"lr_milestones must be empty with a cosine schedule, got {self.lr_milestones}"
+            )
         self._check_kinds()
         self._check_ranges()
         for name in ("disable_tqdm", "augment", "channels_last"):

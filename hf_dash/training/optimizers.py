@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, MultiStepLR
+from transformers import get_cosine_schedule_with_warmup
 
 from hf_dash.training.config import TrainingConfig
 from hf_dash.utils.distributed import whole
@@ -48,7 +49,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
 
 def make_schedule(
     optimizer: Optimizer, config: TrainingConfig, steps_per_epoch: int | None
-) -> ChainedScheduler | None:
+) -> ChainedScheduler | LambdaLR | None:
     """Return the schedule of the learning rate, to be stepped after every optimizer step.
 
     Args:
@@ -62,12 +63,20 @@ def make_schedule(
     Raises:
         ValueError: there is a schedule, but ``steps_per_epoch`` is None.
     """
-    if not config.lr_milestones and not config.warmup_epochs:
+    cosine = config.lr_scheduler_type == "cosine"
+    if not config.lr_milestones and not config.warmup_epochs and not cosine:
         return None
     if steps_per_epoch is None:
         raise ValueError(
-            "lr_milestones and warmup_epochs count epochs, so batches must have a length; got"
-            f" lr_milestones {config.lr_milestones} and warmup_epochs {config.warmup_epochs}"
+            "lr_milestones, warmup_epochs and a cosine schedule count epochs, so batches must have"
+            f" a length; got lr_milestones {config.lr_milestones}, warmup_epochs"
+            f" {config.warmup_epochs} and lr_scheduler_type {config.lr_scheduler_type!r}"
+        )
+    if cosine:
+        return get_cosine_schedule_with_warmup(
+            optimizer,
+            config.warmup_epochs * steps_per_epoch,
+            config.max_epochs * steps_per_epoch,
         )
     warmup = max(1, config.warmup_epochs * steps_per_epoch)
     rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ from helpers import same_state, state_of
 
 import hf_dash
 from hf_dash._version import library_versions
+from hf_dash.pretrained import load_checkpoint
 from hf_dash.runs.continual import _start, _Task, seed_of_round
+from hf_dash.training.loop import train_round
 
 TRAINING = hf_dash.TrainingConfig(max_epochs=2, train_batch_size=30, disable_tqdm=True)
 
@@ -266,3 +269,52 @@ def test_old_rows_start_as_usual_and_new_ones_fresh(digits, small_model, acceler
     weight = grown.timm_model.fc.weight.detach()
     assert torch.equal(weight[:7], 0.5 * old)
     assert torch.equal(weight[7:], rows["fc.weight"])
+
+
+def test_starts_of_a_seed_train_their_first_round_once(
+    two_rounds, accelerator, tmp_path, monkeypatch
+):
+    trained = []
+
+    def counted(*arguments, description, **options):
+        trained.append(description)
+        return train_round(*arguments, description=description, **options)
+
+    monkeypatch.setattr("hf_dash.runs.continual.train_round", counted)
+    history = hf_dash.history.open_history(tmp_path / "history.json", {})
+    for name in ("warm", "dash", "l2_init"):
+        model = hf_dash.create_model("test_resnet", label_names=names_of(10), image_size=32)
+        one = hf_dash.runs.Run(
+            name, 0, history, accelerator, training=TRAINING, output_dir=tmp_path
+        )
+        start = hf_dash.find_start(name)
+        hf_dash.run_rounds(model, two_rounds[:1], two_rounds[0].new, start, one)
+    # L2-init trains its first round with a penalty, so it is not the same.
+    assert trained == ["warm round 1", "l2_init round 1"]
+    warm, dash, l2_init = history.records
+    assert dataclasses.replace(dash, start="warm") == warm
+    assert l2_init.weights_sha256 != warm.weights_sha256
+    for record in (warm, dash):
+        content = (tmp_path / record.folder / "model.safetensors").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == record.weights_sha256
+
+
+def test_a_run_from_a_checkpoint_records_it(two_rounds, accelerator, tmp_path):
+    source = hf_dash.create_model("test_resnet", label_names=["a"], image_size=32, seed=7)
+    hf_dash.save_model(source, tmp_path / "lite")
+    checkpoint = load_checkpoint(str(tmp_path / "lite"))
+    seen = []
+
+    def start(model, context):
+        seen.append(context.checkpoint)
+
+    history = hf_dash.History(None, {})
+    one = hf_dash.runs.Run(
+        "mine", 0, history, accelerator, training=TRAINING, checkpoint=checkpoint
+    )
+    model = checkpoint.create_model(list(names_of(10)))
+    hf_dash.run_rounds(model, two_rounds, two_rounds[0].new, start, one)
+    first, second = history.records
+    assert (first.parent, first.parent_sha256) == ("lite", checkpoint.sha256)
+    assert (second.parent, second.parent_sha256) == (first.folder, None)
+    assert seen == [checkpoint]

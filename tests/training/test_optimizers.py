@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def test_milestones_alone_and_warm_up_alone():
 def test_a_milestone_within_warm_up_counts():
     config = TrainingConfig(learning_rate=4.0, warmup_epochs=2, lr_milestones=[1], lr_gamma=0.5)
     assert rates(config, 2, 5) == pytest.approx([1, 2, 1.5, 2, 2], rel=1e-12)
+
+
+def test_a_cosine_falls_to_nothing_over_all_epochs():
+    config = TrainingConfig(learning_rate=2.0, lr_scheduler_type="cosine", max_epochs=2)
+    # Four steps, at the angles 0, 45, 90 and 135 degrees of half a turn.
+    half = math.sqrt(0.5)
+    assert rates(config, 2, 4) == pytest.approx([2, 1 + half, 1, 1 - half], rel=1e-12)
+    config = TrainingConfig(
+        learning_rate=2.0, lr_scheduler_type="cosine", max_epochs=2, warmup_epochs=1
+    )
+    assert rates(config, 2, 4) == pytest.approx([0, 1, 2, 1], rel=1e-12, abs=1e-12)
+    with pytest.raises(ValueError, match=r"lr_milestones must be empty .*, got \[1\]"):
+        TrainingConfig(lr_scheduler_type="cosine", lr_milestones=[1])
+    with pytest.raises(ValueError, match=r"lr_scheduler_type must be one of .*, got 'linear'"):
+        TrainingConfig(lr_scheduler_type="linear")
 
 
 def test_no_schedule_where_the_rate_never_changes():
