@@ -65,7 +65,8 @@ class TrainingConfig:
             multiplied by ``lr_gamma``; warm-up epochs count.
         lr_gamma: in (0, 1].
         lr_scheduler_type: ``"constant"`` (but for warm-up and milestones), or ``"cosine"``: after
-            the warm-up the learning rate falls to 0 over ``max_epochs``, as people fine-tune.
+            the warm-up the learning rate falls to 0 over ``max_epochs``, as people fine-tune. Such
+            training always lasts ``max_epochs``: ``accuracy_threshold`` becomes None.
         warmup_epochs: epochs in which the learning rate rises step by step to its full value, at
             least 0: it is k / n of it in the k-th of n warm-up steps.
         augment: crop and flip training images at random; see
@@ -121,10 +122,12 @@ class TrainingConfig:
                 f"lr_scheduler_type must be one of {get_args(Schedule)}, got"
                 f" {self.lr_scheduler_type!r}"
             )
-        if self.lr_scheduler_type == "cosine" and self.lr_milestones:
-            raise ValueError(
-                f"lr_milestones must be empty with a cosine schedule, got {self.lr_milestones}"
-            )
+        if self.lr_scheduler_type == "cosine":
+            if self.lr_milestones:
+                raise ValueError(
+                    f"lr_milestones must be empty with a cosine schedule, got {self.lr_milestones}"
+                )
+            object.__setattr__(self, "accuracy_threshold", None)
         self._check_kinds()
         self._check_ranges()
         for name in ("disable_tqdm", "augment", "channels_last"):

@@ -53,6 +53,7 @@ def test_a_cosine_falls_to_nothing_over_all_epochs():
     # Four steps, at the angles 0, 45, 90 and 135 degrees of half a turn.
     half = math.sqrt(0.5)
     assert rates(config, 2, 4) == pytest.approx([2, 1 + half, 1, 1 - half], rel=1e-12)
+    assert config.accuracy_threshold is None
     config = TrainingConfig(
         learning_rate=2.0, lr_scheduler_type="cosine", max_epochs=2, warmup_epochs=1
     )
