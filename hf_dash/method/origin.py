@@ -6,7 +6,7 @@ Differs from guessing: a checkpoint becomes the base only where a record names i
 Anything else is a warning with the numbers and the way out, see :data:`ADVICE`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from hf_dash.history import read_history
 from hf_dash.method.base import open_base
-from hf_dash.method.config import ZERO
+from hf_dash.method.config import ZERO, DashConfig
 from hf_dash.method.tensors import find_shrinkable
 from hf_dash.utils.files import sha256_of
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # Measured: EfficientNet-Lite0 from ImageNet, fine-tuned on 250, then 500 CIFAR-10 images.
 ADVICE = (
@@ -66,6 +69,28 @@ def find_origin(model: nn.Module) -> Origin:
     if name:
         return Origin(None, f"it was loaded from {name!r}, which has no record of its first round")
     return _suspected(model)
+
+
+def with_origin(config: DashConfig, model: nn.Module) -> DashConfig:
+    """Return settings whose base is where the model began, if they name none and a record does.
+
+    Where nothing is recorded and something suggests that the weights are pretrained, a warning says
+    what a shrink towards zero would do, and the way out. Adapters of PEFT began at zero.
+
+    Args:
+        config: ``base`` None asks; anything else stays.
+        model: unwrapped.
+    """
+    if config.base is not None or hasattr(model, "peft_config"):
+        return config
+    origin = find_origin(model)
+    if origin.base is None:
+        if origin.reason:
+            logger.warning("DASH: the model may be pretrained: %s. %s.", origin.reason, ADVICE)
+        return config
+    if origin.base != ZERO:
+        logger.warning("DASH: shrinks towards %s: %s", origin.base, origin.reason)
+    return replace(config, base=origin.base)
 
 
 def _recorded(folder: Path) -> Origin:

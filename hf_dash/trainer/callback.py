@@ -6,7 +6,7 @@ Differs from ``dash_shrink_``: training data of a Trainer are shuffled and carry
 batches do, unless ``batches`` or ``gradient_dataset`` is given.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
@@ -19,9 +19,10 @@ from hf_dash.method.batches import Batch
 from hf_dash.method.config import SETTINGS, DashConfig, with_settings
 from hf_dash.method.dash import dash_shrink_
 from hf_dash.method.gradients import LossFn
+from hf_dash.method.origin import with_origin
 from hf_dash.method.preserve import rng_preserved
 from hf_dash.method.shrink import ShrinkReport
-from hf_dash.method.wrappers import as_trained
+from hf_dash.method.wrappers import as_trained, unwrap
 from hf_dash.trainer.batches import Training, trainer_loss
 from hf_dash.trainer.logging import DeferredLog, log_through, tag_model, write_report
 from hf_dash.utils.checks import check_count
@@ -200,16 +201,25 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
                 "outside of training, and bound to no Trainer, shrink_ needs model and batches, got"
                 f" {type(model).__name__} and {type(batches).__name__}"
             )
-        self.report = dash_shrink_(model, batches, self.loss_fn, config=self.config)
+        config = with_origin(self.config, unwrap(model).module)
+        self.report = dash_shrink_(model, batches, self.loss_fn, config=config)
         if self.reset_optimizer and optimizer is not None:
             reset_optimizer_(optimizer)
         return self.report
+
+    @property
+    def base(self) -> Any:
+        """The base that was given; see :class:`~hf_dash.DashConfig`."""
+        return self.config.base
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the settings, and at which steps weights were shrunk."""
         own = ("when", "every_n_epochs", "reset_optimizer")
         settings = {name: getattr(self.config, name) for name in SETTINGS}
         given = {name for name in NOT_SAVED if getattr(self, name) is not None}
+        if isinstance(self.config.base, Mapping):  # tensors, which no checkpoint's JSON can hold
+            settings["base"] = None
+            given.add("base")
         return {
             "args": {**settings, **{name: getattr(self, name) for name in own}},
             "attributes": {
@@ -303,7 +313,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
                 self.loss_fn or own_loss,
                 disable_tqdm=args.disable_tqdm or None,
                 seed=args.seed,
-                config=self.config,
+                config=with_origin(self.config, unwrap(model).module),
             )
         if self.reset_optimizer and optimizer is not None:
             reset_optimizer_(optimizer)
