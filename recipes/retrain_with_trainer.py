@@ -9,7 +9,7 @@ Flags have the names of transformers' run_image_classification.py (`--train_dir`
 TrainingArguments. The model is a timm wrapper or any image classifier of transformers. Without
 `--do_train` and `--do_eval` the recipe does both; with `--do_eval` alone it only evaluates. With
 `--push_to_hub --hub_model_id user/name` the finished folder goes to the Hub, and from there
-`--model_name_or_path user/name --revision round-002` goes on.
+`--model_name_or_path user/name --revision round-002` continues.
 """
 
 from dataclasses import asdict, replace

@@ -52,7 +52,7 @@ def check_repo_id(name: str, repo_id: str) -> None:
     """
     try:
         if not isinstance(repo_id, str):
-            raise HFValidationError("it is no text")
+            raise HFValidationError("it is not text")
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
@@ -69,7 +69,7 @@ def check_branch(name: str, branch: str | None) -> None:
         branch: or pull request (``refs/pr/1``); None for ``main``.
 
     Raises:
-        ValueError: it is no name of a branch, or one that looks like a commit or a round's tag.
+        ValueError: it cannot be the name of a branch, or looks like a commit or a round's tag.
     """
     if branch is None:
         return

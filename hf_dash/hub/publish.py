@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> RoundRecord:
     """Return the newest record of a whole model folder; refuse any other."""
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"folder {str(folder)!r} is no finished round: it has no {missing[0]}")
+        raise ValueError(f"folder {str(folder)!r} is not a finished round: it has no {missing[0]}")
     try:
         with safe_open(folder / WEIGHTS, framework="pt"):
             pass

@@ -74,7 +74,7 @@ def average_gradients(
 
     Args:
         model: the module whose parameters ``tensors`` are; unwrapped, so that no wrapper averages
-            gradients between processes (FSDP2, which is no wrapper, does, and is meant to).
+            gradients between processes (FSDP2, which is not a wrapper, does, and is meant to).
         tensors: what to accumulate, as found by :func:`~hf_dash.method.tensors.find_shrinkable`.
         batches: minibatches from oldest to newest; on several processes, each one's share of the
             global minibatches.

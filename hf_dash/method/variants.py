@@ -146,8 +146,8 @@ def check_fillable(model: nn.Module, seed: int) -> None:
     """Check that fresh weights can be drawn for a model.
 
     Raises:
-        TypeError: it is no timm wrapper, whose config alone says how timm makes another one, or
-            ``seed`` is no integer.
+        TypeError: it is not a timm wrapper, whose config alone says how timm makes another one, or
+            ``seed`` is not an integer.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")

@@ -1,6 +1,6 @@
 """Is one start better than another over seeds, and at what price?
 
-Flow: ledgers of one run's starts and seeds → one list of records → per seed, a start beside the
+Flow: histories of one run's starts and seeds → one list of records → per seed, a start vs. the
 baseline → mean difference with its interval → Markdown; and what each start costs until it is as
 good as the baseline in the end.
 Source: the paired t interval of Student (1908).
@@ -39,24 +39,24 @@ class PairedDifference:
 
 
 def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] = ()) -> History:
-    """Return the ledgers of one protocol as one, in memory, with the settings they share.
+    """Join the histories of one protocol, in memory, with the settings they share.
 
     Args:
-        paths: of the ledgers, at least one.
+        paths: of the histories, at least one.
         skip_seeds: seeds left out, such as one that settings were tuned on.
 
     Raises:
-        ValueError: no path, a damaged ledger, other settings, or the same round in two of them.
+        ValueError: no path, a damaged history, other settings, or the same round in two of them.
     """
     if not paths:
-        raise ValueError("paths must name at least one ledger, got none")
+        raise ValueError("paths must name at least one history, got none")
     first, *others = (read_history(path) for path in paths)
     # What is not shared, such as somebody's own folders, says nothing about the whole.
     shared = {name: value for name, value in first.settings.items() if name not in MAY_DIFFER}
     joined = History(None, shared, may_differ=MAY_DIFFER)
-    for ledger in (first, *others):
-        joined.check_same_run(ledger)
-        for record in ledger.records:
+    for history in (first, *others):
+        joined.check_same_run(history)
+        for record in history.records:
             if record.seed not in skip_seeds:
                 joined.append(record)
     return joined

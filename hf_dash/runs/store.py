@@ -65,7 +65,7 @@ def save_round(
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"{target} could not be saved: {error}; earlier rounds are whole, and the same command"
-            " goes on after them"
+            " continues after them"
         ) from error
     return record
 

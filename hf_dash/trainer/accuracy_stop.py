@@ -41,7 +41,7 @@ class TrainAccuracyStop(DeferredLog):
         threshold: training accuracy over an epoch at which training ends, in (0, 1].
 
     Raises:
-        TypeError, ValueError: ``threshold`` is no number, or out of its range.
+        TypeError, ValueError: ``threshold`` is not a number, or out of its range.
     """
 
     def __init__(self, threshold: float = 0.999) -> None:

@@ -26,7 +26,7 @@ HELD_OUT_SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """Which model to go on with; the help of each field says what it is.
+    """Which model to continue from; the help of each field says what it is.
 
     Raises:
         ValueError: ``trust_remote_code`` is set.

@@ -107,7 +107,7 @@ def test_pushing_again_changes_nothing(hub, rounds):
     written = len([r for r in hub.requests if "/commit/" in r or r.startswith("PUT")])
     assert push_round(rounds[1], "user/model") == first
     push_round(rounds[2], "user/model")
-    # An earlier round is found where it is, though main has gone on.
+    # An earlier round is found where it is, though main has moved on.
     assert push_round(rounds[1], "user/model") == first
     assert len(log_of(hub)) == 3
     assert written == 3  # weights, figure, commit
@@ -130,7 +130,7 @@ def test_a_round_does_not_take_anothers_place(hub, rounds, tmp_path):
 
 def test_nothing_is_made_of_a_folder_that_is_not_whole(hub, rounds, tmp_path):
     folder = tmp_path / "folder"
-    with pytest.raises(ValueError, match=r"is no finished round: it has no README\.md"):
+    with pytest.raises(ValueError, match=r"is not a finished round: it has no README\.md"):
         push_round(folder, "user/model")
     folder.mkdir()
     for name, content in content_of_files(rounds[1]).items():

@@ -120,12 +120,12 @@ def test_ledgers_of_one_protocol_are_joined(tmp_path):
     assert {r.seed for r in join_histories(paths, skip_seeds=[0]).records} == {1, 2}
 
 
-def test_ledgers_that_do_not_belong_together_are_refused(tmp_path):
+def test_histories_that_do_not_belong_together_are_refused(tmp_path):
     write_history(tmp_path / "a.json", {"lam": 0.3}, COLD)
     write_history(tmp_path / "b.json", {"lam": 0.1}, DASH)
     with pytest.raises(ValueError, match=r"lam was 0\.1, is 0\.3"):
         join_histories([tmp_path / "a.json", tmp_path / "b.json"])
     with pytest.raises(ValueError, match="already has a record"):
         join_histories([tmp_path / "a.json"] * 2)
-    with pytest.raises(ValueError, match="paths must name at least one ledger"):
+    with pytest.raises(ValueError, match="paths must name at least one history"):
         join_histories([])
