@@ -1,110 +1,49 @@
-"""Fixtures shared by all tests; nothing here or below reaches the network or needs a GPU."""
+"""What a test session needs before libraries are imported: a folder of its own, no network, no GPU.
 
+All that tests and libraries write lies in one folder of the temporary directory, which goes when
+all tests have passed and is named when they have not.
+"""
+
+import atexit
 import os
+import shutil
 import socket
 import tempfile
 
+import pytest
+import xdist
+
+
+def remove_folder() -> None:
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="hf_dash_tests_")
+    atexit.register(remove_folder)
 # The clients read the Hub's address at import: a port of this process's own, at which nobody
 # listens until a test asks for ``hub``.
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    HUB_ADDRESS = free.getsockname()
-os.environ["HF_ENDPOINT"] = "http://{}:{}".format(*HUB_ADDRESS)
+    os.environ["HF_ENDPOINT"] = "http://{}:{}".format(*free.getsockname())
 os.environ["HF_HUB_DISABLE_XET"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_dash_tests_")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
 # Two test processes share the machine; results must not hang on the number of threads anyway.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
 
-import huggingface_hub
-import pytest
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from datasets import Dataset
-from helpers import EveryLayer, make_tiny_timm
-from hub_double import TOKENS, HubDouble
-from torch import nn
-from transformers import PreTrainedModel
-
-import hf_dash
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # The process that only hands out the tests is spared the imports.
+    if not xdist.is_xdist_controller(session):
+        session.config.pluginmanager.import_plugin("shared_fixtures")
 
 
-@pytest.fixture
-def tiny_timm() -> PreTrainedModel:
-    return make_tiny_timm()
-
-
-@pytest.fixture
-def every_layer() -> EveryLayer:
-    torch.manual_seed(0)
-    model = EveryLayer()
-    model(torch.randn(64, 3, 8, 8))  # batch norm gets statistics of its own
-    return model
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state per process; every test gets its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
-    """A double of the Hub that the real clients find, with the token of its user ``user``."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", next(iter(TOKENS)))
-    with HubDouble(HUB_ADDRESS) as double:
-        yield double
-    huggingface_hub.close_session()
-    assert double.problems == []
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting before another attempt at the Hub, and little for an answer."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr("hf_dash.hub.client.TIMEOUT", 0.5)
-
-
-@pytest.fixture(scope="session")
-def digits() -> Dataset:
-    return hf_dash.load_images("digits")
-
-
-@pytest.fixture(scope="session")
-def digits_test() -> Dataset:
-    return hf_dash.load_images("digits", split="test")
-
-
-@pytest.fixture
-def small_model(digits: Dataset) -> nn.Module:
-    """A small timm ResNet in the transformers wrapper."""
-    return hf_dash.create_model(
-        "test_resnet", label_names=hf_dash.data.label_names(digits), image_size=32, seed=0
-    )
-
-
-@pytest.fixture
-def two_rounds(digits: Dataset, small_model: nn.Module) -> list[hf_dash.Round]:
-    """Two rounds of 60 digits each."""
-    arrived = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=120)
-    transform = hf_dash.models.image_transform(small_model)
-    return list(hf_dash.data.cut_rounds(arrived, 2, transform, in_memory=True))
-
-
-@pytest.fixture
-def context(two_rounds):
-    dash = hf_dash.DashConfig(gradient_batch_size=30)
-    return hf_dash.StartContext(two_rounds[1], seed=5, dash=dash)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode
+) -> None:
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        atexit.unregister(remove_folder)
+        terminalreporter.write_line(f"What the tests wrote is kept in {os.environ['TMPDIR']}")

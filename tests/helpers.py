@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from children import Child, join, run_script
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -127,6 +129,12 @@ def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
+def hub_address() -> tuple[str, int]:
+    """Return where this process and its children look for the Hub; nobody listens there yet."""
+    host, _, port = os.environ["HF_ENDPOINT"].removeprefix("http://").partition(":")
+    return host, int(port)
+
+
 # For recipes: one epoch a round.
 QUICK = ["--max_epochs", "1", "--disable_tqdm"]
 
@@ -141,15 +149,20 @@ def launch(
 ) -> "subprocess.CompletedProcess[str]":
     """Run a recipe as a user does and return what it printed.
 
-    ``launcher=False`` saves the seconds that ``accelerate launch`` takes to import itself: for
-    recipes that another test has launched with it.
+    ``launcher=False`` saves the many seconds that ``accelerate launch`` and the recipe take to
+    import: for recipes that another test has launched with it.
     """
+    script = REPOSITORY / "recipes" / recipe
+    if not launcher:
+        (done,) = join([Child(run_script, script, flags, folder=folder, **environment)])
+        if check:
+            done.check_returncode()
+        return done
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch"]
-    command = accelerate if launcher else [sys.executable]
     return subprocess.run(
-        [*command, str(REPOSITORY / "recipes" / recipe), *flags],
+        [*accelerate, str(script), *flags],
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -158,22 +171,22 @@ def launch(
 
 
 def run(world, cases, folder):
-    """Run cases in ``world`` processes; return, per case, what each rank wrote."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    # A gloo process sometimes aborts at exit with all its work done: the files tell, not the code.
-    worker = [str(TESTS / "process_worker.py"), str(folder), *cases]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [*launcher, f"--nproc_per_node={world}", *worker],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    """Run cases in ``world`` processes, started as torchrun does; return what each rank wrote."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [
+        Child(
+            *(run_script, TESTS / "process_worker.py", [str(folder), *cases]),
+            folder=folder,
+            **{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    done = join(ranks)
     files = [[folder / f"{case}.{rank}.json" for rank in range(world)] for case in cases]
     missing = [file.name for row in files for file in row if not file.exists()]
-    assert not missing, f"{missing}: {done.stderr[-5000:]}"
+    assert not missing, f"{missing}: {[one.stderr[-5000:] for one in done]}"
     return {
         c: [json.loads(f.read_text()) for f in row] for c, row in zip(cases, files, strict=True)
     }

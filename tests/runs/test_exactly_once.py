@@ -1,6 +1,5 @@
 """A run killed by SIGKILL anywhere ends, started again, with the same weights, bit by bit."""
 
-import multiprocessing
 import random
 import signal
 import time
@@ -8,14 +7,9 @@ from pathlib import Path
 
 import kill_worker
 import pytest
+from children import CONTEXT
 
 import hf_dash
-
-# Children are forked from a server that has imported everything and computed nothing.
-CONTEXT = multiprocessing.get_context("forkserver")
-
-
-CONTEXT.set_forkserver_preload(["hf_dash", "sklearn.datasets", "sklearn.model_selection"])
 
 
 def attempt(folder: Path, point: str | None = None, seconds: float | None = None) -> int:

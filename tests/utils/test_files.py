@@ -1,7 +1,7 @@
 import hashlib
-import multiprocessing
 
 import pytest
+from children import CONTEXT
 
 import hf_dash
 from hf_dash.utils.files import (
@@ -79,9 +79,8 @@ def hold(folder, held, done):
 
 
 def test_two_processes_never_share_a_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    held, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(str(tmp_path), held, done))
+    held, done = CONTEXT.Event(), CONTEXT.Event()
+    other = CONTEXT.Process(target=hold, args=(str(tmp_path), held, done))
     other.start()
     assert held.wait(120)
     with (
