@@ -116,5 +116,5 @@ def test_main_follows_a_promotion(pushed):
     flags = ["--output_dir", "runs/continual_rounds", "--challenger", "rounds/001/dash_seed0"]
     flags += ["--dataset_name", "digits", "--push_to_hub", "--hub_model_id", "user/digits"]
     done = launch("promote.py", folder, *flags, launcher=False, **environment)
-    assert "promote: first champion\nshared round 1: user/digits at main" in done.stdout
+    assert "promote: first champion\npushed round 1: user/digits at main" in done.stdout
     assert hub.files("user/digits") == hub.files("user/digits", "round-001")
