@@ -124,6 +124,17 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def nearby_state(model: nn.Module, scale: float = 0.1) -> dict[str, Tensor]:
+    """Return a state near a model's own, as that of the checkpoint it began from."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: tensor + scale * torch.randn(tensor.shape, generator=generator)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Tell whether two states are bit-identical."""
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)

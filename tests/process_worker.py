@@ -16,6 +16,7 @@ from datasets import ClassLabel, Features, IterableDataset, Value
 from helpers import (
     EveryLayer,
     make_tiny_timm,
+    nearby_state,
     random_pairs,
     same_state,
     state_of,
@@ -50,6 +51,7 @@ def shrink(case, accelerator, folder):
     model = EveryLayer(norm="batch_norm" not in case, groups=1 if case.endswith("filter") else 2)
     if "fill" in case:
         model = make_tiny_timm()
+    base = nearby_state(model)
     batches = share(rank, world)
     if "uneven_count" in case and rank == 1:
         batches = batches[1:]
@@ -68,6 +70,7 @@ def shrink(case, accelerator, folder):
     settings = {
         "grouping": "filter" if "filter" in case else "kernel",
         "variant": "fill" if "fill" in case else "orthogonal" if "variant" in case else None,
+        "base": base if "base" in case else None,
     }
     REDUCES.clear()
     result = {"world": world}

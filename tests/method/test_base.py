@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import random_pairs, same_state, state_of, tiny_vit
+from helpers import nearby_state, random_pairs, same_state, state_of, tiny_vit
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,17 +17,6 @@ from hf_dash.method.dash import default_loss
 from hf_dash.method.reference import reference_factors
 
 QUIET = {"disable_tqdm": True}
-
-
-def perturbed(model, scale=0.1):
-    """The state of a model that lies somewhere near the given one: its checkpoint."""
-    generator = torch.Generator().manual_seed(1)
-    return {
-        name: tensor + scale * torch.randn(tensor.shape, generator=generator)
-        if tensor.is_floating_point()
-        else tensor.clone()
-        for name, tensor in model.state_dict().items()
-    }
 
 
 def test_a_change_by_hand():
@@ -54,7 +43,7 @@ def test_a_change_by_hand():
 
 @pytest.mark.parametrize("grouping", ["kernel", "filter", "auto"])
 def test_every_kind_of_layer_equals_the_reference(every_layer, grouping):
-    batches, before, base = random_pairs(3), state_of(every_layer), perturbed(every_layer)
+    batches, before, base = random_pairs(3), state_of(every_layer), nearby_state(every_layer)
     factors = reference_factors(
         every_layer, batches, default_loss, grouping=grouping, base=base, lam=0.2
     )
@@ -79,7 +68,7 @@ def test_a_base_of_zeros_is_the_papers_method_to_the_bit(every_layer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_lam_one_is_the_identity(every_layer, dtype):
     model = every_layer.to(dtype)
-    before, base = state_of(model), perturbed(every_layer.float())
+    before, base = state_of(model), nearby_state(every_layer.float())
     model.to(dtype)
     batches = [(images.to(dtype), labels) for images, labels in random_pairs(2)]
     with pytest.warns(NoEffectWarning, match="the weights are those of|every factor is 1|nothing"):
@@ -96,7 +85,7 @@ def test_a_base_equal_to_the_model_changes_nothing_and_says_so(every_layer):
 
 def test_a_base_in_another_precision_is_read_as_it_is(every_layer):
     batches, other = random_pairs(2), copy.deepcopy(every_layer)
-    base = {name: tensor.bfloat16() for name, tensor in perturbed(every_layer).items()}
+    base = {name: tensor.bfloat16() for name, tensor in nearby_state(every_layer).items()}
     exact = {name: tensor.float() for name, tensor in base.items()}
     dash_shrink_(every_layer, batches, base=base, **QUIET)
     dash_shrink_(other, batches, base=exact, **QUIET)
@@ -126,7 +115,7 @@ def test_a_new_head_shrinks_towards_zero_and_is_listed(tiny_timm):
 def test_a_folder_is_read_in_either_layout(tiny_timm, tmp_path):
     batches = [{"pixel_values": i, "labels": y} for i, y in random_pairs(2)]
     checkpoint = copy.deepcopy(tiny_timm)
-    checkpoint.load_state_dict(perturbed(tiny_timm))
+    checkpoint.load_state_dict(nearby_state(tiny_timm))
     states = {}
     hf_dash.save_model(checkpoint, tmp_path / "timm")
     checkpoint.save_pretrained(tmp_path / "transformers")
@@ -143,7 +132,7 @@ def test_a_folder_is_read_in_either_layout(tiny_timm, tmp_path):
 def test_a_backbone_without_its_head_is_a_base(tmp_path):
     model = tiny_vit()
     checkpoint = tiny_vit()
-    checkpoint.load_state_dict(perturbed(model))
+    checkpoint.load_state_dict(nearby_state(model))
     checkpoint.vit.save_pretrained(tmp_path)  # no "vit." in front of its names
     batches = [{"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 0, 1])}]
     report = dash_shrink_(model, batches, base=tmp_path, **QUIET)
@@ -151,7 +140,7 @@ def test_a_backbone_without_its_head_is_a_base(tmp_path):
 
 
 def test_a_bare_timm_model_takes_the_wrappers_checkpoint(tiny_timm):
-    base = perturbed(tiny_timm)
+    base = nearby_state(tiny_timm)
     batches = random_pairs(2)
     dicts = [{"pixel_values": i, "labels": y} for i, y in batches]
     bare = copy.deepcopy(tiny_timm.timm_model)
@@ -194,7 +183,7 @@ def test_a_bad_base_changes_nothing(every_layer, make, error, message):
 
 
 def test_a_base_that_is_not_finite_changes_nothing(every_layer):
-    before, base = state_of(every_layer), perturbed(every_layer)
+    before, base = state_of(every_layer), nearby_state(every_layer)
     base["pointwise.weight"][0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"'pointwise\.weight'"):
         dash_shrink_(every_layer, random_pairs(2), base=base, **QUIET)
@@ -210,7 +199,7 @@ def test_a_pickle_is_refused(every_layer, tmp_path):
 
 
 def test_a_damaged_folder_changes_nothing(every_layer, tmp_path):
-    save_file(perturbed(every_layer), tmp_path / "model.safetensors")
+    save_file(nearby_state(every_layer), tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-100])
     before = state_of(every_layer)
@@ -242,7 +231,7 @@ def test_zero_stands_for_the_papers_method(every_layer):
 def test_no_more_than_a_slice_of_the_checkpoint_is_read_at_a_time(monkeypatch):
     monkeypatch.setattr("hf_dash.method.shrink.SLICE", 100)
     model = nn.Linear(50, 40)
-    base = perturbed(model)
+    base = nearby_state(model)
     read = []
 
     class Watched(dict):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EveryLayer, make_tiny_timm, random_pairs, run
+from helpers import EveryLayer, make_tiny_timm, nearby_state, random_pairs, run
 from process_worker import memorization, train_by_sam
 
 import hf_dash
@@ -30,6 +30,8 @@ TWO = [
     "ddp",
     "ddp_variant",
     "ddp_fill",
+    "ddp_base",
+    "fsdp_base",
     "ddp_no_batch_norm",
     "fsdp",
     "fsdp_filter",
@@ -82,8 +84,9 @@ def in_this_process(case):
     variant = "orthogonal" if "variant" in case else None
     if "fill" in case:
         model, variant = make_tiny_timm(), "fill"
+    base = nearby_state(model) if "base" in case else None
     report = hf_dash.dash_shrink_(
-        model, random_pairs(6), tolerance=0.0, grouping=grouping, variant=variant
+        model, random_pairs(6), tolerance=0.0, grouping=grouping, variant=variant, base=base
     )
     return model, report
 
