@@ -5,6 +5,7 @@ all tests have passed and is named when they have not.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import socket
@@ -39,6 +40,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     # The process that only hands out the tests is spared the imports.
     if not xdist.is_xdist_controller(session):
         session.config.pluginmanager.import_plugin("shared_fixtures")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the imports are never garbage, but slow to walk through, and Accelerate collects
 
 
 def pytest_terminal_summary(

@@ -1,5 +1,6 @@
 """A run of three rounds that can be killed at a given point; started by test_exactly_once.py."""
 
+import gc
 import os
 import signal
 from functools import reduce
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 import hf_dash
 
-NUM_ROUNDS, ROUND_SIZE = 3, 30
+NUM_ROUNDS = 3
 
 # Where to die: the function called there, before or after it, and at which of its calls.
 POINTS = {
@@ -49,16 +51,15 @@ def die_at(point: str) -> None:
     setattr(holder, attribute, dying)
 
 
-def run(output_dir: str, point: str | None = None) -> None:
-    """Take a DASH run with living momentum through its rounds; go on where it ended."""
+def run(output_dir: str, arriving: Dataset, point: str | None = None) -> None:
+    """Take a DASH run with living momentum through its rounds; continue it where it ended."""
+    gc.freeze()  # the imports of the process this one was forked from are never garbage
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if point is not None:
         die_at(point)
-    digits = hf_dash.load_images("digits")
-    arriving = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=NUM_ROUNDS * ROUND_SIZE)
     model = hf_dash.create_model(
-        "test_resnet", label_names=hf_dash.data.label_names(digits), image_size=32, seed=0
+        "test_resnet", label_names=hf_dash.data.label_names(arriving), image_size=32, seed=0
     )
     transform = hf_dash.models.image_transform(model)
     rounds = list(hf_dash.data.cut_rounds(arriving, NUM_ROUNDS, transform, in_memory=True))

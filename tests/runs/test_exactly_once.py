@@ -3,18 +3,28 @@
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import kill_worker
 import pytest
 from children import CONTEXT
+from datasets import Dataset
 
 import hf_dash
 
 
-def attempt(folder: Path, point: str | None = None, seconds: float | None = None) -> int:
-    """Run until the end, or until killed; return the exit code."""
-    process = CONTEXT.Process(target=kill_worker.run, args=(str(folder), point))
+@pytest.fixture(scope="module")
+def attempt(digits):
+    """A function that runs until the end, or until killed, and returns the exit code."""
+    arriving = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=90)
+    return partial(attempt_on, arriving)
+
+
+def attempt_on(
+    arriving: Dataset, folder: Path, point: str | None = None, seconds: float | None = None
+) -> int:
+    process = CONTEXT.Process(target=kill_worker.run, args=(str(folder), arriving, point))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -33,7 +43,7 @@ def outcome(folder: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(attempt, tmp_path_factory):
     """The outcome of a run nobody killed, and how long it took."""
     first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
     assert attempt(first) == 0
@@ -46,7 +56,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", kill_worker.POINTS)
-def test_killed_at_every_step(point, undisturbed, tmp_path):
+def test_killed_at_every_step(attempt, point, undisturbed, tmp_path):
     assert attempt(tmp_path, point) == -signal.SIGKILL
     assert attempt(tmp_path) == 0
     assert outcome(tmp_path) == undisturbed[0]
@@ -54,7 +64,7 @@ def test_killed_at_every_step(point, undisturbed, tmp_path):
     assert leftovers == []
 
 
-def killed_at_random(times: int, seed: int, undisturbed, folder: Path) -> None:
+def killed_at_random(attempt, times: int, seed: int, undisturbed, folder: Path) -> None:
     expected, duration = undisturbed
     draw = random.Random(seed)
     kills = runs = 0
@@ -69,16 +79,16 @@ def killed_at_random(times: int, seed: int, undisturbed, folder: Path) -> None:
     assert outcome(folder / str(runs)) == expected
 
 
-def test_killed_twenty_times_at_random(undisturbed, tmp_path):
-    killed_at_random(20, 0, undisturbed, tmp_path)
+def test_killed_twenty_times_at_random(attempt, undisturbed, tmp_path):
+    killed_at_random(attempt, 20, 0, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_at_random(undisturbed, tmp_path):
-    killed_at_random(50, 1, undisturbed, tmp_path)
+def test_killed_fifty_times_at_random(attempt, undisturbed, tmp_path):
+    killed_at_random(attempt, 50, 1, undisturbed, tmp_path)
 
 
-def test_a_finished_run_is_left_alone(undisturbed, tmp_path):
+def test_a_finished_run_is_left_alone(attempt, undisturbed, tmp_path):
     assert attempt(tmp_path) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert attempt(tmp_path) == 0
