@@ -179,6 +179,11 @@ class History:
         taken = [entry.challenger for entry in self.promotions if entry.kind != "reject"]
         return taken[-1] if taken else None
 
+    @property
+    def digest(self) -> str:
+        """What the file holds as ``"digest"``: the SHA-256 of everything else in it."""
+        return _digest(_content(self.settings, self.records, self.promotions))
+
     def check_same_run(self, other: "History") -> None:
         """Check that another history has the same settings, except those that may differ.
 
@@ -240,10 +245,20 @@ def write_history(
     promotions: Iterable[Promotion] = (),
 ) -> None:
     """Write a whole history in one step, in place of the file at ``path``."""
-    content = {"format": FORMAT, "settings": settings, "records": [asdict(r) for r in records]}
-    content["promotions"] = [asdict(promotion) for promotion in promotions]
+    content = _content(settings, records, promotions)
     content["digest"] = _digest(content)
     write_text(Path(path), json.dumps(content, indent=1) + "\n")
+
+
+def _content(
+    settings: dict[str, Any], records: Iterable[RoundRecord], promotions: Iterable[Promotion]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "settings": settings,
+        "records": [asdict(record) for record in records],
+        "promotions": [asdict(promotion) for promotion in promotions],
+    }
 
 
 def _digest(content: dict[str, Any]) -> str:

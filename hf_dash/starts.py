@@ -358,25 +358,58 @@ def find_start(name: str) -> Start:
     base, *settings = name.split("+")
     if base not in STARTS:
         raise ValueError(f"start must be one of {sorted(STARTS)}, got {base!r}")
+    # Unknown fields and values out of range are refused here, before the first round.
+    start_settings(name)
     start = STARTS[base]
     if not settings:
         return start
-    dash, starts = (_own_fields(name, settings, config) for config in (DashConfig, StartsConfig))
-    unknown = [setting for setting in settings if setting.partition("=")[0] not in dash | starts]
+
+    def with_its_own(model: PreTrainedModel, context: StartContext) -> Started | None:
+        dash, start_config = start_settings(name, context.dash, context.start_config)
+        return start(model, replace(context, dash=dash, start_config=start_config))
+
+    return every_round(with_its_own) if getattr(start, "every_round", False) else with_its_own
+
+
+def start_settings(
+    name: str, dash: DashConfig | None = None, start_config: StartsConfig | None = None
+) -> tuple[DashConfig, StartsConfig]:
+    """Return the settings that the start of that name runs with.
+
+    Args:
+        name: as :func:`find_start` takes it.
+        dash: settings of the run, which the name may change; None for the defaults.
+        start_config: settings of the run, which the name may change; None for the defaults.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: there is no such field, or a value is out of range.
+
+    Example:
+        >>> dash, start_config = start_settings("dash+alpha=0.1")
+        >>> dash.alpha, dash.lam
+        (0.1, 0.3)
+    """
+    configs = dash or DashConfig(), start_config or StartsConfig()
+    settings = name.split("+")[1:]
+    own = [_own_fields(name, settings, type(config)) for config in configs]
+    unknown = [s for s in settings if not any(s.partition("=")[0] in values for values in own)]
     if unknown:
         raise ValueError(
             f"settings of start {name!r} must be +field=value with fields of DashConfig or"
             f" StartsConfig, got {unknown}"
         )
-    # Values out of range are refused here, before the first round.
-    DashConfig(**dash)
-    StartsConfig(**starts)
+    return replace(configs[0], **own[0]), replace(configs[1], **own[1])
 
-    def with_its_own(model: PreTrainedModel, context: StartContext) -> Started | None:
-        own = replace(context.dash, **dash), replace(context.start_config, **starts)
-        return start(model, replace(context, dash=own[0], start_config=own[1]))
 
-    return every_round(with_its_own) if getattr(start, "every_round", False) else with_its_own
+def is_dash(name: str) -> bool:
+    """Return whether the start of that name is DASH, with whatever settings.
+
+    Example:
+        >>> is_dash("dash+alpha=0.1"), is_dash("warm")
+        (True, False)
+    """
+    return name.split("+")[0] == "dash"
 
 
 def _own_fields(name: str, settings: list[str], config: type) -> dict[str, Any]:

@@ -108,11 +108,9 @@ def compare(accelerator, run, source, data, training, dash, start_config, hub) -
         )
     for seed, schedule in zip(run.seed_range, schedules, strict=True):
         first = {"label_names": list(schedule.label_names(1)), "image_size": run.image_size}
-        if checkpoint is None:
-            first |= {"model_args": json.loads(run.model_args)}
-            create = partial(hf_dash.create_model, run.architecture, **first, seed=seed)
-        else:
-            create = partial(checkpoint.create_model, **first, seed=seed)
+        args = json.loads(run.model_args)
+        fresh = partial(hf_dash.create_model, run.architecture, model_args=args)
+        create = partial(checkpoint.create_model if checkpoint else fresh, **first, seed=seed)
         transform = hf_dash.models.image_transform(create())
         rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
         held_out = schedule.held_out_examples(transform)
@@ -140,8 +138,11 @@ def compare(accelerator, run, source, data, training, dash, start_config, hub) -
     if accelerator.is_main_process:
         print(hf_dash.report.write_results(history, output_dir), end="\n\n")
         print(f"history, figures and the model of the {run.export_start} start: {output_dir}")
-        # Last of all: no other process waits for a slow Hub.
+        folders, names = [output_dir, output_dir / "model"], schedule.label_names()
+        sentence = hf_dash.report.recommend(history, folders, names)
+        # After everything else: no other process waits for a slow Hub.
         hf_dash.hub.push_rounds(hub, output_dir, chain)
+        print(sentence)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ Flags have the names of transformers' run_image_classification.py (`--train_dir`
 TrainingArguments. The model is a timm wrapper or any image classifier of transformers. Without
 `--do_train` and `--do_eval` the recipe does both; with `--do_eval` alone it only evaluates. With
 `--push_to_hub --hub_model_id user/name` the finished folder goes to the Hub, and from there
-`--model_name_or_path user/name --revision round-002` continues.
+`--model_name_or_path user/name --revision round-002` continues. `--start warm` and others replace
+DASH; `--start auto` follows the recommendation.json that `continual_rounds.py` wrote.
 """
 
 from dataclasses import asdict, replace
@@ -25,11 +26,12 @@ def main() -> None:
         (
             hf_dash.trainer.ModelArguments,
             hf_dash.trainer.DataTrainingArguments,
+            hf_dash.trainer.StartArguments,
             hf_dash.DashConfig,
             TrainingArguments,
         )
     )
-    source, data, dash, args = parser.parse_args_into_dataclasses()
+    source, data, choice, dash, args = parser.parse_args_into_dataclasses()
     # The finished folder is pushed once; the Trainer would push on the way, and save the token.
     hub = hf_dash.hub.HubArguments.taken_from(args)
     args.remove_unused_columns = False
@@ -44,6 +46,12 @@ def main() -> None:
     past = parent.records
     with args.main_process_first(desc="loading images"):
         schedule = data.load(seed=args.seed, cache_dir=source.cache_dir, token=source.token)
+    start = hf_dash.report.choose_start(
+        choice.start,
+        dash,
+        recommendation=choice.recommendation or source.model_name_or_path,
+        label_names=schedule.label_names(),
+    )
     model = source.load_model(schedule.label_names(), seed=args.seed)
     schedule = replace(schedule, first_names=tuple(hf_dash.models.model_labels(model)))
     processor = source.load_image_processor(model)
@@ -52,12 +60,13 @@ def main() -> None:
     round_ = replace(schedule.rounds(transform)[-1], index=index)
     held_out = schedule.held_out_examples(transform, allow_unknown=False)
 
-    trainer = make_trainer(model, args, round_, held_out, dash)
+    trainer = make_trainer(model, args, round_, held_out, start)
     if args.do_eval and not args.do_train and args.eval_strategy == "no":
         metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
         trainer.save_metrics("eval", {"eval_accuracy": metrics["accuracy"]}, combined=False)
         trainer.log_metrics("eval", {"eval_accuracy": metrics["accuracy"]})
         return
+    seconds = 0.0 if args.resume_from_checkpoint else start.begin_(model, round_, args.seed)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
     if not trainer.is_world_process_zero():
@@ -69,8 +78,11 @@ def main() -> None:
         train_seconds=result.metrics["train_runtime"],
         parent=parent.name,
         held_out=held_out,
+        start=start.name,
+        start_seconds=seconds,
     )
-    settings = [source.settings, asdict(data), asdict(dash), hf_dash.report.training_settings(args)]
+    settings = [source.settings, asdict(data), start.settings]
+    settings += [hf_dash.report.training_settings(args)]
     info = hf_dash.report.card_info(
         model,
         [*past, record],
@@ -81,6 +93,7 @@ def main() -> None:
         base=parent.base,
         hub_model_id=hub.card_id,
     )
+    info = replace(info, followed=start.followed)
     hf_dash.report.write_model_folder(model, args.output_dir, info, image_processor=processor)
     print(hf_dash.report.rounds_table(info.records))
     hf_dash.hub.push_folder(hub, args.output_dir)
@@ -91,9 +104,9 @@ def make_trainer(
     args: TrainingArguments,
     round_: hf_dash.Round,
     held_out: Any,
-    dash: hf_dash.DashConfig,
+    start: hf_dash.report.ChosenStart,
 ) -> Trainer:
-    """Return a Trainer over the round's images that shrinks first, from oldest to newest image."""
+    """Return a Trainer over the round's images; DASH shrinks first, from oldest to newest image."""
     if not round_.streams:
         images = round_.examples
     else:
@@ -108,10 +121,12 @@ def make_trainer(
                 args.gradient_accumulation_steps,
             )
     trainer = Trainer(model, args, train_dataset=images, eval_dataset=held_out)
-    batches = hf_dash.data.gradient_batches(
-        round_, dash, num_processes=args.world_size, process_index=args.process_index
-    )
-    trainer.add_callback(hf_dash.DashCallback(config=dash, batches=batches).bind(trainer))
+    if hf_dash.starts.is_dash(start.name):
+        batches = hf_dash.data.gradient_batches(
+            round_, start.dash, num_processes=args.world_size, process_index=args.process_index
+        )
+        callback = hf_dash.DashCallback(config=start.dash, batches=batches)
+        trainer.add_callback(callback.bind(trainer))
     return trainer
 
 

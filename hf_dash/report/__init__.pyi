@@ -25,5 +25,13 @@ from .paired import paired_table as paired_table
 from .paired import price_table as price_table
 from .plots import plot_factors as plot_factors
 from .plots import plot_rounds as plot_rounds
+from .recommendation import ChosenStart as ChosenStart
+from .recommendation import choose_start as choose_start
+from .recommendation import read_recommendation as read_recommendation
+from .recommendation import recommend as recommend
+from .recommendation import write_recommendation as write_recommendation
 from .tables import rounds_table as rounds_table
 from .tables import starts_table as starts_table
+from .verdict import NothingToCompareError as NothingToCompareError
+from .verdict import StartVerdict as StartVerdict
+from .verdict import start_verdict as start_verdict

@@ -73,6 +73,7 @@ class CardInfo:
         base_model_revision: exact commit of ``base_model`` that the round started from.
         rivals: records of other starts, such as ``"cold"``, in the same round.
         factors_figure: file name of a figure of the shrink's factors.
+        followed: sentence of the recommendation that chose the start, if one did.
 
     Raises:
         ValueError: there is no record or no held-out image; the accuracy is not a number in
@@ -103,6 +104,7 @@ class CardInfo:
     base_model_revision: str | None = None
     rivals: list[RoundRecord] = field(default_factory=list)
     factors_figure: str | None = None
+    followed: str | None = None
 
     def __post_init__(self) -> None:
         if not self.records:

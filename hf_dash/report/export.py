@@ -20,6 +20,7 @@ from hf_dash.report.card import CardData, CardInfo, card_info, write_card
 from hf_dash.report.plots import plot_factors, plot_rounds
 from hf_dash.report.tables import memorization_table, rounds_table, starts_table
 from hf_dash.runs.store import HISTORY, WEIGHTS
+from hf_dash.starts import is_dash
 from hf_dash.trainer.logging import REPORT_NAME
 from hf_dash.utils.distributed import hardware
 from hf_dash.utils.files import sha256_of, write_text
@@ -167,29 +168,39 @@ def trainer_record(
     train_seconds: float,
     parent: str,
     held_out: Any | None = None,
+    start: str = "dash",
+    start_seconds: float = 0.0,
 ) -> RoundRecord:
-    """Return the record of a round that a ``Trainer`` has trained with ``DashCallback``.
+    """Return the record of a round that a ``Trainer`` has trained.
 
     Args:
         trainer: when training has ended.
         round_: what it was trained on.
         metrics: ``accuracy`` and ``per_class_accuracy`` as
             :func:`~hf_dash.training.evaluation.evaluate_model` returns them.
-        train_seconds: of training, the shrink included.
+        train_seconds: of training, the shrink of ``DashCallback`` included.
         parent: the model the round started from.
         held_out: the examples that ``metrics`` are of, as ``Schedule.held_out_examples`` returns
             them; without them no later record can be compared with this one.
+        start: name of the start; one of DASH is read from ``dash_report.json``.
+        start_seconds: duration of a start before training; ``DashCallback`` reports its own.
 
     Raises:
-        FileNotFoundError: the output directory holds no ``dash_report.json``.
+        FileNotFoundError: the start is DASH, and the output directory holds no
+            ``dash_report.json``.
     """
-    # Written at the shrink, so that it is there too where this run resumed after it.
-    report = Path(trainer.args.output_dir) / REPORT_NAME
-    shrink = json.loads(report.read_text(encoding="utf-8"))
+    shrink = None
+    if is_dash(start):
+        # Written at the shrink, so that it is there too where this run resumed after it.
+        report = Path(trainer.args.output_dir) / REPORT_NAME
+        shrink = json.loads(report.read_text(encoding="utf-8"))
+        start_seconds = shrink["seconds"]
+        # Training resumed after the shrink may have taken less time than the shrink did.
+        train_seconds = max(0.0, train_seconds - start_seconds)
     names = model_labels(trainer.model)
     per_class = metrics["per_class_accuracy"]
     return RoundRecord(
-        start="dash",
+        start=start,
         seed=trainer.args.seed,
         round_index=round_.index,
         num_new=round_.num_new,
@@ -200,9 +211,8 @@ def trainer_record(
         converged=None,
         epochs=trainer.state.epoch,
         steps=trainer.state.global_step,
-        start_seconds=shrink["seconds"],
-        # Training resumed after the shrink may have taken less time than the shrink did.
-        train_seconds=max(0.0, train_seconds - shrink["seconds"]),
+        start_seconds=start_seconds,
+        train_seconds=train_seconds,
         shrink=shrink,
         parent=parent,
         data_fingerprint=round_.fingerprint,
@@ -213,12 +223,13 @@ def trainer_record(
     )
 
 
-def _images_read(trainer: Trainer, round_: Round, shrink: dict[str, Any]) -> int | None:
+def _images_read(trainer: Trainer, round_: Round, shrink: dict[str, Any] | None) -> int | None:
     """Return how many images the shrink and whole epochs read; None where it is not known."""
     epochs = trainer.state.epoch
     if round_.streams or epochs != int(epochs) or trainer.args.dataloader_drop_last:
         return None
-    return int(epochs) * round_.num_total + int(shrink["num_images"])
+    passed = 0 if shrink is None else int(shrink["num_images"])
+    return int(epochs) * round_.num_total + passed
 
 
 # Of TrainingArguments: places, names, secrets, and what says nothing about how it was trained.

@@ -239,6 +239,31 @@ class DataTrainingArguments:
         }
 
 
+@dataclass(frozen=True)
+class StartArguments:
+    """How the round starts; the help of each field says what it is.
+
+    Raises:
+        ValueError: a recommendation is named that nothing would follow.
+    """
+
+    start: str = field(
+        default="dash",
+        metadata={"help": "Such as 'warm' or 'dash'; 'auto' follows a recommendation."},
+    )
+    recommendation: str | None = field(
+        default=None,
+        metadata={"help": "recommendation.json for 'auto'; by default the one beside the model."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.recommendation is not None and self.start != "auto":
+            raise ValueError(
+                f"start must be 'auto' with recommendation {self.recommendation!r}, got"
+                f" {self.start!r}"
+            )
+
+
 def _first(dataset: AnyDataset, count: int | None) -> AnyDataset:
     """Return at most ``count`` examples, drawn at random but always the same."""
     if count is None:

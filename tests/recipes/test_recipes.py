@@ -38,6 +38,13 @@ def test_the_comparison_prints_its_tables_and_writes_its_files(finished):
     assert hf_dash.report.starts_table(history.records) in done.stdout
     assert (output / "rounds.png").stat().st_size > 10_000
     assert "it/s" not in done.stderr
+    sentence = hf_dash.report.start_verdict(history.records).sentence
+    assert done.stdout.splitlines()[-1] == sentence
+    assert "1 seed is too few to choose by" in sentence
+    for folder in (output, output / "model"):
+        read = hf_dash.report.read_recommendation(folder)
+        assert (read.sentence, read.history_digest) == (sentence, history.digest)
+        assert sorted(read.label_names) == [str(digit) for digit in range(10)]
 
 
 def test_the_same_command_finds_everything_done(finished):
@@ -137,6 +144,29 @@ def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, dig
     resumed = hf_dash.read_history(tmp_path / "child" / "history.json").records[-1]
     assert resumed.shrink == last.shrink
     assert (tmp_path / "child" / "model.safetensors").read_bytes() == whole
+
+
+def test_the_next_round_follows_a_recommendation(finished, tmp_path):
+    parent = finished[0] / "runs" / "continual_rounds" / "model"
+    flags = ["--model_name_or_path", str(parent), "--output_dir", "child", "--disable_tqdm", "true"]
+    flags += ["--dataset_name", "digits", "--max_train_samples", "60", "--num_train_epochs", "1"]
+    flags += ["--max_eval_samples", "60", "--save_strategy", "no", "--report_to", "none"]
+    launch("retrain_with_trainer.py", tmp_path, *flags, "--start", "auto", launcher=False)
+    last = hf_dash.read_history(tmp_path / "child" / "history.json").records[-1]
+    followed = hf_dash.report.read_recommendation(parent)
+    assert (last.start, last.shrink) == (followed.start, None) == ("warm", None)
+    assert last.images_read == 60
+    assert not (tmp_path / "child" / "dash_report.json").exists()
+    card = " ".join((tmp_path / "child" / "README.md").read_text().split())
+    assert (
+        f"The start follows a recommendation (`recommendation.json`): {followed.sentence}" in card
+    )
+
+    (tmp_path / "recommendation.json").write_text("{}")
+    flags += ["--start", "auto", "--recommendation", "recommendation.json"]
+    damaged = launch("retrain_with_trainer.py", tmp_path, *flags, check=False, launcher=False)
+    assert damaged.returncode != 0
+    assert "recommendation.json is not a whole recommendation" in damaged.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from helpers import tiny_processor, tiny_vit
 from transformers import HfArgumentParser, TrainingArguments
 
 import hf_dash
-from hf_dash.trainer import DataTrainingArguments, ModelArguments
+from hf_dash.trainer import DataTrainingArguments, ModelArguments, StartArguments
 
 # The fields of transformers' run_image_classification.py that mean the same here.
 SCRIPT_FLAGS = {
@@ -148,3 +148,11 @@ def test_a_native_model_comes_with_its_processor(tmp_path, small_model):
     model = source.load_model(["cat"])
     assert source.load_image_processor(model).size == {"height": 16, "width": 16}
     assert source.load_image_processor(small_model) is None
+
+
+def test_a_recommendation_that_nothing_follows_is_refused():
+    with pytest.raises(
+        ValueError, match="start must be 'auto' with recommendation 'x', got 'dash'"
+    ):
+        StartArguments(recommendation="x")
+    assert StartArguments("auto", "x").recommendation == "x"
