@@ -7,7 +7,7 @@ import torch
 from helpers import same_state, state_of
 
 import hf_dash
-from hf_dash.method.dash import default_loss
+from hf_dash.method.loss import default_loss
 from hf_dash.method.reference import reference_factors
 
 NAMES = [

@@ -42,7 +42,9 @@ class DashConfig:
         gradient_batch_size: images in one minibatch of the pass, at least 1, where hf_dash makes
             the minibatches.
         micro_batch_size: images to compute at a time, at least 1, where a minibatch is too large
-            for memory; the result is the same.
+            for memory. The result is the same, up to rounding: pieces weigh by what the loss is the
+            mean of. A loss that cannot be put together from pieces is refused; to know that costs
+            one forward pass more per minibatch, without gradients.
         include_frozen: shrink tensors that do not require gradients too.
         preset: ``"paper"`` uses one arrival per minibatch and reads all of them, as the authors do.
         variant: None is the paper's method. ``"fill"`` gives every vector fresh initialization for
@@ -113,7 +115,7 @@ class DashConfig:
             return None
         if self.alpha == 1:
             return 1
-        return max(1, math.ceil(math.log(self.tolerance) / math.log(1 - self.alpha)))
+        return max(1, math.ceil(math.log(self.tolerance) / math.log1p(-self.alpha)))
 
 
 # What dash_shrink_ and DashCallback can be given by name: they do not make the minibatches.

@@ -67,6 +67,8 @@ class ShrinkReport:
         dry_run: True where the weights were left as they are.
         towards_zero: names of the tensors that the base lacks, such as a new head, which shrank
             towards zero; empty without a base.
+        no_gradient: those of the untouched that could have shrunk, but got no gradient in any
+            minibatch.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -77,6 +79,7 @@ class ShrinkReport:
     seconds: float
     dry_run: bool = False
     towards_zero: tuple[str, ...] = ()
+    no_gradient: tuple[str, ...] = ()
 
     @property
     def num_vectors(self) -> int:
@@ -114,6 +117,7 @@ class ShrinkReport:
             "tensors": list(plain["tensors"]),
             "untouched": list(self.untouched),
             "towards_zero": list(self.towards_zero),
+            "no_gradient": list(self.no_gradient),
             **overall,
         }
 
@@ -131,6 +135,10 @@ class ShrinkReport:
         if self.towards_zero:
             names = ", ".join(self.towards_zero)
             lines.append(f"towards zero, since the base lacks them: {names}")
+        if self.no_gradient:
+            lines.append(
+                f"untouched, since no gradient reached them: {', '.join(self.no_gradient)}"
+            )
         width = max(len(tensor.name) for tensor in self.tensors)
         lines.append(f"{'tensor':<{width}}  vectors   mean    min    max   at λ")
         lines += [
@@ -237,7 +245,7 @@ def _factors_in_place(
 
     A slice never has more factors than elements, so what is overwritten has been read.
     """
-    shape, weight = _reduced(gradient, tensor.dims), tensor.view(local(tensor.parameter))
+    shape, weight = _reduced(gradient, tensor.dims), tensor.values()
     factors = gradient.view(-1)[: math.prod(shape)].view(shape)
     for rows in _slices(gradient, tensor.dims):
         change = weight[rows]
@@ -275,7 +283,7 @@ def shrink_(
     for tensor, factor in zip(tensors, factors, strict=True):
         weight = tensor.view(local(tensor.parameter))
         if base is None or not base.holds(tensor):
-            weight.mul_(factor)
+            weight.mul_(tensor.spread(factor))
             changed = changed or not bool((factor == 1).all())
             continue
         for rows in _slices(weight, tensor.dims):

@@ -7,12 +7,13 @@ Refused: FSDP1, ZeRO-3, tensor parallelism, pipelines, ``nn.DataParallel``, para
 quantized layers.
 """
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -75,6 +76,7 @@ def unwrap(model: nn.Module) -> Wrapped:
     """
     _refuse_modules(model)
     _refuse_shards(model)
+    _refuse_dead_tensors(model)
     kind: Kind = "fsdp2" if any(map(is_dtensor, model.parameters())) else "plain"
     refresh = _nothing
     while (inner := _inner(model)) is not None:
@@ -115,16 +117,80 @@ def as_trained(model: nn.Module, args: Any, trainer: Any = None) -> nn.Module:
 def refuse_packed(module: nn.Module) -> None:
     """Raise ``NotImplementedError`` where scaling a layer's tensors would not scale the layer."""
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-    has_weight = isinstance(module, nn.MultiheadAttention) or "weight" in own
+    has_weight = any("weight" in name for name in own)
     plain = all(t.is_floating_point() and _holds_its_numbers(t) for t in own.values())
     if parametrize.is_parametrized(module) or not (has_weight and plain):
         raise NotImplementedError(f"{type(module).__name__} {_PACKED}")
 
 
-def takes_labels(model: nn.Module) -> bool:
-    """Tell whether a model's ``forward`` has a parameter ``labels``; PEFT's own shows none."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return "labels" in inspect.signature(inner.forward).parameters
+def without_adapter(model: nn.Module) -> nn.Module:
+    """Return the model in one of PEFT, whose own ``forward`` does not show what it takes."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)
+    return cast(nn.Module, inner())
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell transformers' ``Conv1D``, a linear layer with weight [in, out], without importing it."""
+    return any(
+        (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        for cls in type(module).__mro__
+    )
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """The update ΔW = B·A that an adapter of PEFT's LoRA adds to a frozen weight W.
+
+    Args:
+        name: of B, below the layer.
+        a, b: its factors, [rank, in, …] and [out, rank, …].
+        weight: W, [out, in, …], or [in, out] where it is ``transposed``.
+        transposed: W is the weight of a ``Conv1D``.
+        delta: returns ΔW, scaled and laid out like W.
+    """
+
+    name: str
+    a: nn.Parameter
+    b: nn.Parameter
+    weight: nn.Parameter
+    transposed: bool
+    delta: Callable[[], Tensor]
+
+
+def lora_updates(module: Any) -> Iterator[LoraUpdate]:
+    """Yield the updates that the active adapters of one LoRA layer make.
+
+    Embeddings and attention layers with adapters have none.
+
+    Raises:
+        NotImplementedError: an adapter is merged into its layer, or is one of DoRA, whose update
+            is not B·A.
+    """
+    if not any(cls.__name__ == "LoraLayer" for cls in type(module).__mro__):
+        return
+    layer = module.get_base_layer()
+    if not (is_conv1d(layer) or isinstance(layer, nn.Linear | _ConvNd)):
+        return
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A:
+            continue
+        if module.merged:
+            raise NotImplementedError(
+                f"hf_dash cannot shrink the LoRA adapter {adapter!r} while it is merged: call"
+                " unmerge_adapter() first"
+            )
+        if adapter in getattr(module, "lora_magnitude_vector", ()):
+            raise NotImplementedError(
+                f"hf_dash cannot shrink the adapter {adapter!r}: of DoRA the update is not B·A"
+            )
+        yield LoraUpdate(
+            name=f"lora_B.{adapter}.weight",
+            a=module.lora_A[adapter].weight,
+            b=module.lora_B[adapter].weight,
+            weight=layer.weight,
+            transposed=is_conv1d(layer),
+            delta=partial(module.get_delta_weight, adapter),
+        )
 
 
 def plain_name(name: str) -> str:
@@ -192,6 +258,20 @@ def _refuse_shards(model: nn.Module) -> None:
             "hf_dash cannot shrink a model that is only partly sharded: wrap the whole of it in"
             " fully_shard"
         )
+
+
+def _refuse_dead_tensors(model: nn.Module) -> None:
+    """Refuse parameters that have no values, or that can have no gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise NotImplementedError(
+                f"hf_dash cannot shrink {name!r} on the meta device: load the weights first"
+            )
+        if parameter.is_inference():
+            raise NotImplementedError(
+                f"hf_dash cannot shrink {name!r}, made in torch.inference_mode(): such tensors have"
+                " no gradients; make or load the model outside of it"
+            )
 
 
 def _by_rows(parameter: Any) -> bool:

@@ -22,6 +22,7 @@ from hf_dash.method.gradients import LossFn
 from hf_dash.method.origin import with_origin
 from hf_dash.method.preserve import rng_preserved
 from hf_dash.method.shrink import ShrinkReport
+from hf_dash.method.stale import reset_optimizer_
 from hf_dash.method.wrappers import as_trained, unwrap
 from hf_dash.trainer.batches import Training, trainer_loss
 from hf_dash.trainer.logging import DeferredLog, log_through, tag_model, write_report
@@ -325,8 +326,3 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         else:
             self.log_later(self.report.summary(), state)
         return self.report
-
-
-def reset_optimizer_(optimizer: "Optimizer") -> None:
-    """Forget an optimizer's state, such as momentum, in place; its settings stay."""
-    optimizer.state.clear()

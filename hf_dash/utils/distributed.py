@@ -28,10 +28,14 @@ class RankStatus:
     Args:
         batch_sizes: number of images in each of its minibatches, oldest to newest.
         error: the message of what went wrong on it, or None.
+        items: number of items, such as labels, that the loss of each is the mean of.
+        reached: whether each tensor got a gradient.
     """
 
     batch_sizes: tuple[int, ...]
     error: str | None = None
+    items: tuple[int, ...] = ()
+    reached: tuple[bool, ...] = ()
 
 
 def num_processes() -> int:
@@ -39,9 +43,14 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_index() -> int:
+    """Return this process's place among all, from 0."""
+    return 0 if num_processes() == 1 else dist.get_rank()
+
+
 def is_main_process() -> bool:
     """Tell whether this is the process that reports."""
-    return num_processes() == 1 or dist.get_rank() == 0
+    return process_index() == 0
 
 
 def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
@@ -89,8 +98,11 @@ def whole_like(part: Tensor, like: Tensor) -> Tensor:
     return whole(placed)
 
 
-def agree(status: RankStatus) -> None:
+def agree(status: RankStatus) -> list[RankStatus]:
     """Let all ranks learn of each other's batches and errors, so that all go on or none.
+
+    Returns:
+        What every rank has told, in their order.
 
     Raises:
         RuntimeError: another rank failed.
@@ -98,15 +110,19 @@ def agree(status: RankStatus) -> None:
             be the gradient of the global minibatches.
     """
     statuses = gather(status)
+    if status.error is not None:
+        return statuses
     for rank, other in enumerate(statuses):
-        if other.error is not None and status.error is None:
+        if other.error is not None:
             raise RuntimeError(f"the gradient pass failed on rank {rank}: {other.error}")
-    sizes = {rank: other.batch_sizes for rank, other in enumerate(statuses)}
-    if status.error is None and len(set(sizes.values())) > 1:
-        raise ValueError(
-            "every rank must pass the same number of batches of the same sizes to the shrink, got"
-            f" the sizes {sizes} by rank"
-        )
+    for what in ("batch_sizes", "items"):
+        numbers = {rank: getattr(other, what) for rank, other in enumerate(statuses)}
+        if len(set(numbers.values())) > 1:
+            raise ValueError(
+                "every rank must pass the same number of batches of the same sizes, with the same"
+                f" number of labels that count, to the shrink, got the {what} {numbers} by rank"
+            )
+    return statuses
 
 
 def gather(item: Any) -> list[Any]:

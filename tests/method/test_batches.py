@@ -1,15 +1,27 @@
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from helpers import heard
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+)
 
 from hf_dash.method.batches import (
     check_labels,
     count_images,
     is_shuffled,
+    micro_batches,
     newest_batches,
+    newest_samples,
     split_labels,
 )
 
@@ -75,6 +87,88 @@ def test_an_endless_stream_can_be_cut_by_hand():
     assert list(newest_batches(endless, 2)) == [3, 4]
 
 
+@pytest.mark.parametrize("endless", [itertools.cycle(range(4)), itertools.count()])
+def test_what_has_no_end_gives_its_first_batches(endless):
+    assert list(newest_batches(endless, 3)) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"batches have no end, .* num_batches"):
+        list(newest_batches(endless, None))
+
+
+class Endless(Sampler):
+    """Goes on for ever, whatever its length says."""
+
+    def __init__(self, length=None):
+        if length is not None:
+            self.__class__ = type("Long", (Endless,), {"__len__": lambda self: length})
+
+    def __iter__(self):
+        return itertools.cycle(range(5))
+
+
+@pytest.mark.parametrize(
+    ("length", "ordered", "first"),
+    [(None, True, [0, 2]), (None, False, [0, 2]), (10, True, [1, 3]), (10, False, [0, 2])],
+)
+def test_a_sampler_without_end_is_never_read_to_it(length, ordered, first):
+    data = Counting(5)
+    loader = DataLoader(data, batch_size=2, sampler=Endless(length))
+    assert first_numbers(newest_batches(loader, 2, ordered=ordered)) == first
+    assert len(data.read) == 4
+
+
+def test_after_many_batches_the_user_is_asked_for_an_end(monkeypatch):
+    monkeypatch.setattr("hf_dash.method.batches.MANY_BATCHES", 3)
+    with heard() as messages:
+        list(newest_batches(iter(range(3)), 1))
+        assert messages == []
+        list(newest_batches(iter(range(9)), 1))
+    assert len(messages) == 1
+    assert "3 minibatches read and no end yet" in messages[0]
+
+
+def test_drawing_from_a_sampler_leaves_no_trace():
+    class Own(Sampler):
+        def __init__(self):
+            self.epoch, self.order = 0, [0, 1, 2, 3]
+            self.random, self.numpy = random.Random(1), np.random.default_rng(1)
+
+        def __iter__(self):
+            self.epoch += 1
+            self.random.shuffle(self.order)
+            self.numpy.random()
+            return iter(self.order)
+
+        def __len__(self):
+            return 4
+
+    generator = torch.Generator().manual_seed(3)
+    for sampler in (Own(), RandomSampler(range(4), generator=generator)):
+        loader = DataLoader(Counting(4), batch_size=2, sampler=sampler)
+        first = first_numbers(newest_batches(loader, 2))
+        assert first_numbers(newest_batches(loader, 2)) == first
+        assert [int(images[0]) for images, _ in loader] == first
+
+
+def test_a_loader_that_shares_batches_out_as_it_reads_gives_each_process_its_own(monkeypatch):
+    loader = DataLoader(Counting(12), batch_size=2)
+    loader.__class__ = type("DataLoaderDispatcher", (DataLoader,), {})
+    monkeypatch.setattr("hf_dash.method.batches.num_processes", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("hf_dash.method.batches.process_index", lambda rank=rank: rank)
+        shares.append(newest_samples(loader, 2, ordered=True))
+    assert shares == [[[4, 5], [8, 9]], [[6, 7], [10, 11]]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loaders_workers_decode(workers):
+    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    data = Counting(9)
+    loader = DataLoader(data, batch_size=3, **options)
+    assert first_numbers(newest_batches(loader, 2)) == [3, 6]
+    assert len(data.read) == (0 if workers else 6)  # workers read in their own memory
+
+
 @pytest.mark.parametrize("seedable", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_shuffling_is_seen_through_accelerate(seedable, shuffle):
@@ -97,6 +191,45 @@ def test_labels_are_found_in_mappings_and_pairs():
     assert count_images((images, labels)) == 2
 
 
+IMAGES = torch.zeros(4, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ({"pixel_values": IMAGES, "labels": [{"boxes": torch.zeros(2, 4)}] * 4}, 4),
+        ((IMAGES, torch.zeros(4), torch.zeros(4)), 4),
+        (([torch.zeros(3, 5, 5)] * 2, [{}] * 2), 2),  # images of different sizes
+        ([{"image": torch.zeros(3, 5, 5)}] * 3, 3),  # rows that nobody has put together
+        ({"scale": torch.tensor(2.0), "nested": {"x": torch.zeros(5, 1)}}, 5),
+        (IMAGES, 4),
+        ("text", 4),
+        (None, 1),
+    ],
+)
+def test_images_are_counted_whatever_the_form_of_a_batch(batch, count):
+    assert count_images(batch) == count
+
+
+def test_pieces_hold_the_rows_of_every_image():
+    targets = [{"boxes": torch.full((4, 4), float(i))} for i in range(4)]
+    batch = {
+        "pixel_values": torch.arange(4.0)[:, None],
+        "labels": targets,
+        "scale": torch.ones(()),
+        "size": (8, 8),
+    }
+    pieces = list(micro_batches(batch, 3))
+    assert [len(piece["pixel_values"]) for piece in pieces] == [3, 1]
+    assert [piece["labels"] for piece in pieces] == [targets[:3], targets[3:]]
+    assert all(piece["size"] == [8, 8] for piece in pieces)
+    pairs = list(micro_batches((torch.arange(2.0), torch.arange(2)), 1))
+    assert [[part.tolist() for part in piece] for piece in pairs] == [[[0.0], [0]], [[1.0], [1]]]
+    rows = [{"image": torch.zeros(3)}, {"image": torch.ones(3)}]
+    assert list(micro_batches(rows, 1)) == [rows[:1], rows[1:]]
+    assert list(micro_batches(batch, None)) == [batch]
+
+
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
@@ -116,6 +249,7 @@ def test_labels_out_of_range_are_refused():
     check_labels(torch.tensor([0, 2]), 3)
     check_labels(torch.tensor([7]), None)
     check_labels(torch.tensor([[0.5, 9.0]]), 2)
+    check_labels(torch.tensor([0, -100, 2]), 3, ignore_index=-100)
     for labels in ([0, 3], [-1, 0]):
         with pytest.raises(ValueError, match=r"labels must lie in 0 … 2 .* got labels from"):
             check_labels(torch.tensor(labels), 3)

@@ -2,17 +2,18 @@
 
 import copy
 import math
+import signal
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import EveryLayer, random_pairs, same_state, state_of
+from helpers import EveryLayer, heard, random_pairs, same_state, state_of
 from torch import nn
 
 import hf_dash
-from hf_dash.method.dash import default_loss
+from hf_dash.method.loss import default_loss
 from hf_dash.method.reference import published_pass_, reference_factors
 from hf_dash.models import fresh_state
 
@@ -278,6 +279,127 @@ def test_settings_come_one_by_one_or_at_once(every_layer):
 def test_the_papers_preset_reads_everything(every_layer):
     report = hf_dash.dash_shrink_(every_layer, random_pairs(25), preset="paper")
     assert report.num_batches == 25
+
+
+class TwoTasks(nn.Module):
+    """A shared body with a head per task, and a teacher."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.first, self.second = nn.Linear(192, 8), nn.Linear(8, 10), nn.Linear(8, 10)
+        self.teacher = nn.Linear(8, 10)
+
+    def forward(self, images):
+        return self.first(self.body(images.flatten(1)))
+
+
+def test_what_gets_no_gradient_stays_and_is_listed():
+    model = TwoTasks()
+    before = state_of(model)
+    with heard() as messages:
+        report = hf_dash.dash_shrink_(model, random_pairs(2), pair_loss)
+    names = ("second.weight", "second.bias", "teacher.weight", "teacher.bias")
+    assert report.no_gradient == names
+    assert set(names) <= set(report.untouched)
+    assert {name for name, t in state_of(model).items() if torch.equal(t, before[name])} == {*names}
+    assert f"no gradient reached them: {', '.join(names)}" in str(report)
+    assert report.to_dict()["no_gradient"] == list(names)
+    assert any(m.startswith("DASH: 4 tensors got no gradient") for m in messages)
+
+
+def test_where_most_weights_are_in_other_layers_the_user_is_told():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mine, self.head = nn.Parameter(torch.randn(192, 8)), nn.Linear(8, 10)
+
+        def forward(self, images):
+            return self.head(images.flatten(1) @ self.mine)
+
+    with heard() as messages:
+        hf_dash.dash_shrink_(Own(), random_pairs(2), pair_loss)
+    assert any(
+        "94 % of the trained weights are in layers that do not shrink: mine" in m for m in messages
+    )
+    with heard() as messages:
+        hf_dash.dash_shrink_(EveryLayer(), random_pairs(2), pair_loss)
+    assert not any("do not shrink" in message for message in messages)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "orthogonal"}])
+def test_ctrl_c_never_falls_between_two_tensors(every_layer, monkeypatch, options):
+    expected = copy.deepcopy(every_layer)
+    hf_dash.dash_shrink_(expected, random_pairs(2), **options)
+    pressed = []
+
+    name = "copy_" if options else "mul_"
+
+    class Pressing(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            if function.overloadpacket.__name__ == name and arguments[0].requires_grad:
+                press_once()
+            return function(*arguments, **(kwargs or {}))
+
+    def press_once():
+        if not pressed:
+            pressed.append(1)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), Pressing():
+        hf_dash.dash_shrink_(every_layer, random_pairs(2), **options)
+    assert pressed
+    assert same_state(state_of(expected), state_of(every_layer))
+
+
+def test_a_norm_that_never_stops_training_is_left_as_it_was(every_layer):
+    class Stubborn(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    every_layer.norm = Stubborn(8)
+    before = state_of(every_layer)
+    hf_dash.dash_shrink_(every_layer, random_pairs(2), dry_run=True)
+    assert same_state(before, state_of(every_layer))
+    assert every_layer.norm.training
+
+
+def test_recurrent_layers_equal_the_reference():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(8, 6, batch_first=True, num_layers=2, dropout=0.5)
+            self.head = nn.Linear(6, 10)
+
+        def forward(self, x):
+            return self.head(self.lstm(x.mean(1))[0][:, -1])
+
+    torch.manual_seed(0)
+    model, before = Recurrent(), None
+    before = copy.deepcopy(model)
+    batches = random_pairs(3)
+    gradient = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for batch in batches:
+        loss = pair_loss(model.eval(), batch)
+        for (name, _), g in zip(
+            model.named_parameters(), torch.autograd.grad(loss, model.parameters()), strict=True
+        ):
+            gradient[name] = 0.7 * gradient[name] - 0.3 * g
+    model.train()
+    hf_dash.dash_shrink_(model, batches, pair_loss)
+    assert model.lstm.training
+    assert model.lstm.dropout == 0.5
+    for name, weight in before.named_parameters():
+        w, g = (t if t.ndim == 2 else t[None] for t in (weight, gradient[name]))
+        wanted = F.cosine_similarity(w, g).clamp(0.3, 1)[:, None] * w
+        torch.testing.assert_close(
+            model.get_parameter(name), wanted.view_as(weight), atol=1e-6, rtol=0
+        )
+
+
+def test_it_is_refused_in_inference_mode(every_layer):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of inference_mode"):
+        hf_dash.dash_shrink_(every_layer, random_pairs(1))
 
 
 def _labels(batch, label):

@@ -1,3 +1,4 @@
+import copy
 import math
 import random
 
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from helpers import random_pairs, same_state, state_of
 from torch import nn
 
-from hf_dash.method.dash import default_loss
 from hf_dash.method.gradients import average_gradients
+from hf_dash.method.loss import default_loss
 from hf_dash.method.tensors import find_shrinkable
 
 
@@ -77,8 +78,45 @@ def test_half_precision_weights_are_averaged_in_float32():
 def test_an_unused_tensor_has_gradient_zero():
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     loss_fn = lambda m, b: F.cross_entropy(m["used"](b[0]), b[1])  # noqa: E731
-    parts, _ = average(model, [(torch.ones(2, 2), torch.tensor([0, 1]))], loss_fn)
+    parts, result = average(model, [(torch.ones(2, 2), torch.tensor([0, 1]))], loss_fn)
     assert not parts["unused.weight"].any()
+    assert dict(zip(parts, result.reached, strict=True)) == {
+        "used.weight": True,
+        "used.bias": True,
+        "unused.weight": False,
+        "unused.bias": False,
+    }
+
+
+@pytest.mark.parametrize("alpha", [1e-17, 1e-30])
+def test_a_tiny_alpha_weighs_all_minibatches_alike(alpha):
+    model = nn.Linear(1, 1, bias=False)
+    batches = [(torch.tensor([[value]]), torch.zeros(1)) for value in (1.0, 2.0, 3.0)]
+    parts, _ = average(model, batches, lambda m, b: m(b[0]).mean(), alpha=alpha)
+    assert parts["weight"].item() == pytest.approx(-6.0 * alpha)
+
+
+def test_a_gradient_that_is_zero_everywhere_is_refused(every_layer):
+    with pytest.raises(ValueError, match="of 2 minibatches is zero everywhere"):
+        average(every_layer, random_pairs(2), lambda m, b: 0 * default_loss(m, b))
+
+
+def test_a_gradient_that_reaches_nothing_that_shrinks_is_refused(every_layer):
+    loss_fn = lambda m, b: m.norm.weight.sum() + b[0].sum()  # noqa: E731
+    with pytest.raises(ValueError, match="reached no tensor that can shrink"):
+        average(every_layer, random_pairs(1), loss_fn)
+
+
+def test_gradients_on_the_same_memory_add_up():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    tied = copy.deepcopy(model)
+    tied[1].weight = tied[0].weight
+    model.load_state_dict(tied.state_dict())
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    batches = [(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), None)]
+    loss_fn = lambda m, b: m(b[0]).square().mean()  # noqa: E731
+    (expected, _), (found, _) = average(tied, batches, loss_fn), average(model, batches, loss_fn)
+    torch.testing.assert_close(found["0.weight"], expected["0.weight"])
 
 
 def test_the_pass_leaves_no_trace(every_layer):

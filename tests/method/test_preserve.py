@@ -1,6 +1,8 @@
 """What a gradient pass may touch is put back, whether it ends well or badly."""
 
 import random
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from torch import nn
 
 from hf_dash.method.preserve import (
     batch_norms_renewed,
+    buffers_preserved,
     caches_set_aside,
     evaluation_mode,
     gradients_required,
     gradients_set_aside,
     rng_preserved,
+    signals_deferred,
 )
 
 
@@ -91,3 +95,36 @@ def test_batch_norms_have_the_statistics_of_the_images_for_a_while():
         torch.testing.assert_close(model.running_mean, images.mean((0, 2, 3)))
         torch.testing.assert_close(model.running_var, images.transpose(0, 1).flatten(1).var(1))
     assert same_state(before, state_of(model))
+
+
+def test_buffers_come_back_changed_or_replaced():
+    norm = nn.BatchNorm1d(2)
+    before, mean = state_of(norm), norm.running_mean
+    with buffers_preserved(norm):
+        norm(torch.randn(8, 2))
+        norm.running_mean = torch.ones(2)
+    assert norm.running_mean is mean
+    assert same_state(before, state_of(norm))
+
+
+def test_signals_wait_for_the_end():
+    done = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), signals_deferred():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    assert done
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    found = []
+
+    def work():
+        with signals_deferred():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]

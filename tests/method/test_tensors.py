@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.pytorch_utils import Conv1D
 
 from hf_dash.method.tensors import find_shrinkable
 
@@ -79,3 +80,56 @@ def test_a_model_without_shrinkable_tensors_is_refused():
 def test_parametrized_weights_are_refused():
     with pytest.raises(NotImplementedError, match="ParametrizedLinear is parametrized"):
         find_shrinkable(weight_norm(nn.Linear(2, 2)))
+
+
+def test_conv1d_of_transformers_shrinks_by_what_its_outputs_read():
+    layer = Conv1D(3, 4)  # 3 outputs of 4 inputs, the weight is [4, 3]
+    assert found(layer)[0] == {"weight": 3, "bias": 1}
+    (weight, _), _ = find_shrinkable(layer)
+    assert weight.dims == (0,)
+
+
+@pytest.mark.parametrize(
+    ("layer", "vectors"),
+    [
+        (
+            nn.LSTM(3, 4, proj_size=2),
+            {"weight_ih_l0": 16, "weight_hh_l0": 16, "weight_hr_l0": 2},
+        ),
+        (
+            nn.GRU(3, 4, num_layers=2),
+            {f"weight_{side}_l{layer}": 12 for layer in (0, 1) for side in ("ih", "hh")},
+        ),
+        (nn.GRUCell(3, 4), {"weight_ih": 12, "weight_hh": 12}),
+    ],
+    ids=["LSTM", "GRU", "GRUCell"],
+)
+def test_recurrent_layers_shrink_by_rows(layer, vectors):
+    tensors, untouched = found(layer)
+    biases = {name: 1 for name in dict(layer.named_parameters()) if name.startswith("bias")}
+    assert tensors == {**vectors, **biases}
+    assert len(biases) >= 2
+    assert untouched == []
+
+
+def test_two_parameters_on_the_same_memory_are_one():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    assert model[0].weight is not model[1].weight
+    (tensor,), untouched = find_shrinkable(model)
+    assert tensor.name == "0.weight"
+    assert tensor.sources == (model[0].weight, model[1].weight)
+    assert untouched == []
+
+
+def test_parameters_that_overlap_are_refused():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False))
+    memory = torch.randn(5, 4)
+    model[0].weight, model[1].weight = nn.Parameter(memory[:3]), nn.Parameter(memory[2:])
+    with pytest.raises(NotImplementedError, match=r"'0.weight' and '1.weight': they share a part"):
+        find_shrinkable(model)
+    model[1].weight = nn.Parameter(memory[3:])  # side by side, as in a flat buffer
+    assert len(find_shrinkable(model)[0]) == 2
+    model[1].weight = nn.Parameter(torch.randn(1, 4).expand(3, 4))
+    with pytest.raises(NotImplementedError, match=r"'1.weight': its elements share their memory"):
+        find_shrinkable(model)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers import DeepSpeedEngine, EveryLayer, make_tiny_timm, random_pairs, same_state, state_of
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import hf_dash
-from hf_dash.method.wrappers import as_trained, base_name, plain_name, takes_labels, unwrap
+from hf_dash.method.wrappers import as_trained, base_name, plain_name, unwrap
 
 
 def resnet_and_batches(**options):
@@ -248,7 +249,8 @@ def test_micro_batches_give_the_same_factors(every_layer, micro_batch_size):
     sizes = []
 
     def loss_fn(model, batch):
-        sizes.append(len(batch[1]))
+        if torch.is_grad_enabled():  # the whole is computed once more, to compare
+            sizes.append(len(batch[1]))
         return F.cross_entropy(model(batch[0]), batch[1])
 
     expected = hf_dash.dash_shrink_(whole, random_pairs(3))
@@ -343,11 +345,72 @@ def test_names_are_told_as_written():
     assert base_name("base_model.model.fc.weight") == "fc.weight"
 
 
-# peft reads it under its older name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_peft_takes_the_labels_its_model_takes(small_model):
+@pytest.mark.parametrize("kind", ["linear", "convolution", "conv1d"])
+def test_a_lora_update_shrinks_once_by_one_factor_per_row(kind):
     peft = pytest.importorskip("peft", reason="peft is no dependency: tested where it is there")
-    config = peft.LoraConfig(r=2, target_modules=["fc"])
-    assert takes_labels(peft.get_peft_model(small_model, config))
-    assert not takes_labels(peft.get_peft_model(resnet_and_batches()[0], config))
-    assert takes_labels(small_model)
+    torch.manual_seed(0)
+    layer = {"linear": nn.Linear(5, 4), "convolution": nn.Conv2d(5, 4, 3), "conv1d": Conv1D(4, 5)}
+    inner = nn.ModuleDict({"layer": layer[kind], "head": nn.Linear(4, 3)})
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            x = self.inner["layer"](x if kind == "convolution" else x.mean((2, 3)))
+            return self.inner["head"](x.mean((2, 3)) if kind == "convolution" else x)
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["layer"], init_lora_weights=False, fan_in_fan_out=kind == "conv1d"
+    )
+    model = peft.get_peft_model(Model(), config)
+    adapted = model.base_model.model.inner["layer"]
+    weight, update = adapted.base_layer.weight, adapted.get_delta_weight("default").detach()
+    images = torch.randn(6, 5, 5, 5, generator=torch.Generator().manual_seed(1))
+    batch = (images, torch.tensor([0, 1, 2, 0, 1, 2]))
+    loss_fn = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
+
+    # The gradient of W is that of W + ΔW: one cosine a row, of all that its output reads.
+    weight.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss_fn(model.eval(), batch), weight)
+    weight.requires_grad_(False)
+    rows = (lambda t: t.mT) if kind == "conv1d" else (lambda t: t.flatten(1))
+    cosines = F.cosine_similarity(rows(-gradient), rows(update))
+    expected = cosines.clamp(0.3, 1)[:, None] * rows(update)
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = hf_dash.dash_shrink_(model, [batch], loss_fn, micro_batch_size=4)
+    found = rows(adapted.get_delta_weight("default"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    (tensor,) = report.tensors
+    assert changed == {tensor.name} == {"base_model.model.inner.layer.lora_B.default.weight"}
+    assert tensor.num_vectors == 4
+    assert any("lora_A" in name for name in report.untouched)
+    assert not weight.requires_grad
+
+
+def test_lora_that_is_not_a_plain_update_is_refused_by_name():
+    peft = pytest.importorskip("peft", reason="peft is no dependency: tested where it is there")
+    batches = random_pairs(1)
+    make = lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4))  # noqa: E731
+    dora = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["1"], use_dora=True))
+    with pytest.raises(NotImplementedError, match="of DoRA the update is not"):
+        hf_dash.dash_shrink_(dora, batches)
+    merged = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["1"]))
+    merged.merge_adapter()
+    with pytest.raises(NotImplementedError, match=r"'default' while it is merged: .*unmerge"):
+        hf_dash.dash_shrink_(merged, batches)
+    merged.unmerge_adapter()
+    with pytest.raises(NotImplementedError, match="variant 'orthogonal' is not defined"):
+        hf_dash.dash_shrink_(merged, batches, variant="orthogonal")
+
+
+def test_tensors_that_cannot_have_a_gradient_are_refused_by_name():
+    with pytest.raises(NotImplementedError, match="'weight' on the meta device"):
+        unwrap(nn.Linear(2, 2, device="meta"))
+    with torch.inference_mode():
+        layer = nn.Linear(2, 2)
+    with pytest.raises(NotImplementedError, match=r"'weight', made in torch.inference_mode"):
+        unwrap(layer)

@@ -6,7 +6,6 @@ from helpers import Spy, heard, make_trainer, same_state, state_of, trained
 from transformers import TrainerControl, TrainerState
 
 import hf_dash
-from hf_dash.trainer.callback import reset_optimizer_
 
 
 @pytest.mark.parametrize(
@@ -86,21 +85,6 @@ def test_optimizer_state_is_forgotten_unless_kept(tmp_path, two_rounds, reset):
     trainer.train()
     trainer.train()  # the same optimizer, full of the first training's state
     assert kept == [False, not reset]
-
-
-def test_resetting_an_optimizer_keeps_its_settings():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=0.25, momentum=0.9)
-    weight.sum().backward()
-    optimizer.step()
-    assert optimizer.state
-    reset_optimizer_(optimizer)
-    assert not optimizer.state
-    assert optimizer.param_groups[0]["lr"] == 0.25
-    weight.grad = torch.ones(2)
-    before = weight.detach().clone()
-    optimizer.step()
-    torch.testing.assert_close(weight.detach(), before - 0.25)  # no momentum left
 
 
 def test_the_report_is_logged_and_written(tmp_path, two_rounds):

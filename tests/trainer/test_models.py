@@ -203,12 +203,16 @@ def assert_shrunk_as_by_hand(callback):
 
 
 def weights_of(model):
-    """Return the names of the weights of all trainable linear layers and convolutions."""
+    """Return the names of the weights of all trainable linear layers and convolutions.
+
+    Of PEFT's adapters the update B·A shrinks as one, by way of B.
+    """
     layers = (nn.Linear, nn.Conv2d)
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, layers) and module.weight.requires_grad
+        if not name.endswith("lora_A.default")
     }
 
 
