@@ -1,6 +1,7 @@
 """The wheel as pip would install it."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import json
@@ -81,6 +82,48 @@ def test_importing_the_package_has_no_side_effects(tmp_path):
     )
     assert done.stdout.strip() == "[]"
     assert Path(hf_dash.__file__).parent.name == "hf_dash"
+
+
+@pytest.fixture(scope="module")
+def loaded_with_the_shrink():
+    """The modules that ``from hf_dash import dash_shrink_`` loads."""
+    code = "import sys; from hf_dash import dash_shrink_; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "heavy", ["datasets", "evaluate", "matplotlib", "timm", "torchvision", "transformers.trainer"]
+)
+def test_the_shrink_alone_does_not_load(loaded_with_the_shrink, heavy):
+    assert "hf_dash.method.dash" in loaded_with_the_shrink
+    assert heavy not in loaded_with_the_shrink
+
+
+MOVED = {
+    "StreamLoader": "hf_dash.data.StreamLoader",
+    "paired_table": "hf_dash.report.paired_table",
+    "grow_head": "hf_dash.models.grow_head",
+    "new_arrivals": "hf_dash.data.shards.new_arrivals",
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_name_that_moved_is_found_by_its_error(name):
+    place, _, attribute = MOVED[name].rpartition(".")
+    assert hasattr(importlib.import_module(place), attribute)
+    with pytest.raises(AttributeError, match=rf"'{name}'.* {MOVED[name]}$"):
+        getattr(hf_dash, name)
+    with pytest.raises(ImportError, match=rf"'{name}'.* {MOVED[name]}$"):
+        exec(f"from hf_dash import {name}")
+    assert not hasattr(hf_dash, name)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "_shrink", "import"])
+def test_a_name_that_never_was_is_an_attribute_error(name):
+    assert not hasattr(hf_dash, name)
+    with pytest.raises(AttributeError, match=f"{name}$"):
+        getattr(hf_dash, name)
 
 
 def code_blocks(page, language, heading):
