@@ -144,10 +144,10 @@ TIMES = ("seconds", "runtime", "per_second")
 
 def numbers_of(trainer):
     """Everything the Trainer logged, without clocks and without DASH's own."""
-    entries = [e for e in trainer.state.log_history if not any("dash/" in key for key in e)]
+    hidden = (*TIMES, "dash/")
     return [
-        {key: value for key, value in entry.items() if not any(time in key for time in TIMES)}
-        for entry in entries
+        {key: value for key, value in entry.items() if not any(part in key for part in hidden)}
+        for entry in trainer.state.log_history
     ]
 
 

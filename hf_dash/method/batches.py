@@ -144,6 +144,11 @@ def newest_samples(loader: "DataLoader[Any]", newest: int | None, *, ordered: bo
     world = num_processes() if shared else 1
     samples, length = _samples_of(loader), _length(_samples_of(loader))
     in_order = ordered or any(isinstance(s, SequentialSampler) for s in samplers_of(loader))
+    if newest is None and length is None:
+        raise ValueError(
+            "the loader's sampler has no end, so it cannot be read to it: give num_batches, or"
+            " tolerance above 0"
+        )
     first, last = 0, length
     if newest is not None and length is not None and in_order and not is_shuffled(loader):
         # No more than the length says: some samplers that have one go on for ever.

@@ -1,24 +1,34 @@
 """What a Trainer trains on and minimizes, drawn for the gradient pass without a trace.
 
-Flow: the Trainer's dataset (or one given instead) → its collator → this process's minibatches;
-the Trainer's ``compute_loss`` → a loss of one minibatch.
-Differs from the Trainer's own loader: nothing of it is iterated, so neither its samplers nor its
-position, its workers or the state of gradient accumulation notice.
+Flow: the Trainer's loader → what its own sampler draws first → its dataset, collator and number of
+workers → this process's minibatches; the Trainer's ``_prepare_inputs`` and ``compute_loss`` → a
+loss of one minibatch.
+Differs from iterating the loader: samplers, random generators, positions and the state of gradient
+accumulation are left as they were.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+import io
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_dash.data.streams import share_minibatches
-from hf_dash.method.batches import Batch, split_labels
+from hf_dash.method.batches import (
+    Batch,
+    count_images,
+    loader_over,
+    newest_samples,
+    samplers_of,
+    split_labels,
+)
 from hf_dash.method.gradients import LossFn
+from hf_dash.method.preserve import states_preserved
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -34,43 +44,74 @@ class Training:
     optimizer: "Optimizer | None"
     loader: "DataLoader[Any]"
 
-    def batches(self, gradient_dataset: Any, newest: int | None) -> Iterator[Batch]:
+    def batches(self, gradient_dataset: Any, newest: int | None) -> Iterable[Batch]:
         """Draw batches from ``gradient_dataset``, or where it is None from the training data."""
         if gradient_dataset is None:
-            return sample_batches(self.loader, self.args, newest)
-        return newest_of_dataset(gradient_dataset, self.loader, self.args, newest)
+            return training_batches(self.loader, self.args, newest, int(self.state.epoch or 0))
+        # Less than the argument says, where the Trainer had to try smaller batches.
+        size = self.state.train_batch_size or self.args.train_batch_size
+        return newest_of_dataset(gradient_dataset, self.loader, self.args, newest, size)
 
 
-def sample_batches(
-    loader: "DataLoader[Any]", args: TrainingArguments, newest: int | None
-) -> Iterator[Batch]:
-    """Draw batches from a Trainer's training data without touching its loader's state.
+def training_batches(
+    loader: Any, args: TrainingArguments, newest: int | None, epoch: int = 0
+) -> Iterable[Batch]:
+    """Draw the first batches that training will see, without touching the loader's state.
 
     Args:
-        loader: the Trainer's; only its dataset and collator are used.
-        args: give the batch size, the seed and this process's place among all.
+        loader: the Trainer's own; of a sequential sampler the last batches are drawn, which are the
+            newest. Where it is not a ``DataLoader``, its own iterator is read.
+        args: give this process's place among all.
         newest: number of batches; None reads the data once.
+        epoch: that training is about to begin, which samplers may depend on.
 
     Returns:
-        This process's share: batches of ``per_device_train_batch_size``, the same number on every
-        process and no smaller one at the end, unless the data make less than one.
+        This process's share. A smaller batch at the end is left out, unless it is the only one.
+
+    Raises:
+        ValueError: what is read would be missing in training, since it can be read only once; or
+            all is to be read of a sampler that has no end.
     """
-    dataset, size = loader.dataset, args.per_device_train_batch_size
-    rank, world = args.process_index, args.world_size
+    _refuse_one_shot(loader)
+    if not isinstance(loader, DataLoader):
+        return islice(iter(loader), newest)
+    dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
-        return _begin_of_stream(dataset, loader, args, newest)
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(dataset), generator=generator)  # type: ignore[arg-type]
-    size = max(1, min(size, len(order) // world))
-    count = len(order) // (size * world)
-    count = count if newest is None else min(count, newest)
-    mine = order[: count * size * world].tolist()[rank::world]
-    subset = Subset(dataset, mine)
-    return iter(DataLoader(subset, batch_size=size, collate_fn=loader.collate_fn))
+        _refuse_one_shot(dataset)
+        # Accelerate may have given each process its share already.
+        is_share = type(dataset).__name__ == "IterableDatasetShard"
+        inner = getattr(dataset, "dataset", dataset) if is_share else dataset
+        _refuse_one_shot(inner)
+        return _begin_of_stream(inner, loader, args, newest, loader.batch_size)
+    samplers = samplers_of(loader)
+    with states_preserved(samplers):
+        for sampler in samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        samples = newest_samples(loader, newest, ordered=False)
+    if len(samples) > 1 and isinstance(samples[0], list) and len(samples[-1]) < len(samples[0]):
+        samples = samples[:-1]
+    return loader_over(loader, samples)
+
+
+def _refuse_one_shot(source: Any) -> None:
+    """Refuse to take from an iterator, or a dataset around one, what training would then miss."""
+    held = [source, *vars(source).values()] if hasattr(source, "__dict__") else [source]
+    found = [one for one in held if isinstance(one, Iterator) and not isinstance(one, io.IOBase)]
+    if found:
+        raise ValueError(
+            f"the training data come from {type(found[0]).__name__}, which can be read only once:"
+            " what the shrink reads would be missing in training; give the callback"
+            " gradient_dataset= or batches="
+        )
 
 
 def newest_of_dataset(
-    dataset: Any, loader: "DataLoader[Any]", args: TrainingArguments, newest: int | None
+    dataset: Any,
+    loader: "DataLoader[Any]",
+    args: TrainingArguments,
+    newest: int | None,
+    batch_size: int,
 ) -> Iterator[Batch]:
     """Read the newest batches of a dataset ordered from oldest to newest.
 
@@ -79,8 +120,9 @@ def newest_of_dataset(
             backwards; a stream: its first batches, since its end cannot be seen from its beginning.
         loader: the Trainer's; its collator makes the batches, and of two ``datasets`` datasets
             only the columns that the Trainer's has are read where ``remove_unused_columns`` says.
-        args: as :func:`sample_batches` takes them.
+        args: give this process's place among all.
         newest: number of batches; None reads the dataset once.
+        batch_size: of each process.
 
     Returns:
         This process's share, the same number of batches on every process.
@@ -88,13 +130,21 @@ def newest_of_dataset(
     if args.remove_unused_columns:
         dataset = _with_columns_of(dataset, loader.dataset)
     if isinstance(dataset, IterableDataset):
-        return _begin_of_stream(dataset, loader, args, newest)
+        return _begin_of_stream(dataset, loader, args, newest, batch_size)
     world = args.world_size
-    bounds = sorted({0, *range(len(dataset), 0, -args.per_device_train_batch_size * world)})
+    bounds = sorted({0, *range(len(dataset), 0, -batch_size * world)})
     shares = share_minibatches(bounds, world, args.process_index)
     shares = shares if newest is None else shares[-newest:]
     own = [list(share) for share in shares]
-    return iter(DataLoader(dataset, batch_sampler=own, collate_fn=loader.collate_fn))
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=own,
+            collate_fn=loader.collate_fn,
+            num_workers=min(loader.num_workers, len(own)),
+            worker_init_fn=loader.worker_init_fn,
+        )
+    )
 
 
 def _begin_of_stream(
@@ -102,13 +152,18 @@ def _begin_of_stream(
     loader: "DataLoader[Any]",
     args: TrainingArguments,
     newest: int | None,
+    batch_size: int | None,
 ) -> Iterator[Batch]:
     # A stream begins anew with every iterator; each process takes every world-th batch, and what
     # the end of the stream cannot give to all of them equally is left out.
     rank, world = args.process_index, args.world_size
-    size = args.per_device_train_batch_size
     batches = DataLoader(
-        dataset, batch_size=size, collate_fn=loader.collate_fn, drop_last=world > 1
+        dataset,
+        batch_size=batch_size,
+        collate_fn=loader.collate_fn,
+        drop_last=world > 1 and batch_size is not None,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
     )
     groups = zip(*[iter(batches)] * world, strict=False)
     return (group[rank] for group in islice(groups, newest))
@@ -122,26 +177,55 @@ def _with_columns_of(dataset: Any, training: Any) -> Any:
     return dataset.select_columns([name for name in present if name in wanted])
 
 
-def trainer_loss(trainer: Trainer) -> LossFn:
-    """Return the loss that a Trainer computes in training, as a function of model and batch.
+class TrainerLoss:
+    """The loss that a Trainer computes in training, as a function of model and batch.
 
-    Label smoothing, ``compute_loss_func`` and a subclass's ``compute_loss`` are honoured, under
-    the Trainer's own context. Where the Trainer would count the items of all accumulated batches,
-    those of the one batch are counted: the loss is its mean, up to a factor that all batches share.
+    Batches are opaque: they go through ``_prepare_inputs`` and ``compute_loss`` as in training, so
+    label smoothing, ``compute_loss_func`` and overrides of both are honored, in the Trainer's own
+    context. Where the Trainer would count the items of all accumulated batches, those of the one
+    batch are counted: the loss is its mean, up to a factor that all batches share.
     """
 
-    def loss_of_trainer(model: nn.Module, batch: Batch) -> Tensor:
-        if isinstance(batch, Mapping):
-            inputs = dict(batch)  # compute_loss takes the labels out of what it is given
-        else:
-            images, labels = split_labels(batch)
-            inputs = {getattr(model, "main_input_name", "pixel_values"): images, "labels": labels}
-        items = None
-        if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
-            given = inputs.get("labels")
-            items = given.ne(-100).sum() if isinstance(given, Tensor) else None
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of a batch."""
+        trainer, batch = self.trainer, self._named(model, batch)
+        items = _counted(trainer, batch)
+        # A copy, since compute_loss takes the labels out of what it is given.
+        inputs = copy.copy(trainer._prepare_inputs(batch))
         with trainer.compute_loss_context_manager():
             loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=items)
         return loss
 
-    return loss_of_trainer
+    def count_items(self, batch: Batch) -> int:
+        """Return how many items the loss of a batch is the mean of."""
+        items = _counted(self.trainer, batch)
+        return count_images(batch) if items is None else int(items)
+
+    def _named(self, model: nn.Module, batch: Any) -> Any:
+        """Return a pair as the keyword arguments that the Trainer's own ``compute_loss`` needs."""
+        trainer = self.trainer
+        own = isinstance(trainer, Trainer)
+        own = own and type(trainer).compute_loss is not Trainer.compute_loss
+        if own or not isinstance(batch, list | tuple) or len(batch) != 2:
+            return batch
+        images, labels = split_labels(batch)
+        return {getattr(model, "main_input_name", "pixel_values"): images, "labels": labels}
+
+
+def _counted(trainer: Trainer, batch: Any) -> Tensor | None:
+    counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    labels = batch.get("labels") if counts and isinstance(batch, Mapping) else None
+    return labels.ne(-100).sum() if isinstance(labels, Tensor) else None
+
+
+def prepared(trainer: Trainer, loss_fn: LossFn) -> LossFn:
+    """Return a loss function whose batches are prepared as in training."""
+
+    def loss_of_prepared(model: nn.Module, batch: Batch) -> Tensor:
+        known = isinstance(batch, Mapping | list | tuple)
+        return loss_fn(model, trainer._prepare_inputs(batch) if known else batch)
+
+    return loss_of_prepared

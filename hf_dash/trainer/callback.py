@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
@@ -24,9 +24,16 @@ from hf_dash.method.preserve import rng_preserved
 from hf_dash.method.shrink import ShrinkReport
 from hf_dash.method.stale import reset_optimizer_
 from hf_dash.method.wrappers import as_trained, unwrap
-from hf_dash.trainer.batches import Training, trainer_loss
-from hf_dash.trainer.logging import DeferredLog, log_through, tag_model, write_report
-from hf_dash.utils.checks import check_count
+from hf_dash.trainer.batches import TrainerLoss, Training, prepared
+from hf_dash.trainer.guards import check_past, mark_model
+from hf_dash.trainer.logging import (
+    DeferredLog,
+    block_summary,
+    draw_histograms,
+    tag_model,
+    write_report,
+)
+from hf_dash.utils.checks import check_count, check_flag
 from hf_dash.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -96,10 +103,12 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
     that dies before its first checkpoint starts again from the weights it was given and shrinks
     them once; one that resumes from a checkpoint does not shrink again.
 
+    The batches are those that the Trainer's own sampler, collator and workers make first.
     A Trainer does not show itself to its callbacks. Bound to it (``trainer=`` or :meth:`bind`) the
-    callback computes the loss exactly as training does and logs to every tracker; without, it uses
-    the model's own loss, and the summary appears in the console, in ``trainer_state.json`` and in
-    ``dash_report.json`` only.
+    callback prepares batches and computes the loss exactly as training does, comes before other
+    callbacks that copy weights, and logs to every tracker; without, it uses the model's own loss,
+    and the summary appears in the console, in ``trainer_state.json`` and in ``dash_report.json``.
+    In both cases the numbers join the first log of the Trainer itself.
 
     Args:
         alpha: weight of the newest minibatch in the moving average, in (0, 1]; 0.3 by default.
@@ -115,6 +124,8 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             of a map-style dataset ordered from oldest to newest the last, of a stream the first.
         loss_fn: called as ``loss_fn(model, batch)``; by default the bound Trainer's loss.
         reset_optimizer: forget optimizer state that belongs to the weights before the shrink.
+        strict: refuse, instead of a warning, a model that is fresh, has a new head, or was shrunk
+            and not trained since.
         **settings: any other setting of :func:`~hf_dash.dash_shrink_`, which wins over ``config``.
 
     Attributes:
@@ -138,6 +149,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         gradient_dataset: Any = None,
         loss_fn: LossFn | None = None,
         reset_optimizer: bool = True,
+        strict: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -146,17 +158,21 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             raise ValueError(f"give one of config and {given}: both say what {[*given]} should be")
         self.config = with_settings(config, {**given, **settings}, "DashCallback()")
         check_schedule(when, every_n_epochs)
+        check_flag("strict", strict)
         if batches is not None and gradient_dataset is not None:
             raise ValueError("give one of batches and gradient_dataset: both say what is read")
         self.when, self.every_n_epochs = when, every_n_epochs
         self.batches, self.gradient_dataset, self.loss_fn = batches, gradient_dataset, loss_fn
-        self.reset_optimizer = reset_optimizer
+        self.reset_optimizer, self.strict = reset_optimizer, strict
         self.report: ShrinkReport | None = None
         self.shrunk_at: list[int] = []
         self.trainer: Trainer | None = None
         self._given: list[str] = []
         self._training: Training | None = None
-        self._unfinished = False
+        self._marked = ""
+        self._warned = False
+        # The batch size of a training that shrunk and has not ended.
+        self._unfinished: int | None = None
         if trainer is not None:
             self.bind(trainer)
 
@@ -169,6 +185,9 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
         self.trainer = trainer
+        callbacks = trainer.callback_handler.callbacks
+        if not any(isinstance(one, _Forerunner) and one.dash is self for one in callbacks):
+            callbacks.insert(0, _Forerunner(self, trainer))
         return self
 
     def shrink_(
@@ -191,8 +210,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         training = self._training
         if training is None and self.trainer is not None:
             own = self.trainer
-            with rng_preserved():
-                loader = own.get_train_dataloader()
+            loader = own_loader(own)
             training = Training(own.args, own.state, own.model, own.optimizer, loader)
         if training is not None:
             return self._shrink(training, model, batches, optimizer)
@@ -215,10 +233,10 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the settings, and at which steps weights were shrunk."""
-        own = ("when", "every_n_epochs", "reset_optimizer")
+        own = ("when", "every_n_epochs", "reset_optimizer", "strict")
         settings = {name: getattr(self.config, name) for name in SETTINGS}
         given = {name for name in NOT_SAVED if getattr(self, name) is not None}
-        if isinstance(self.config.base, Mapping):  # tensors, which no checkpoint's JSON can hold
+        if isinstance(self.base, Mapping):  # tensors, which no checkpoint's JSON can hold
             settings["base"] = None
             given.add("base")
         return {
@@ -254,7 +272,8 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             self._resume(state, model)
             return
         refuse_duplicates(state)
-        if self._unfinished and args.auto_find_batch_size:
+        size = state.train_batch_size or 0
+        if self._unfinished is not None and size < self._unfinished and args.auto_find_batch_size:
             # The Trainer starts over with smaller batches, but from weights that have been shrunk.
             logger.info("DASH: training starts over after a shrink, no second one")
             return
@@ -262,7 +281,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             self.shrunk_at = []
         if self.when == "train_begin":
             self._shrink(self._training)
-            self._unfinished = True
+            self._unfinished = size
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -278,7 +297,18 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of what belongs to this training."""
-        self._training, self._unfinished = None, False
+        self._training, self._unfinished = None, None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the weights have been trained."""
+        if self._training is not None and self._marked != "trained":
+            self._mark(self._training.model, "trained")
+
+    def _mark(self, model: nn.Module, what: str) -> None:
+        self._marked = what
+        mark_model(unwrap(model).module, what)
 
     def _resume(self, state: TrainerState, model: nn.Module) -> None:
         # The Trainer cannot save a callback that the checkpoint it resumes from did not know.
@@ -287,7 +317,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         self.shrunk_at = list(held["attributes"].get("shrunk_at", []))
         if self.shrunk_at:
             tag_model(model)
-        logger.info("DASH: training resumes at step %d, no shrink", state.global_step)
+        logger.warning("DASH: training resumes at step %d: no shrink", state.global_step)
 
     def _shrink(
         self,
@@ -302,8 +332,10 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         model = as_trained(model, args, self.trainer)
         refuse_incomplete([name for name in self._given if getattr(self, name) is None])
         if self.loss_fn is None and self.trainer is None and args.label_smoothing_factor > 0:
-            logger.info("DASH: the loss is the model's, not smoothed: bind(trainer) to have it so")
-        own_loss = None if self.trainer is None else trainer_loss(self.trainer)
+            logger.warning(
+                "DASH: the loss is the model's, not smoothed: bind(trainer) to smooth it"
+            )
+        check_past(unwrap(model).module, self.strict)
         batches = self.batches if batches is None else batches
         with rng_preserved():
             if batches is None:
@@ -311,18 +343,71 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
             self.report = dash_shrink_(
                 model,
                 batches,
-                self.loss_fn or own_loss,
+                self._loss(),
                 disable_tqdm=args.disable_tqdm or None,
                 seed=args.seed,
                 config=with_origin(self.config, unwrap(model).module),
+                optimizer=optimizer if self.reset_optimizer else None,
             )
-        if self.reset_optimizer and optimizer is not None:
-            reset_optimizer_(optimizer)
+        self._mark(model, "shrunk")
         self.shrunk_at.append(state.global_step)
         tag_model(model)
         write_report(self.report, args, state)
+        numbers = self.report.summary()
         if self.trainer is not None:
-            log_through(self.trainer, self.report, model)
-        else:
-            self.log_later(self.report.summary(), state)
+            numbers |= block_summary(self.report, model)
+            draw_histograms(self.trainer, self.report, model)
+        self.log_later(numbers)
         return self.report
+
+    def _loss(self) -> LossFn | None:
+        """Return what is minimized: the given loss, the Trainer's, or None for the model's."""
+        trainer = self.trainer
+        if trainer is None:
+            return self.loss_fn
+        if type(trainer).training_step is not Trainer.training_step and not self._warned:
+            self._warned = True
+            logger.warning(
+                "DASH: %s overrides training_step: what that does to a batch, such as mixup, the"
+                " shrink does not see",
+                type(trainer).__name__,
+            )
+        return TrainerLoss(trainer) if self.loss_fn is None else prepared(trainer, self.loss_fn)
+
+
+class _Forerunner(TrainerCallback):  # type: ignore[misc]
+    """Stands first among a Trainer's callbacks, for the bound one that is added later.
+
+    The shrink has to come before other callbacks copy the weights, and its numbers have to be in a
+    log before trackers read it.
+    """
+
+    def __init__(self, dash: DashCallback, trainer: Trainer) -> None:
+        self.dash, self.trainer = dash, trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the callback behind transformers' own, which log, and before all others."""
+        callbacks = self.trainer.callback_handler.callbacks
+        if self.dash not in callbacks:
+            return
+        callbacks.remove(self.dash)
+        own = (type(one).__module__.startswith("transformers.") for one in callbacks[1:])
+        place = next((i for i, is_own in enumerate(own, 1) if not is_own), len(callbacks))
+        callbacks.insert(place, self.dash)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the numbers of a shrink."""
+        self.dash.on_log(args, state, control, **kwargs)
+
+
+def own_loader(trainer: Trainer) -> "DataLoader[Any]":
+    """Return a loader as the Trainer makes it, and leave no trace of it."""
+    known = list(trainer.accelerator._dataloaders)
+    with rng_preserved():
+        loader: DataLoader[Any] = trainer.get_train_dataloader()
+    trainer.accelerator._dataloaders[:] = known
+    return loader

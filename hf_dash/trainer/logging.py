@@ -1,6 +1,6 @@
 """A shrink's report on its way out: the numbers of each block, histograms, the file, the tags.
 
-Flow: ShrinkReport → overall and per block → ``Trainer.log`` → every tracker of ``report_to``;
+Flow: ShrinkReport → overall and per block → the Trainer's next log → all of ``report_to``;
 → ``dash_report.json``; → tags that the Trainer writes into a model card when it pushes.
 """
 
@@ -28,13 +28,23 @@ class DeferredLog(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._to_log: dict[str, float] = {}
+        self._in_history = False
 
     def log_later(
-        self, numbers: dict[str, float], state: TrainerState, **where: float | None
+        self, numbers: dict[str, float], state: TrainerState | None = None, **where: float | None
     ) -> None:
-        """Put numbers into ``state.log_history`` at once, and into the Trainer's next log."""
-        self._to_log = numbers
-        state.log_history.append({**numbers, **where, "step": state.global_step})
+        """Keep numbers for the Trainer's next log.
+
+        Args:
+            numbers: to be logged.
+            state: where an entry of the history of their own is made at once; without it they join
+                the entry of that next log.
+            where: what else that entry holds.
+        """
+        self._to_log = {**self._to_log, **numbers}
+        self._in_history = state is not None
+        if state is not None:
+            state.log_history.append({**numbers, **where, "step": state.global_step})
 
     def on_log(
         self,
@@ -45,9 +55,12 @@ class DeferredLog(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Show the numbers with the first ones the Trainer itself logs."""
-        if logs is not None:
-            logs.update(self._to_log)
-            self._to_log = {}
+        if logs is None or not self._to_log:
+            return
+        logs.update(self._to_log)
+        if state.log_history and not self._in_history:
+            state.log_history[-1].update(self._to_log)
+        self._to_log = {}
 
 
 def report_blocks(
@@ -89,12 +102,8 @@ def block_summary(report: ShrinkReport, model: nn.Module | None = None) -> dict[
     return summary
 
 
-def log_through(trainer: Trainer, report: ShrinkReport, model: nn.Module) -> None:
-    """Log a report as the Trainer logs its loss, so that every tracker receives it.
-
-    Histograms go to TensorBoard where its callback is among the Trainer's.
-    """
-    trainer.log({**report.summary(), **block_summary(report, model)})
+def draw_histograms(trainer: Trainer, report: ShrinkReport, model: nn.Module) -> None:
+    """Draw the factors of a shrink in TensorBoard, where its callback is among the Trainer's."""
     for callback in trainer.callback_handler.callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is None or not hasattr(writer, "add_histogram_raw"):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from helpers import DeepSpeedEngine, Spy, heard, make_trainer, same_state, state_of, trained
-from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import IterableDataset, WeightedRandomSampler, default_collate
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 import hf_dash
@@ -29,6 +29,20 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logged.append((state.global_step, dict(logs)))
+
+
+def make_args(folder, **options):
+    return TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            **options,
+        },
+    )
 
 
 def shrunk_by(model, batches, loss_fn):
@@ -387,18 +401,154 @@ def test_two_callbacks_are_refused(tmp_path, two_rounds):
     assert same_state(before, state_of(trainer.model))
 
 
-def test_bound_it_logs_to_every_tracker_before_the_first_step(tmp_path, two_rounds):
+def test_bound_its_numbers_reach_every_tracker_with_the_first_log(tmp_path, two_rounds):
+    class ReadsTheLoss(TrainerCallback):
+        """A user's own, which knows the Trainer's logs alone."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            assert "loss" in logs or "train_loss" in logs
+
     tracker = Recorder()
-    trainer = make_trainer(tmp_path, two_rounds[0], [tracker])
+    trainer = make_trainer(tmp_path, two_rounds[0], [tracker, ReadsTheLoss()])
     callback = hf_dash.DashCallback(trainer=trainer)
     trainer.add_callback(callback)
     trainer.train()
     step, logged = tracker.logged[0]
-    assert step == 0
+    assert step == 2
     assert logged.items() >= callback.report.summary().items()
-    assert {"dash/mean_factor/layer1", "dash/share_at_lam/fc"} <= logged.keys()
+    assert {"loss", "dash/mean_factor/layer1", "dash/share_at_lam/fc"} <= logged.keys()
     assert not any("dash/mean_factor" in logs for _, logs in tracker.logged[1:])
     assert sum("dash/mean_factor" in entry for entry in trainer.state.log_history) == 1
+    assert "loss" in trainer.state.log_history[0]
+
+
+class Ema(TrainerCallback):
+    """Keeps a copy of the weights that training begins from."""
+
+    def on_train_begin(self, args, state, control, *, model, **kwargs):
+        self.copy = state_of(model)
+
+
+def test_bound_it_comes_before_others_that_copy_weights(tmp_path, two_rounds):
+    ema, spy = Ema(), Spy()
+    trainer = make_trainer(tmp_path, two_rounds[0], [ema], max_steps=1)
+    trainer.add_callback(spy.bind(trainer))
+    for _ in range(2):
+        trainer.train()
+        assert same_state(ema.copy, spy.after)
+        assert not same_state(spy.before, spy.after)
+    trainer.remove_callback(Spy)
+    trainer.train()
+
+
+def test_what_the_trainer_does_to_its_inputs_the_shrink_sees(tmp_path, two_rounds):
+    class Scaled(Trainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "pixel_values": inputs["pixel_values"] / 255}
+
+    spy = Spy()
+    plain = own_trainer(tmp_path, two_rounds[0], spy, max_steps=1)
+    trainer = Scaled(plain.model, plain.args, train_dataset=plain.train_dataset)
+    trainer.add_callback(spy.bind(trainer))
+    trainer.train()
+    scaled = [{**b, "pixel_values": b["pixel_values"] / 255} for b in spy.batches]
+    expected = shrunk_by(make_trainer(tmp_path, two_rounds[0]).model, scaled, None)
+    assert same_state(expected, spy.after)
+
+
+def test_an_overridden_training_step_is_named_once(tmp_path, two_rounds):
+    class Mixup(Trainer):
+        def training_step(self, *arguments, **options):
+            return super().training_step(*arguments, **options)
+
+    plain = make_trainer(tmp_path, two_rounds[0], max_steps=1)
+    trainer = Mixup(plain.model, plain.args, train_dataset=plain.train_dataset)
+    trainer.add_callback(hf_dash.DashCallback().bind(trainer))
+    with heard() as messages:
+        trainer.train()
+        trainer.train()
+    assert sum("Mixup overrides training_step" in message for message in messages) == 1
+
+
+class Weighted(Trainer):
+    """Draws from the first ten rows alone."""
+
+    def _get_train_sampler(self, *arguments):
+        weights = [1.0] * 10 + [0.0] * (len(self.train_dataset) - 10)
+        return WeightedRandomSampler(weights, 32)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_the_trainers_own_sampler_is_honored(tmp_path, two_rounds, bound):
+    read = []
+
+    class Reading(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(two_rounds[0].examples)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return two_rounds[0].examples[index]
+
+    plain = make_trainer(tmp_path, two_rounds[0], max_steps=1)
+    trainer = Weighted(plain.model, plain.args, train_dataset=Reading(), callbacks=[Stop()])
+    callback = hf_dash.DashCallback(trainer=trainer if bound else None)
+    trainer.add_callback(callback)
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    assert callback.report.num_images == len(read) == 32
+    assert set(read) <= set(range(10))
+
+
+def test_labels_of_another_name_and_form_are_the_trainers_affair(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            images, targets, _ = inputs
+            return torch.nn.functional.cross_entropy(model(images), targets["class"])
+
+    rows = [(torch.randn(12), {"class": i % 3}, i) for i in range(24)]
+    args = make_args(tmp_path, max_steps=1, per_device_train_batch_size=8)
+    model = torch.nn.Linear(12, 3)
+    trainer = Own(model, args, train_dataset=rows, data_collator=default_collate)
+    spy = Spy(trainer=trainer)
+    trainer.add_callback(spy)
+    trainer.train()
+    assert spy.report.num_images == 24
+    assert not same_state(spy.before, spy.after)
+
+
+def test_memory_that_ends_in_the_pass_makes_its_batches_smaller(tmp_path, two_rounds):
+    sizes = []
+
+    class Small(Trainer):
+        def compute_loss(self, model, inputs, *arguments, **options):
+            if len(inputs["labels"]) > 8:
+                raise RuntimeError("CUDA out of memory.")
+            if not model.training:
+                sizes.append(len(inputs["labels"]))
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    plain = make_trainer(tmp_path, two_rounds[0], auto_find_batch_size=True, max_steps=1)
+    trainer = Small(plain.model, plain.args, train_dataset=plain.train_dataset)
+    callback = hf_dash.DashCallback().bind(trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert set(sizes) == {trainer.state.train_batch_size}
+    assert callback.shrunk_at == [0]
+
+
+def test_after_ctrl_c_the_next_training_shrinks(tmp_path, two_rounds):
+    spy = Spy()
+    trainer = make_trainer(tmp_path, two_rounds[0], [spy, Crash()], auto_find_batch_size=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Crash)
+    first = spy.report
+    trainer.train()
+    assert spy.report is not first
+    assert not same_state(spy.before, spy.after)
 
 
 def test_the_card_of_a_pushed_model_says_dash(tmp_path, two_rounds):

@@ -7,8 +7,9 @@ from transformers import TrainerState
 from hf_dash.method.config import DashConfig
 from hf_dash.method.shrink import HISTOGRAM_BINS, ShrinkReport, TensorReport
 from hf_dash.trainer.logging import (
+    DeferredLog,
     block_summary,
-    log_through,
+    draw_histograms,
     report_blocks,
     tag_model,
     write_report,
@@ -81,21 +82,27 @@ class Tracker:
 
 class TrainerDouble:
     def __init__(self):
-        self.logged, self.state = [], TrainerState(global_step=7)
+        self.state = TrainerState(global_step=7)
         silent, drawing = Tracker(), Tracker()
         drawing.tb_writer = Writer()
         self.callback_handler = type("Handler", (), {"callbacks": [object(), silent, drawing]})
         self.writer = drawing.tb_writer
 
-    def log(self, logs):
-        self.logged.append(logs)
+
+def test_numbers_wait_for_a_log_and_join_its_entry_of_the_history():
+    deferred, state, logs = DeferredLog(), TrainerState(), {"loss": 1.0}
+    deferred.log_later({"dash/seconds": 2.0})
+    state.log_history.append({**logs, "step": 3})
+    for _ in range(2):
+        deferred.on_log(None, state, None, logs=logs)
+    assert logs == {"loss": 1.0, "dash/seconds": 2.0}
+    assert state.log_history == [{"loss": 1.0, "step": 3, "dash/seconds": 2.0}]
 
 
-def test_numbers_go_to_the_log_and_histograms_to_tensorboard():
+def test_histograms_go_to_tensorboard():
     report = report_of(tensor("conv.weight", 10, bins=(6, 19)), tensor("fc.weight", 4))
     trainer = TrainerDouble()
-    log_through(trainer, report, torch.nn.Identity())
-    assert trainer.logged == [{**report.summary(), **block_summary(report)}]
+    draw_histograms(trainer, report, torch.nn.Identity())
     assert list(trainer.writer.drawn) == ["dash/factors", "dash/factors/conv", "dash/factors/fc"]
     drawn = trainer.writer.drawn["dash/factors"]
     assert (drawn["num"], drawn["global_step"]) == (14, 7)
