@@ -9,6 +9,7 @@ owe to a lucky seed cancels, and fewer seeds tell smaller differences.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def paired_difference(
     Raises:
         ValueError: fewer than two seeds have all rounds of both, or ``confidence`` is out of range.
     """
-    from scipy.stats import t
+    from scipy.stats import ttest_rel
 
     check_confidence(confidence)
     own, other = _finished(records, start), _finished(records, baseline)
@@ -92,11 +93,13 @@ def paired_difference(
             f"start {start!r} and baseline {baseline!r} must have all rounds of at least two seeds"
             f" in common, got seeds {seeds}"
         )
-    differences = np.array([value(own[seed]) - value(other[seed]) for seed in seeds])
-    error = differences.std(ddof=1) / math.sqrt(len(seeds))
-    reach = float(t.ppf((1 + confidence) / 2, len(seeds) - 1)) * error
-    mean = float(differences.mean())
-    return PairedDifference(len(seeds), mean, mean - reach, mean + reach)
+    values = [np.array([value(runs[seed]) for seed in seeds]) for runs in (own, other)]
+    with warnings.catch_warnings():
+        # Where all differences are the same SciPy warns of cancellation; the interval is a point.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        interval = ttest_rel(*values).confidence_interval(confidence)
+    mean = float((values[0] - values[1]).mean())
+    return PairedDifference(len(seeds), mean, float(interval.low), float(interval.high))
 
 
 def paired_table(records: Sequence[RoundRecord], baseline: str, *, confidence: float = 0.95) -> str:

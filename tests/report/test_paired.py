@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from helpers import record
 
@@ -45,6 +47,19 @@ def test_a_hand_worked_interval():
     assert difference.mean == pytest.approx(2)
     assert difference.low == pytest.approx(2 - 2.484138, abs=1e-6)
     assert difference.high == pytest.approx(2 + 2.484138, abs=1e-6)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_intervals_of_two_and_three_seeds_are_those_of_the_closed_quantiles(confidence):
+    # Student's quantile is tan(πc / 2) for one degree of freedom and c √(2 / (1 − c²)) for two.
+    two = paired_difference(
+        [*COLD[:4], *DASH[:4]], "dash", "cold", last_accuracy, confidence=confidence
+    )
+    reach = math.tan(math.pi * confidence / 2) * 0.5
+    assert (two.low, two.high) == pytest.approx((1.5 - reach, 1.5 + reach), abs=1e-12, rel=1e-12)
+    three = paired_difference([*COLD, *DASH], "dash", "cold", last_accuracy, confidence=confidence)
+    reach = confidence * math.sqrt(2 / (1 - confidence**2)) / math.sqrt(3)
+    assert (three.low, three.high) == pytest.approx((2 - reach, 2 + reach), abs=1e-12, rel=1e-12)
 
 
 def test_what_all_starts_owe_to_a_seed_cancels():
