@@ -93,12 +93,12 @@ def paired_difference(
             f"start {start!r} and baseline {baseline!r} must have all rounds of at least two seeds"
             f" in common, got seeds {seeds}"
         )
-    values = [np.array([value(runs[seed]) for seed in seeds]) for runs in (own, other)]
+    mine, theirs = (np.array([value(runs[seed]) for seed in seeds]) for runs in (own, other))
     with warnings.catch_warnings():
         # Where all differences are the same SciPy warns of cancellation; the interval is a point.
         warnings.simplefilter("ignore", RuntimeWarning)
-        interval = ttest_rel(*values).confidence_interval(confidence)
-    mean = float((values[0] - values[1]).mean())
+        interval = ttest_rel(mine, theirs).confidence_interval(confidence)
+    mean = float((mine - theirs).mean())
     return PairedDifference(len(seeds), mean, float(interval.low), float(interval.high))
 
 

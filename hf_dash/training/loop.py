@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ChainedScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -66,7 +66,7 @@ class _Training:
 
     model: nn.Module
     optimizer: Any
-    schedule: ChainedScheduler | None
+    schedule: LRScheduler | None
     accelerator: Accelerator
     penalty: Penalty | None
     sam_rho: float

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, MultiStepLR
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, LRScheduler, MultiStepLR
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_dash.training.config import TrainingConfig
@@ -49,7 +49,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
 
 def make_schedule(
     optimizer: Optimizer, config: TrainingConfig, steps_per_epoch: int | None
-) -> ChainedScheduler | LambdaLR | None:
+) -> LRScheduler | None:
     """Return the schedule of the learning rate, to be stepped after every optimizer step.
 
     Args:
@@ -73,11 +73,12 @@ def make_schedule(
             f" {config.warmup_epochs} and lr_scheduler_type {config.lr_scheduler_type!r}"
         )
     if cosine:
-        return get_cosine_schedule_with_warmup(
+        schedule: LRScheduler = get_cosine_schedule_with_warmup(
             optimizer,
             config.warmup_epochs * steps_per_epoch,
             config.max_epochs * steps_per_epoch,
         )
+        return schedule
     warmup = max(1, config.warmup_epochs * steps_per_epoch)
     rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
     milestones = [epoch * steps_per_epoch for epoch in config.lr_milestones]
