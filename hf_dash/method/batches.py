@@ -196,7 +196,7 @@ def split_labels(batch: Batch) -> tuple[Any, Tensor]:
         shape [batch, classes].
 
     Raises:
-        TypeError: the batch is neither a mapping nor a sequence, or its labels are no tensor.
+        TypeError: the batch is neither a mapping nor a sequence, or its labels are not a tensor.
         ValueError: it has no labels.
     """
     if isinstance(batch, Mapping):
@@ -328,6 +328,11 @@ def derive_max_steps(
 
     Raises:
         ValueError: an argument is out of its range, or an epoch is too short for a single step.
+
+    Example:
+        >>> from hf_dash.method import derive_max_steps
+        >>> derive_max_steps(1000, batch_size=32, num_processes=2, num_epochs=3)
+        48
     """
     given = {
         "num_examples": num_examples,

@@ -65,6 +65,15 @@ class DashConfig:
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> from hf_dash import DashConfig
+        >>> DashConfig(alpha=0.3, tolerance=1e-3).newest
+        20
+        >>> DashConfig(lam=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: lam must be in [0, 1], got 2
     """
 
     alpha: float = 0.3

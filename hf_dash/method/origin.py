@@ -41,6 +41,11 @@ class Origin:
         base: the checkpoint to shrink towards, or ``"zero"``; None where it is not known.
         reason: how that is known, or what suggests that the weights are pretrained; empty where
             nothing does.
+
+    Example:
+        >>> from hf_dash.method import Origin
+        >>> Origin("zero", "its history says that round 1 began with fresh weights").base
+        'zero'
     """
 
     base: str | None

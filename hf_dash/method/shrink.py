@@ -33,7 +33,18 @@ HISTOGRAM_BINS = 20
 
 
 class NoEffectWarning(UserWarning):
-    """A call that should have changed weights changed none."""
+    """A call that should have changed weights changed none.
+
+    Example:
+        >>> import torch, warnings
+        >>> from hf_dash import dash_shrink_
+        >>> batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     report = dash_shrink_(torch.nn.Linear(3, 2), [batch], lam=1.0, disable_tqdm=True)
+        >>> caught[-1].category.__name__
+        'NoEffectWarning'
+    """
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class TensorReport:
     """What happened to one tensor: its vectors' factors, each in [λ, 1].
 
     ``histogram`` counts them in ``HISTOGRAM_BINS`` equal bins from 0 to 1, for trackers that draw
-    it; it is no part of ``ShrinkReport.to_dict``.
+    it; ``ShrinkReport.to_dict`` leaves it out.
     """
 
     name: str
@@ -69,6 +80,16 @@ class ShrinkReport:
             towards zero; empty without a base.
         no_gradient: those of the untouched that could have shrunk, but got no gradient in any
             minibatch.
+
+    Example:
+        >>> import torch
+        >>> from hf_dash import dash_shrink_
+        >>> batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+        >>> report = dash_shrink_(torch.nn.Linear(3, 2), [batch], disable_tqdm=True)
+        >>> [tensor.name for tensor in report.tensors]
+        ['weight', 'bias']
+        >>> 0.3 <= report.mean_factor <= 1
+        True
     """
 
     tensors: tuple[TensorReport, ...]

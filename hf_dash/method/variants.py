@@ -178,7 +178,7 @@ def filled_shrink_(
     All is computed before anything is changed, which takes as much memory as the tensors once more.
 
     Raises:
-        ValueError: a tensor is none of timm's, or of another shape there; nothing was changed.
+        ValueError: a tensor is not among timm's, or has another shape there; nothing was changed.
     """
     from hf_dash.models import fresh_state
 

@@ -124,7 +124,7 @@ def refuse_packed(module: nn.Module) -> None:
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
-    """Return the model in one of PEFT, whose own ``forward`` does not show what it takes."""
+    """Return the model inside of PEFT's, whose own ``forward`` does not show its parameters."""
     inner: Any = getattr(model, "get_base_model", lambda: model)
     return cast(nn.Module, inner())
 

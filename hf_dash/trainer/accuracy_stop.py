@@ -57,7 +57,7 @@ class TrainAccuracyStop(DeferredLog):
         """Count in ``trainer.compute_loss``, whatever it does with the labels; return itself.
 
         Raises:
-            TypeError: ``trainer`` is no ``Trainer``.
+            TypeError: ``trainer`` is not a ``Trainer``.
             ValueError: the callback is bound to another one.
         """
         if not isinstance(trainer, Trainer):

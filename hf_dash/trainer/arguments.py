@@ -91,6 +91,12 @@ class DataTrainingArguments:
 
     Raises:
         ValueError: no images are named or too many, or a number is out of its range.
+
+    Example:
+        >>> from hf_dash.trainer import DataTrainingArguments
+        >>> schedule = DataTrainingArguments("digits", max_train_samples=50).load()
+        >>> schedule.held_out_split
+        'test'
     """
 
     dataset_name: str | None = field(

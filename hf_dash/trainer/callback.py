@@ -54,7 +54,7 @@ def check_epochs(when: str, loader: "DataLoader[Any]") -> None:
     """Raise ``ValueError`` where epochs are to be counted that have no end to be known."""
     if when == "epoch" and not has_length(loader):
         raise ValueError(
-            "when='epoch' needs training data with a length, which a stream has not: use"
+            "when='epoch' needs training data with a length, and a stream has none: use"
             " when='train_begin', or when='manual' and shrink_()"
         )
 
@@ -134,6 +134,13 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: an argument is out of its range.
+
+    Example:
+        >>> from hf_dash import DashCallback
+        >>> callback = DashCallback(lam=0.1, when="epoch", every_n_epochs=10)
+        >>> callback.config.lam
+        0.1
+        >>> # trainer.add_callback(callback.bind(trainer)); trainer.train()
     """
 
     def __init__(
@@ -180,7 +187,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         """Use this Trainer's loss and trackers; returns the callback itself.
 
         Raises:
-            TypeError: ``trainer`` is no Trainer.
+            TypeError: ``trainer`` is not a Trainer.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")

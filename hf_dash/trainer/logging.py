@@ -68,8 +68,8 @@ def report_blocks(
 ) -> dict[str, list[TensorReport]]:
     """Part a report's tensors into the blocks of their model, in its order.
 
-    A block is named by a parameter's path down to its first part with a digit in it, and by its
-    first part alone where there is none: ``layer1``, ``blocks.0``, ``encoder.layer.3``, ``fc``.
+    A block is named by a parameter's path down to its first part with a digit in it, or by its
+    first part alone if no part has one: ``layer1``, ``blocks.0``, ``encoder.layer.3``, ``fc``.
 
     Args:
         report: of a shrink of ``model``.
