@@ -42,6 +42,13 @@ class TrainAccuracyStop(DeferredLog):
 
     Raises:
         TypeError, ValueError: ``threshold`` is not a number, or out of its range.
+
+    Example:
+        >>> from hf_dash import TrainAccuracyStop
+        >>> stop = TrainAccuracyStop(0.95)
+        >>> stop.threshold, stop.train_accuracy
+        (0.95, None)
+        >>> # trainer.add_callback(stop.bind(trainer)); trainer.train()
     """
 
     def __init__(self, threshold: float = 0.999) -> None:

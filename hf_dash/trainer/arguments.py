@@ -30,6 +30,11 @@ class ModelArguments:
 
     Raises:
         ValueError: ``trust_remote_code`` is set.
+
+    Example:
+        >>> from hf_dash.trainer import ModelArguments
+        >>> ModelArguments("user/model", model_revision="round-002").settings["model_revision"]
+        'round-002'
     """
 
     model_name_or_path: str = field(metadata={"help": "Last round's model: a folder or Hub id."})
@@ -251,6 +256,11 @@ class StartArguments:
 
     Raises:
         ValueError: a recommendation is named that nothing would follow.
+
+    Example:
+        >>> from hf_dash.trainer import StartArguments
+        >>> StartArguments(start="warm").start
+        'warm'
     """
 
     start: str = field(
