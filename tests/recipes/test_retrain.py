@@ -63,8 +63,9 @@ def test_a_stream_with_a_new_label_is_retrained_on(tmp_path, digits):
 
 
 def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test):
-    source = hf_dash.read_history(REPOSITORY / "recipes" / "results" / "digits" / "history.json")
-    history = hf_dash.History(tmp_path / "run" / "history.json", source.settings)
+    source = hf_dash.report.read_evidence(REPOSITORY / "recipes" / "results" / "digits")
+    settings = source.settings["settings"]
+    history = hf_dash.History(tmp_path / "run" / "history.json", settings)
     history.path.parent.mkdir()
     # The champion knows no digit, so it is right on none; any answer of the challenger is better.
     for index, names in ((1, ["cat", "dog"]), (2, hf_dash.data.label_names(digits_test))):
@@ -74,7 +75,7 @@ def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test)
     first, second = (record.folder for record in history.records)
     entry = hf_dash.history.Promotion("promote", first, None, "first champion", "")
     history.append_promotion(entry)
-    flags = ["--output_dir", "run", "--challenger"]
+    flags = ["--output_dir", "run", "--dataset_name", "digits", "--challenger"]
 
     done = launch("promote.py", tmp_path, *flags, second)
     assert "promote: not worse overall, and no class drops" in done.stdout
