@@ -5,6 +5,9 @@ so that momentum can outlive the optimizer of a round; SAM around a step's secon
 Source: SAM is Algorithm 1 of Foret et al., ICLR 2021 (arXiv:2010.01412).
 Differs: under several processes SAM climbs the gradient of the whole batch, not of each process's
 share, so that the result does not depend on their number.
+The state by name is read and written here: ``torch.distributed.checkpoint.state_dict`` would bring
+the old learning rate along, count a step that AdamW never took, and keep momentum of a head that
+grew.
 """
 
 from collections.abc import Iterator, Mapping
