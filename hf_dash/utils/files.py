@@ -68,6 +68,14 @@ def one_writer(output_dir: str | Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process is at work there.
+
+    Example:
+        >>> import hf_dash
+        >>> with hf_dash.utils.one_writer("runs/today"):
+        ...     with hf_dash.utils.one_writer("runs/today"):
+        ...         pass
+        Traceback (most recent call last):
+        ValueError: output_dir 'runs/today' is in use by another process: wait for it, or give...
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(output_dir) / ".lock")
