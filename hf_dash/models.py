@@ -13,7 +13,7 @@ import difflib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -139,7 +139,7 @@ def create_model(
     if image_size is not None and defaults is not None and defaults.fixed_input_size:
         model_args["img_size"] = image_size
     size = (image_size, image_size) if image_size is not None else default_size[1:]
-    config = TimmWrapperConfig(
+    config = TimmWrapperConfig(  # type: ignore[call-arg]  # fields that it takes by name only
         architecture=architecture,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
@@ -194,10 +194,11 @@ def fresh_state(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
 def model_labels(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's classes, in the order of its logits."""
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = cast("dict[int, str]", model.config.id2label)
+    return [names[index] for index in range(len(names))]
 
 
-def is_timm(model: PreTrainedModel) -> bool:
+def is_timm(model: nn.Module) -> bool:
     """Check whether a model is a timm wrapper."""
     return getattr(model, "timm_model", None) is not None
 
@@ -243,14 +244,14 @@ def grow_head(
         raise ValueError(
             f"new_names must be at least one, different and none of {names}, got {list(new_names)}"
         )
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(cast(TimmWrapperConfig, model.config))
     config.num_labels = len(names) + len(new_names)
     config.id2label = dict(enumerate([*names, *new_names]))
     config.label2id = {name: index for index, name in config.id2label.items()}
     with torch.random.fork_rng(devices=[]):
         grown = TimmWrapperForImageClassification(config)
     state, rows = fresh_state(grown, seed), {}
-    for name, old in model.timm_model.state_dict().items():
+    for name, old in model.get_submodule("timm_model").state_dict().items():
         fresh = state[name]
         if fresh.shape == old.shape:
             state[name] = old
@@ -263,7 +264,8 @@ def grow_head(
                 f" {tuple(old.shape)} to {tuple(fresh.shape)}"
             )
     grown.timm_model.load_state_dict(state)
-    return grown.to(model.device).train(model.training), rows
+    grown.to(model.device)  # type: ignore[arg-type]  # transformers wraps it without its types
+    return grown.train(model.training), rows
 
 
 def black_pixel(model: PreTrainedModel) -> tuple[float, ...]:
@@ -335,7 +337,9 @@ def load_model(
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     require_safetensors(name_or_path, **where)
     options = {**where, "use_safetensors": True, "trust_remote_code": False}
-    model = AutoModelForImageClassification.from_pretrained(name_or_path, **options)
+    model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
+        name_or_path, **options
+    )
     known = model_labels(model)
     new = [name for name in label_names or () if name not in known]
     if not new:
@@ -348,7 +352,7 @@ def load_model(
             )
         return grow_head(model, new, seed=seed)[0]
     names = new if len(new) == len(label_names or ()) else [*known, *new]
-    return AutoModelForImageClassification.from_pretrained(
+    model = AutoModelForImageClassification.from_pretrained(
         name_or_path,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
@@ -356,6 +360,7 @@ def load_model(
         ignore_mismatched_sizes=True,
         **options,
     )
+    return model
 
 
 def image_transform(

@@ -121,7 +121,7 @@ class Checkpoint:
         )
         for key in ("mean", "std", "interpolation"):
             model.config.pretrained_cfg[key] = self.pretrained_cfg[key]
-        model.timm_model.load_state_dict(self.first_state(model, seed))
+        model.get_submodule("timm_model").load_state_dict(self.first_state(model, seed))
         return model
 
 

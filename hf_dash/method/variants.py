@@ -15,12 +15,16 @@ vector is shrunk, the more of it begins anew.
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from hf_dash.method.tensors import ShrinkableTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # After so many steps singular values above a 25th of the norm are within 0.5 % of 1.
 NEWTON_SCHULZ_STEPS = 10
@@ -182,7 +186,7 @@ def filled_shrink_(
     """
     from hf_dash.models import fresh_state
 
-    drawn = fresh_state(model, seed)
+    drawn = fresh_state(cast("PreTrainedModel", model), seed)
     added = []
     for tensor, factor in zip(tensors, factors, strict=True):
         new = drawn.get(tensor.name.removeprefix("timm_model."))

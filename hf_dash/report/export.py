@@ -7,7 +7,7 @@ Everything is made from what was recorded, so it can be made again without train
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -192,12 +192,12 @@ def trainer_record(
     shrink = None
     if is_dash(start):
         # Written at the shrink, so that it is there too where this run resumed after it.
-        report = Path(trainer.args.output_dir) / REPORT_NAME
+        report = Path(cast(str, trainer.args.output_dir)) / REPORT_NAME
         shrink = json.loads(report.read_text(encoding="utf-8"))
         start_seconds = shrink["seconds"]
         # Training resumed after the shrink may have taken less time than the shrink did.
         train_seconds = max(0.0, train_seconds - start_seconds)
-    names = model_labels(trainer.model)
+    names = model_labels(cast(PreTrainedModel, trainer.model))
     per_class = metrics["per_class_accuracy"]
     return RoundRecord(
         start=start,

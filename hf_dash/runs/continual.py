@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -277,7 +277,8 @@ def _record(
     result: TrainingResult,
     report: ShrinkReport | None,
 ) -> RoundRecord:
-    run, round_, names = task.run, task.round_, model.config.id2label
+    run, round_ = task.run, task.round_
+    names = cast("dict[int, str]", model.config.id2label)
     return RoundRecord(
         start=run.name,
         seed=run.seed,
@@ -324,7 +325,7 @@ def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tupl
         checkpoint=run.checkpoint,
     )
     begun = task.start(model, context) or Started()
-    state = model.timm_model.state_dict()
+    state = model.get_submodule("timm_model").state_dict()
     with torch.no_grad():
         for name, fresh in rows.items():
             state[name][-len(fresh) :] = fresh

@@ -150,7 +150,7 @@ def load_weights_(model: PreTrainedModel, output_dir: str | Path, record: RoundR
         raise ValueError(f"{path} is gone: the next round cannot start without these weights")
     if sha256_of(path) != record.weights_sha256:
         raise ValueError(f"{path} is not what was saved there: its checksum differs")
-    model.timm_model.load_state_dict(load_file(path))
+    model.get_submodule("timm_model").load_state_dict(load_file(path))
 
 
 def load_optimizer_state(output_dir: str | Path, record: RoundRecord) -> dict[str, Tensor]:

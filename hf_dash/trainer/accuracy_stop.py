@@ -91,11 +91,11 @@ class TrainAccuracyStop(DeferredLog):
             self._count(computed[1], labels)
             return computed if return_outputs else computed[0]
 
-        trainer.compute_loss = counted
+        trainer.compute_loss = counted  # type: ignore[method-assign, assignment]
         self._trainer = trainer
         return self
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # the Trainer passes more by keyword
         self,
         args: TrainingArguments,
         state: TrainerState,

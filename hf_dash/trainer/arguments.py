@@ -81,7 +81,7 @@ class ModelArguments:
         """Load the image processor of a model; None for a timm wrapper, which needs none."""
         if is_timm(model):
             return None
-        return AutoImageProcessor.from_pretrained(
+        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             self.image_processor_name or self.model_name_or_path,
             revision=None if self.image_processor_name else self.model_revision,
             cache_dir=self.cache_dir,

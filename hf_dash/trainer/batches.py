@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -191,13 +191,13 @@ class TrainerLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of a batch."""
-        trainer, batch = self.trainer, self._named(model, batch)
-        items = _counted(trainer, batch)
+        trainer, named = self.trainer, self._named(model, batch)
+        items = _counted(trainer, named)
         # A copy, since compute_loss takes the labels out of what it is given.
-        inputs = copy.copy(trainer._prepare_inputs(batch))
+        inputs = copy.copy(trainer._prepare_inputs(named))
         with trainer.compute_loss_context_manager():
-            loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=items)
-        return loss
+            loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+        return cast(Tensor, loss)
 
     def count_items(self, batch: Batch) -> int:
         """Return how many items the loss of a batch is the mean of."""
@@ -226,6 +226,6 @@ def prepared(trainer: Trainer, loss_fn: LossFn) -> LossFn:
 
     def loss_of_prepared(model: nn.Module, batch: Batch) -> Tensor:
         known = isinstance(batch, Mapping | list | tuple)
-        return loss_fn(model, trainer._prepare_inputs(batch) if known else batch)
+        return loss_fn(model, trainer._prepare_inputs(cast(Any, batch)) if known else batch)
 
     return loss_of_prepared

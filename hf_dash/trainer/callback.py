@@ -7,7 +7,7 @@ batches do, unless ``batches`` or ``gradient_dataset`` is given.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -70,7 +70,8 @@ def check_trainer(trainer: Trainer | None, state: TrainerState) -> None:
 
 def refuse_duplicates(state: TrainerState) -> None:
     """Raise ``ValueError`` where a Trainer has more than one DashCallback."""
-    entries = [e if isinstance(e, list) else [e] for e in state.stateful_callbacks.values()]
+    callbacks = cast("dict[str, Any]", state.stateful_callbacks)  # declared as a list
+    entries = [e if isinstance(e, list) else [e] for e in callbacks.values()]
     found = sum("shrunk_at" in one.get("attributes", {}) for entry in entries for one in entry)
     if found > 1:
         raise ValueError(
@@ -94,7 +95,7 @@ logger = get_logger(__name__)
 NOT_SAVED = ("trainer", "batches", "gradient_dataset", "loss_fn")
 
 
-class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
+class DashCallback(DeferredLog, ExportableState):
     """Shrink the model's weights when training begins, and never on resume.
 
     Every ``train()`` is a round: it shrinks once, in evaluation mode. By default the gradients come
@@ -218,7 +219,9 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         if training is None and self.trainer is not None:
             own = self.trainer
             loader = own_loader(own)
-            training = Training(own.args, own.state, own.model, own.optimizer, loader)
+            training = Training(
+                own.args, own.state, cast(nn.Module, own.model), own.optimizer, loader
+            )
         if training is not None:
             return self._shrink(training, model, batches, optimizer)
         batches = self.batches if batches is None else batches
@@ -260,7 +263,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         """Refuse a second callback of this kind."""
         refuse_duplicates(state)
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # the Trainer passes more by keyword
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -319,7 +322,8 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
 
     def _resume(self, state: TrainerState, model: nn.Module) -> None:
         # The Trainer cannot save a callback that the checkpoint it resumes from did not know.
-        held = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        callbacks = cast("dict[str, Any]", state.stateful_callbacks)  # declared as a list
+        held = callbacks.setdefault(type(self).__name__, self.state())
         held = held[0] if isinstance(held, list) else held
         self.shrunk_at = list(held["attributes"].get("shrunk_at", []))
         if self.shrunk_at:
@@ -382,7 +386,7 @@ class DashCallback(DeferredLog, ExportableState):  # type: ignore[misc]
         return TrainerLoss(trainer) if self.loss_fn is None else prepared(trainer, self.loss_fn)
 
 
-class _Forerunner(TrainerCallback):  # type: ignore[misc]
+class _Forerunner(TrainerCallback):
     """Stands first among a Trainer's callbacks, for the bound one that is added later.
 
     The shrink has to come before other callbacks copy the weights, and its numbers have to be in a

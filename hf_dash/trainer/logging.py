@@ -6,7 +6,7 @@ Flow: ShrinkReport → overall and per block → the Trainer's next log → all 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,7 +20,7 @@ REPORT_NAME = "dash_report.json"
 MODEL_TAGS = ["hf_dash", "dash"]
 
 
-class DeferredLog(TrainerCallback):  # type: ignore[misc]
+class DeferredLog(TrainerCallback):
     """A callback bound to no Trainer: its numbers appear with the next the Trainer itself logs.
 
     ``Trainer.log`` is out of its reach, and reporting callbacks run before it.
@@ -44,7 +44,8 @@ class DeferredLog(TrainerCallback):  # type: ignore[misc]
         self._to_log = {**self._to_log, **numbers}
         self._in_history = state is not None
         if state is not None:
-            state.log_history.append({**numbers, **where, "step": state.global_step})
+            entry: dict[str, Any] = {**numbers, **where, "step": state.global_step}
+            state.log_history.append(entry)
 
     def on_log(
         self,
@@ -136,7 +137,7 @@ def _add_histogram(writer: object, tag: str, tensors: list[TensorReport], step: 
 def write_report(report: ShrinkReport, args: TrainingArguments, state: TrainerState) -> None:
     """Write ``dash_report.json`` into the output directory, by the main process."""
     if state.is_world_process_zero:
-        output_dir = Path(args.output_dir)
+        output_dir = Path(cast(str, args.output_dir))
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / REPORT_NAME, json.dumps(report.to_dict(), indent=1))
 

@@ -234,7 +234,7 @@ def measure_round(
     """
     if not isinstance(round_.new, ImageExamples):
         raise ValueError("memorization cannot be measured on streams: use map-style data")
-    num_classes = cast(PreTrainedModel, model).config.num_labels
+    num_classes = cast(int, cast(PreTrainedModel, model).config.num_labels)
     known = [index for index, label in enumerate(held_out.labels) if 0 <= label < num_classes]
     sets = ExampleSets(round_.new, Subset(held_out, known), round_.seen, round_.flipped_seen)
     return measure_memorization(
