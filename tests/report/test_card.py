@@ -2,12 +2,11 @@ import ast
 import html.parser
 import json
 import re
-import subprocess
-import sys
 
 import jinja2
 import pytest
 import yaml
+from children import Child, join
 from helpers import REPOSITORY, record, tiny_processor, tiny_vit
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -437,19 +436,18 @@ def test_a_repository_name_cannot_leave_its_string_in_the_code(small_model):
     assert Tables(card).tags == Tables(render_card(small_model, info())).tags
 
 
+def run_each(snippets):
+    for code in snippets:
+        exec(code, {})  # the names of a snippet are its own
+        print("=====")
+
+
 def run_snippets(folder):
     """Run every Python snippet of a folder's card, by itself, and return what they print."""
     card = (folder / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    # One process imports the libraries once; the names of a snippet are its own.
-    code = "import sys\nfor code in sys.argv[1:]:\n    exec(code, {})\n    print('=====')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *snippets],
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
+    (done,) = join([Child(run_each, snippets, folder=folder)])
+    assert done.returncode == 0, done.stderr
     return done.stdout.split("=====")[:-1]
 
 
