@@ -107,6 +107,7 @@ def test_the_exported_folder_is_whole(finished):
         "factors.png",
         "history.json",
         "model.safetensors",
+        "recommendation.json",
         "rounds.png",
     ]
     card = ModelCard.load(model_folder / "README.md")
