@@ -67,6 +67,13 @@ class Evidence:
         records: of all starts, in the order of the tables.
         settings: the content of ``settings.json``. ``settings["about"]`` holds what the records do
             not say, ``settings["settings"]`` what was set for the run.
+
+    Example:
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"cat": 0.5}, 1.0, True, 3, 3, 0.0, 1.25)
+        >>> write_evidence(History(None, {"lam": 0.3}, [record]), "digits", about={"commands": []})
+        >>> evidence = read_evidence("digits")
+        >>> evidence.records[0].accuracy, evidence.settings["settings"]
+        (0.5, {'lam': 0.3})
     """
 
     records: list[RoundRecord]
@@ -138,6 +145,12 @@ def read_evidence(folder: str | Path) -> Evidence:
     Raises:
         FileNotFoundError: the folder has no ``rounds.csv`` or no ``settings.json``.
         ValueError: a file is damaged; the message names file, line and column.
+
+    Example:
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"cat": 0.5}, 1.0, True, 3, 3, 0.0, 1.25)
+        >>> write_evidence(History(None, {"lam": 0.3}, [record]), "digits", about={"commands": []})
+        >>> read_evidence("digits").records == [record]
+        True
     """
     folder = Path(folder)
     settings = {part: {} for part in ("about", "starts", *PARTS)} | read_settings(folder)
@@ -162,6 +175,12 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is not JSON.
+
+    Example:
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"cat": 0.5}, 1.0, True, 3, 3, 0.0, 1.25)
+        >>> write_evidence(History(None, {"lam": 0.3}, [record]), "digits", about={"commands": []})
+        >>> read_settings("digits")["about"]
+        {'commands': []}
     """
     path = Path(folder) / "settings.json"
     try:
@@ -172,7 +191,15 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def evidence_digest(folder: str | Path) -> str:
-    """Return a digest of a folder's data, and of the folder it is like; ``"about"`` is left out."""
+    """Return a digest of a folder's data, and of the folder it is like; ``"about"`` is left out.
+
+    Example:
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"cat": 0.5}, 1.0, True, 3, 3, 0.0, 1.25)
+        >>> for name in ("digits", "again"):
+        ...     write_evidence(History(None, {}, [record]), name, about={"commands": [name]})
+        >>> evidence_digest("digits") == evidence_digest("again")
+        True
+    """
     folder = Path(folder)
     settings = read_settings(folder)
     digest = hashlib.sha256()

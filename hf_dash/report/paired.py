@@ -31,6 +31,12 @@ class PairedDifference:
         mean: of the differences.
         low: lower end of the confidence interval of the mean.
         high: upper end.
+
+    Example:
+        >>> from hf_dash.report import PairedDifference
+        >>> difference = PairedDifference(num_seeds=5, mean=2.76, low=1.81, high=3.71)
+        >>> difference.low > 0  # better in the mean of all seeds, not only of these
+        True
     """
 
     num_seeds: int
@@ -48,6 +54,15 @@ def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] =
 
     Raises:
         ValueError: no path, a damaged history, other settings, or the same round in two of them.
+
+    Example:
+        >>> from hf_dash.history import RoundRecord, write_history
+        >>> from hf_dash.report import join_histories
+        >>> for start in ("cold", "dash"):
+        ...     record = RoundRecord(start, 0, 1, 8, 8, 0.5, {}, 1.0, True, 3, 30, 0.0, 1.0)
+        ...     write_history(f"{start}.json", {}, [record])
+        >>> [record.start for record in join_histories(["cold.json", "dash.json"]).records]
+        ['cold', 'dash']
     """
     if not paths:
         raise ValueError("paths must name at least one history, got none")
@@ -82,6 +97,17 @@ def paired_difference(
 
     Raises:
         ValueError: fewer than two seeds have all rounds of both, or ``confidence`` is out of range.
+
+    Example:
+        >>> from hf_dash.history import RoundRecord
+        >>> from hf_dash.report import paired_difference
+        >>> records = [
+        ...     RoundRecord(start, seed, 1, 8, 8, accuracy, {}, 1.0, True, 3, 30, 0.0, 1.0)
+        ...     for start, accuracy in {"cold": 0.5, "dash": 0.625}.items()
+        ...     for seed in (0, 1, 2)
+        ... ]
+        >>> paired_difference(records, "dash", "cold", lambda run: run[-1].accuracy)
+        PairedDifference(num_seeds=3, mean=0.125, low=0.125, high=0.125)
     """
     from scipy.stats import ttest_rel
 
@@ -115,6 +141,18 @@ def paired_table(records: Sequence[RoundRecord], baseline: str, *, confidence: f
 
     Raises:
         ValueError: no start has two seeds in common with the baseline.
+
+    Example:
+        >>> from hf_dash.history import RoundRecord
+        >>> from hf_dash.report import paired_table
+        >>> records = [
+        ...     RoundRecord(start, seed, index, 8, 8 * index, accuracy, {}, 1.0, True, 3, 30, 0, 1)
+        ...     for start, accuracy in {"cold": 0.5, "dash": 0.625}.items()
+        ...     for seed in (0, 1) for index in (1, 2)
+        ... ]
+        >>> row = paired_table(records, "cold").splitlines()[-1]
+        >>> [cell.strip() for cell in row.split("|")][1:4]
+        ['dash', '2', '+12.50 (+12.50 … +12.50)']
     """
     header = [
         f"vs. {baseline}",
@@ -166,6 +204,18 @@ def price_table(records: Sequence[RoundRecord], baseline: str) -> str:
 
     Raises:
         ValueError: the baseline has no seed with all rounds.
+
+    Example:
+        >>> from hf_dash.history import RoundRecord
+        >>> from hf_dash.report import price_table
+        >>> records = [
+        ...     RoundRecord(start, seed, index, 8, 8 * index, accuracy, {}, 1.0, True, 3, 30, 0, 1)
+        ...     for start, accuracy in {"cold": 0.5, "dash": 0.625}.items()
+        ...     for seed in (0, 1) for index in (1, 2)
+        ... ]
+        >>> row = price_table(records, "cold").splitlines()[-1]
+        >>> [cell.strip() for cell in row.split("|")][1:7]
+        ['dash', '2', '1', '8', '30', '50%']
     """
     header = ["start", "seeds", "reached in round", "images seen", "steps", "of baseline"]
     header += ["seconds", "of baseline", "images read", "of baseline"]
