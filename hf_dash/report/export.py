@@ -41,6 +41,14 @@ def write_results(history: History, folder: str | Path) -> str:
 
     Raises:
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+
+    Example:
+        >>> from hf_dash import History
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"a": 1.0}, 1.0, True, 3, 30, 0, 1)
+        >>> tables = write_results(History(None, {}, [record]), ".")
+        >>> Path("rounds.png").exists()
+        True
     """
     records, folder = history.records, Path(folder)
     plot_rounds(records, folder / FIGURE)
@@ -138,6 +146,16 @@ def write_model_folder(
 
     Raises:
         ImportError: matplotlib is not installed (``pip install "hf_dash[recipes]"``).
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("cold", 0, 1, 8, 8, 0.5, {"a": 1.0}, 1.0, True, 3, 30, 0, 1)
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> info = CardInfo("mine", [record], {}, "digits", "test", 360)
+        >>> write_model_folder(model, "model", info)
+        >>> hf_dash.load_model("model").config.id2label
+        {0: 'a', 1: 'b'}
     """
     folder = Path(folder)
     save_model(model, folder, image_processor)
@@ -252,6 +270,13 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
 
     Returns:
         Plain JSON types by name, ``world_size`` among them.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> args = TrainingArguments("runs/next", learning_rate=0.1, warmup_steps=5, use_cpu=True)
+        >>> settings = training_settings(args)
+        >>> settings["learning_rate"], settings["warmup_steps"], "output_dir" in settings
+        ('0.1', '5', False)
     """
     names = [
         entry.name

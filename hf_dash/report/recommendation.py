@@ -69,6 +69,11 @@ class ChosenStart:
         dash: its settings.
         start_config: its settings.
         followed: sentence of the recommendation that named it; None if the user named it.
+
+    Example:
+        >>> chosen = ChosenStart("dash", DashConfig(lam=0.5), StartsConfig())
+        >>> chosen.settings["start"], chosen.settings["lam"]
+        ('dash', 0.5)
     """
 
     name: str
