@@ -12,8 +12,8 @@ from . import trainer as trainer
 from . import training as training
 from . import utils as utils
 from ._version import __version__ as __version__
+from .data.config import DataConfig as DataConfig
 from .data.rounds import Round as Round
-from .data.sources import DataConfig as DataConfig
 from .data.sources import load_images as load_images
 from .history import History as History
 from .history import read_history as read_history

@@ -31,6 +31,10 @@ MAY_DIFFER = frozenset(
         "disable_tqdm",
         "cache_images",
         "files_per_round",
+        "allow_missing",
+        "allow_overlap",
+        "allow_disjoint_classes",
+        "compare_images_by",
     }
 )
 
@@ -61,7 +65,9 @@ class RoundRecord:
         weights_sha256: of the final weights' file.
         data_fingerprint: of the labeled images trained on, old and new.
         files: names of the files that arrived in this round, where arrivals are files.
-        skipped: corrupt images among these that were left out, as ``"file:row"``.
+        skipped: images among these that were left out: corrupt ones as ``"file:row"`` or by their
+            path, others with the reason.
+        overlap: number of held-out images among those trained on, where that was allowed.
         images_read: by the start's pass and the training together.
         memorization: what was measured right ``"before"`` and ``"after"`` the start.
         versions: of the libraries, by name.
@@ -94,6 +100,7 @@ class RoundRecord:
     hardware: str | None = None
     held_out_fingerprint: str | None = None
     parent_sha256: str | None = None
+    overlap: int | None = None
 
     @property
     def folder(self) -> str:

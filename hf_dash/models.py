@@ -12,6 +12,7 @@ import copy
 import difflib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,11 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
+from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import files_written_aside
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 NAMES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -96,6 +101,9 @@ def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path
 # The PIL mode for each number of channels, as timm's transforms read images.
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
+# Sizes of a wide and a high image, which an image processor has to make equal.
+PROBES = ((64, 48), (48, 80))
+
 
 def create_model(
     architecture: str,
@@ -117,12 +125,6 @@ def create_model(
     Raises:
         ValueError: timm does not know the architecture, label names are missing or repeated, or
             ``model_args`` holds ``num_classes``.
-
-    Example:
-        >>> import hf_dash
-        >>> model = hf_dash.create_model("test_resnet", label_names=["cat", "dog"], image_size=32)
-        >>> model.config.id2label
-        {0: 'cat', 1: 'dog'}
     """
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -173,14 +175,6 @@ def fresh_state(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     Args:
         model: a timm wrapper; only its config is read.
         seed: seed for the initialization; the global random state is left alone.
-
-    Example:
-        >>> import torch
-        >>> from hf_dash.models import create_model, fresh_state
-        >>> model = create_model("test_resnet", label_names=["cat", "dog"], seed=3)
-        >>> fresh = fresh_state(model, seed=3)
-        >>> all(torch.equal(fresh[k], v) for k, v in model.timm_model.state_dict().items())
-        True
     """
     config = model.config
     with torch.random.fork_rng(devices=[]):
@@ -264,6 +258,9 @@ def grow_head(
                 f" {tuple(old.shape)} to {tuple(fresh.shape)}"
             )
     grown.timm_model.load_state_dict(state)
+    if is_main_process():
+        shown = ", ".join(new_names)
+        logger.warning("head grows %d → %d: %s", len(names), config.num_labels, shown)
     grown.to(model.device)  # type: ignore[arg-type]  # transformers wraps it without its types
     return grown.train(model.training), rows
 
@@ -276,12 +273,6 @@ def black_pixel(model: PreTrainedModel) -> tuple[float, ...]:
 
     Raises:
         ValueError: the config has no ``pretrained_cfg``.
-
-    Example:
-        >>> from hf_dash.models import black_pixel, create_model
-        >>> model = create_model("test_resnet", label_names=["cat", "dog"])  # mean 0.5, std 0.5
-        >>> black_pixel(model)
-        (-1.0, -1.0, -1.0)
     """
     data_config = timm.data.resolve_data_config(_pretrained_cfg(model))
     return tuple(-m / s for m, s in zip(data_config["mean"], data_config["std"], strict=True))
@@ -352,6 +343,8 @@ def load_model(
             )
         return grow_head(model, new, seed=seed)[0]
     names = new if len(new) == len(label_names or ()) else [*known, *new]
+    if is_main_process():
+        logger.warning("fresh head of %d classes: %s", len(names), ", ".join(names))
     model = AutoModelForImageClassification.from_pretrained(
         name_or_path,
         num_labels=len(names),
@@ -363,20 +356,48 @@ def load_model(
     return model
 
 
-def image_transform(
-    model: PreTrainedModel, image_processor: Any | None = None
-) -> Callable[[Image.Image], Tensor]:
-    """Return a model's evaluation transform: resize, crop, scale, normalize; no augmentation.
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a PIL image to a tensor [channels, height, width], for images of one mode.
 
-    The transform raises ``ValueError`` for an image whose mode does not have the channels the
-    model expects, instead of converting it silently.
+    Args:
+        apply: the transform itself.
+        mode: the PIL mode it takes; None takes any.
+        takes: the same in words, for errors.
+    """
+
+    apply: Callable[[Image.Image], Tensor]
+    mode: str | None
+    takes: str
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Transform an image.
+
+        Raises:
+            ValueError: it has another mode.
+        """
+        self.check_mode(image.mode)
+        return self.apply(image)
+
+    def check_mode(self, mode: str) -> None:
+        """Refuse another mode, instead of converting images silently."""
+        if self.mode is not None and mode != self.mode:
+            raise ValueError(
+                f"image mode is {mode!r}, but {self.takes}; load images with"
+                f" image_mode={self.mode!r}, or create the model with other in_chans"
+            )
+
+
+def image_transform(model: PreTrainedModel, image_processor: Any | None = None) -> ImageTransform:
+    """Return a model's evaluation transform: resize, crop, scale, normalize; no augmentation.
 
     Args:
         model: a timm wrapper, whose config defines the transform, or another image classifier.
         image_processor: required for a model that is not a timm wrapper.
 
     Raises:
-        ValueError: the model needs an image processor and none is given.
+        ValueError: the model needs an image processor and none is given, or the processor makes
+            images of different sizes.
 
     Example:
         >>> from PIL import Image
@@ -393,34 +414,28 @@ def image_transform(
         )
 
     def processed(image: Image.Image) -> Tensor:
-        if image.mode != "RGB":
-            raise ValueError(
-                f"image mode is {image.mode!r}, but the image processor takes 'RGB'; load images"
-                " with image_mode='RGB'"
-            )
         pixels: Tensor = image_processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
-    return processed
+    if getattr(image_processor, "do_resize", True):
+        wide, high = (tuple(processed(Image.new("RGB", size)).shape) for size in PROBES)
+        if wide != high:
+            raise ValueError(
+                f"image_processor must give every image the same size, but"
+                f" {type(image_processor).__name__} with size {dict(image_processor.size)} makes"
+                f" {wide} of a wide one and {high} of a high one: set do_center_crop and"
+                " crop_size, or height and width, in its preprocessor_config.json"
+            )
+    return ImageTransform(processed, "RGB", "the image processor takes 'RGB'")
 
 
-def _timm_transform(model: PreTrainedModel) -> Callable[[Image.Image], Tensor]:
+def _timm_transform(model: PreTrainedModel) -> ImageTransform:
     data_config = timm.data.resolve_data_config(_pretrained_cfg(model))
     transform = timm.data.create_transform(**data_config, is_training=False)
     channels = data_config["input_size"][0]
     mode = IMAGE_MODES.get(channels)
-
-    def checked(image: Image.Image) -> Tensor:
-        if mode is not None and image.mode != mode:
-            raise ValueError(
-                f"image mode is {image.mode!r}, but the model takes {channels} channels"
-                f" ({mode!r}); load images with image_mode={mode!r} or create the model with"
-                " another in_chans"
-            )
-        tensor: Tensor = transform(image)
-        return tensor
-
-    return checked
+    takes = f"the model takes {channels} channels ({mode!r})"
+    return ImageTransform(transform, mode, takes)
 
 
 def _pretrained_cfg(model: PreTrainedModel) -> Any:

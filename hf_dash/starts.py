@@ -24,6 +24,7 @@ from hf_dash.method.base import BaseLike, open_base
 from hf_dash.method.batches import Batch
 from hf_dash.method.config import DashConfig
 from hf_dash.method.dash import dash_shrink_
+from hf_dash.method.gradients import LossFn
 from hf_dash.method.shrink import ShrinkReport
 from hf_dash.method.tensors import find_shrinkable
 from hf_dash.method.variants import NEWTON_SCHULZ_STEPS, make_orthogonal_
@@ -83,6 +84,7 @@ class StartContext:
         checkpoint: the pretrained weights that the run began from; None after fresh ones. Cold
             begins there again, DASH and shrink-and-perturb shrink towards it unless ``dash.base``
             says otherwise.
+        loss_fn: the loss that is trained with; None stands for the model's own.
 
     Example:
         >>> import hf_dash
@@ -102,6 +104,7 @@ class StartContext:
     start_config: StartsConfig = field(default_factory=StartsConfig)
     accelerator: Accelerator | None = None
     checkpoint: Checkpoint | None = None
+    loss_fn: LossFn | None = None
 
     @property
     def base(self) -> BaseLike | None:
@@ -301,6 +304,7 @@ def dash_(model: PreTrainedModel, context: StartContext) -> Started:
     report = dash_shrink_(
         model,
         context.gradient_batches(),
+        context.loss_fn,
         accelerator=context.accelerator,
         disable_tqdm=True,
         seed=context.seed,

@@ -84,6 +84,7 @@ def main() -> None:
     )
     classes = (RunArguments, *configs, hf_dash.hub.HubArguments)
     groups = HfArgumentParser(classes).parse_args_into_dataclasses()
+    hf_dash.utils.show_info()
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return compare(accelerator, *groups)
@@ -131,7 +132,7 @@ def compare(accelerator, run, source, data, training, dash, start_config, hub) -
             model = hf_dash.run_rounds(create(), rounds, held_out, hf_dash.find_start(start), one)
             if accelerator.is_main_process and (start, seed) == (run.export_start, first_seed):
                 images = hf_dash.report.CardData(
-                    data.dataset_name, data.test_split, len(held_out), data.dataset_revision
+                    data.source, schedule.held_out_split, len(held_out), data.dataset_revision
                 )
                 chain = hf_dash.report.Chain(history, start, seed, images)
                 hf_dash.report.write_model_folder(model, output_dir / "model", chain.info(model))

@@ -60,6 +60,7 @@ def main() -> None:
         hf_dash.starts.StartsConfig,
     )
     groups = HfArgumentParser((Arguments, *configs)).parse_args_into_dataclasses()
+    hf_dash.utils.show_info()
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return compare(accelerator, *groups)

@@ -48,6 +48,7 @@ def main() -> None:
     args, rules, data, hub = HfArgumentParser(
         (*classes, hf_dash.hub.HubArguments)
     ).parse_args_into_dataclasses()
+    hf_dash.utils.show_info()
     accelerator = Accelerator()
     if args.rollback_to is not None:
         if accelerator.is_main_process:
@@ -57,13 +58,11 @@ def main() -> None:
         return
 
     with accelerator.main_process_first():
-        images = hf_dash.data.in_arrival_order(data.load_held_out(), seed=0)
+        held_out = hf_dash.data.load_held_out(data)
     verdict = hf_dash.promote(
         args.output_dir,
         args.challenger,
-        lambda transform: hf_dash.data.ImageExamples(
-            images, transform, in_memory=data.cache_images
-        ),
+        lambda transform: held_out.examples(transform, cache=data.cache_images),
         champion=args.champion,
         force=args.force,
         rules=rules,

@@ -28,13 +28,14 @@ def main() -> None:
             hf_dash.trainer.DataTrainingArguments,
             hf_dash.trainer.StartArguments,
             hf_dash.DashConfig,
-            TrainingArguments,
+            hf_dash.trainer.RoundTrainingArguments,
         )
     )
     source, data, choice, dash, args = parser.parse_args_into_dataclasses()
     # The finished folder is pushed once; the Trainer would push on the way, and save the token.
     hub = hf_dash.hub.HubArguments.taken_from(args)
     args.remove_unused_columns = False
+    hf_dash.utils.show_info()
 
     parent = hf_dash.hub.find_parent(
         source.model_name_or_path,
@@ -52,6 +53,7 @@ def main() -> None:
         recommendation=choice.recommendation or source.model_name_or_path,
         label_names=schedule.label_names(),
     )
+    schedule = schedule.after(source.label_names(), data)
     model = source.load_model(schedule.label_names(), seed=args.seed)
     schedule = replace(schedule, first_names=tuple(hf_dash.models.model_labels(model)))
     processor = source.load_image_processor(model)
@@ -61,7 +63,7 @@ def main() -> None:
     held_out = schedule.held_out_examples(transform, allow_unknown=False)
 
     trainer = make_trainer(model, args, round_, held_out, start)
-    if args.do_eval and not args.do_train and args.eval_strategy == "no":
+    if args.only_evaluate:
         metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
         trainer.save_metrics("eval", {"eval_accuracy": metrics["accuracy"]}, combined=False)
         trainer.log_metrics("eval", {"eval_accuracy": metrics["accuracy"]})
@@ -107,20 +109,7 @@ def make_trainer(
     start: hf_dash.report.ChosenStart,
 ) -> Trainer:
     """Return a Trainer over the round's images; DASH shrinks first, from oldest to newest image."""
-    if not round_.streams:
-        images = round_.examples
-    else:
-        images = hf_dash.data.training_stream(round_, seed=args.seed)
-        if args.max_steps < 1:
-            # The length of a stream is unknown to the Trainer.
-            args.max_steps = hf_dash.method.derive_max_steps(
-                round_.num_total,
-                args.per_device_train_batch_size,
-                args.world_size,
-                args.num_train_epochs,
-                args.gradient_accumulation_steps,
-            )
-    trainer = Trainer(model, args, train_dataset=images, eval_dataset=held_out)
+    trainer = hf_dash.trainer.RoundTrainer(model, args, round_, eval_dataset=held_out)
     if hf_dash.starts.is_dash(start.name):
         batches = hf_dash.data.gradient_batches(
             round_, start.dash, num_processes=args.world_size, process_index=args.process_index

@@ -3,11 +3,12 @@ import json
 import pytest
 import timm
 import torch
-from helpers import same_state, state_of, tiny_processor, tiny_vit
+from helpers import heard, same_state, state_of, tiny_processor, tiny_vit
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    CLIPImageProcessor,
     pipeline,
 )
 
@@ -283,3 +284,35 @@ def test_a_timm_wrapper_needs_no_processor(small_model):
     image = Image.new("RGB", (32, 32), "white")
     ours = hf_dash.models.image_transform(small_model)(image)
     assert torch.equal(ours, hf_dash.models.image_transform(small_model)(image))
+
+
+def test_a_head_that_grows_is_announced(tmp_path):
+    model = hf_dash.create_model("test_resnet", label_names=["cat", "dog"], image_size=32)
+    hf_dash.save_model(model, tmp_path)
+    with heard() as lines:
+        hf_dash.load_model(str(tmp_path), ["cat", "owl", "fox"])
+    assert lines == ["head grows 2 → 4: owl, fox"]
+    with heard() as lines:
+        hf_dash.load_model(str(tmp_path), ["owl", "fox"], ignore_mismatched_sizes=True)
+    assert lines[0] == "fresh head of 2 classes: owl, fox"
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        ({"size": {"shortest_edge": 16}}, False),
+        ({"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}, True),
+        ({"size": {"height": 16, "width": 16}}, True),
+        ({"size": {"shortest_edge": 16}, "do_resize": False}, True),  # images are the user's
+    ],
+)
+def test_a_processor_has_to_give_every_image_one_size(settings, fits):
+    processor = CLIPImageProcessor(**{"do_center_crop": False, **settings})
+    model = tiny_vit()
+    if fits:
+        transform = hf_dash.models.image_transform(model, processor)
+        shape = transform(Image.new("RGB", (30, 20))).shape
+        assert shape[0] == 3
+    else:
+        with pytest.raises(ValueError, match=r"CLIPImageProcessor.*'shortest_edge'.*crop"):
+            hf_dash.models.image_transform(model, processor)

@@ -7,7 +7,7 @@ import torch
 from helpers import same_state, state_of
 
 import hf_dash
-from hf_dash.method.loss import default_loss
+from hf_dash.method.loss import WeightedLoss, default_loss
 from hf_dash.method.reference import reference_factors
 
 NAMES = [
@@ -321,3 +321,21 @@ def test_a_refused_setting_changes_no_weight(small_model, context):
     with pytest.raises(ValueError, match="alpha must be in"):
         hf_dash.find_start("dash+alpha=0")(small_model, context)
     assert same_state(before, state_of(small_model))
+
+
+def test_dash_minimizes_the_loss_of_the_training(small_model, context):
+    weights = torch.linspace(0.1, 3, 10)
+    weighted = dataclasses.replace(context, loss_fn=WeightedLoss(weights))
+    other, again = copy.deepcopy(small_model), copy.deepcopy(small_model)
+
+    def rows(model, batch):
+        logits = model(pixel_values=batch["pixel_values"]).logits
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        return (weights[batch["labels"]] * loss).mean()
+
+    hf_dash.find_start("dash")(small_model, weighted)
+    hf_dash.find_start("dash")(other, dataclasses.replace(context, loss_fn=rows))
+    hf_dash.find_start("dash")(again, context)
+    for ours, theirs in zip(small_model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert not same_state(state_of(small_model), state_of(again))

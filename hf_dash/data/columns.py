@@ -2,19 +2,26 @@
 
 Flow: a dataset as its loader returns it → columns found, renamed and typed → class names, and a
 fingerprint of the examples.
-Differs from plain ``datasets``: labels always have names, in streams too. The fingerprint covers
-the content, so it does not depend on how the content was loaded.
+Differs from plain ``datasets``: labels always have names, in streams too, and a name is the same
+whichever system wrote it. The fingerprint covers the content, so it does not depend on how the
+content was loaded.
 """
 
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import fsspec
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
+
+from hf_dash.data.names import normalized
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -22,23 +29,42 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 BATCH_SIZE = 100
 
 
-def standard_columns(
-    dataset: AnyDataset, image_column: str, label_column: str, image_mode: str | None
-) -> AnyDataset:
+@dataclass(frozen=True)
+class Reading:
+    """How to read a source of labeled images.
+
+    Args:
+        image_column: the source's column of images.
+        label_column: the source's column of labels, or a field of a column of records, such as
+            ``"json.label"`` in a webdataset. Classes of integers or text are those that occur,
+            sorted; names are NFC-normalized and stripped.
+        image_mode: PIL mode to convert every image to; None leaves them alone.
+        streaming: read through an ``IterableDataset``.
+        class_folder: which folder names the class of an image that lies more than one folder
+            deep: ``"first"`` or ``"last"``; None refuses such images.
+        allow_missing: go on although a class or more than 1 % of the images cannot be read.
+    """
+
+    image_column: str = "image"
+    label_column: str = "label"
+    image_mode: str | None = None
+    streaming: bool = False
+    class_folder: str | None = None
+    allow_missing: bool = False
+
+
+def standard_columns(dataset: AnyDataset, reading: Reading) -> AnyDataset:
     """Keep two columns, renamed to ``image`` and ``label``, and name the classes.
 
     Args:
         dataset: as loaded. A stream of integer or text labels is read once to find its classes.
-        image_column: the source's column of images.
-        label_column: the source's column of labels, or a field of a column of records, such as
-            ``"json.label"`` in a webdataset. Integer classes are named ``"0"``, ``"1"`` … up to
-            the largest one; text classes are sorted.
-        image_mode: PIL mode to convert every image to; None leaves them alone.
+        reading: names the columns and the mode of the images.
 
     Raises:
         ValueError: a column is missing, or the labels are not class labels, integers of at least
             0, or strings.
     """
+    image_column, label_column = reading.image_column, reading.label_column
     if dataset.features is None:
         # A stream of files without a stored schema: its first rows tell.
         dataset = dataset._resolve_features()
@@ -49,14 +75,14 @@ def standard_columns(
             raise ValueError(
                 f"{argument} {column!r} is not a column of the dataset, which has {list(features)}"
             )
-    dataset = _undecoded(dataset.select_columns([image_column, label_column]), image_column)
+    dataset = undecoded(dataset.select_columns([image_column, label_column]), image_column)
     names = {image_column: "image", label_column: "label"}
     renamed = {old: new for old, new in names.items() if old != new}
     if renamed:  # a stream would copy every example otherwise
         dataset = dataset.rename_columns(renamed)
     image = features[image_column]
-    if image_mode is not None or not isinstance(image, Image):
-        image = Image(mode=image_mode)
+    if reading.image_mode is not None or not isinstance(image, Image):
+        image = Image(mode=reading.image_mode)
     dataset = dataset.cast_column("image", image)
     return _named_labels(dataset, features[label_column])
 
@@ -69,7 +95,7 @@ def _take_field(dataset: AnyDataset, image_column: str, label_column: str) -> An
     is_field = isinstance(fields, dict) and field in fields
     if label_column in features or not is_field or image_column not in features:
         return dataset
-    encoded = _undecoded(dataset.select_columns([image_column, record]), image_column)
+    encoded = undecoded(dataset.select_columns([image_column, record]), image_column)
     taken = map_columns(
         encoded,
         lambda records: {label_column: [None if r is None else r[field] for r in records]},
@@ -80,11 +106,12 @@ def _take_field(dataset: AnyDataset, image_column: str, label_column: str) -> An
     return taken.cast_column(image_column, features[image_column])
 
 
-def _undecoded(dataset: AnyDataset, image_column: str) -> AnyDataset:
+def undecoded(dataset: AnyDataset, image_column: str = "image") -> AnyDataset:
     """Keep images as stored: a stream that maps or renames would encode them again."""
-    if not isinstance(dataset.features[image_column], Image):
+    image = dataset.features[image_column]
+    if not isinstance(image, Image):
         return dataset
-    return dataset.cast_column(image_column, Image(decode=False))
+    return dataset.cast_column(image_column, Image(mode=image.mode, decode=False))
 
 
 def map_columns(
@@ -99,21 +126,65 @@ def map_columns(
 
 
 def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
-    if isinstance(feature, ClassLabel):
-        return dataset
+    """Name the classes; labels become positions in the list of names."""
     kind = label_kind(feature)
     if kind == "others":
         raise ValueError(f"label_column must hold ClassLabel, integers or strings, got {feature}")
-    values = _label_values(dataset)
+    if kind == "class labels":
+        values: list[Any] = list(range(feature.num_classes))
+        texts = list(feature.names)
+    else:
+        values = _label_values(dataset)
+        texts = [str(value) for value in values]
+    if kind == "integers" and values and values[0] < 0:
+        raise ValueError(f"labels must not be negative, got {values[0]}")
+    names = _merge_names(texts)
     if kind == "strings":
-        names = values
+        names = sorted(names)
+    if kind == "class labels" and names == texts:
+        return dataset
+    ids = {value: names.index(normalized(text)) for value, text in zip(values, texts, strict=True)}
+    in_place = kind == "strings" and names == texts
+    if in_place:
         # datasets 4.0 encodes only this kind of text.
         dataset = dataset.cast_column("label", Value("string"))
-    elif values and values[0] < 0:
-        raise ValueError(f"labels must not be negative, got {values[0]}")
-    else:
-        names = [str(label) for label in range(values[-1] + 1 if values else 0)]
-    return dataset.cast_column("label", ClassLabel(names=names))
+    if in_place or all(value == index for value, index in ids.items()):
+        return dataset.cast_column("label", ClassLabel(names=names))
+    return relabeled(dataset, ids, names)
+
+
+def _merge_names(texts: Sequence[str]) -> list[str]:
+    """Return normalized names, each once; say which spellings became one."""
+    spellings: dict[str, list[str]] = {}
+    for text in texts:
+        spellings.setdefault(normalized(text), []).append(text)
+    for name, found in spellings.items():
+        if len(found) > 1:
+            logger.warning("labels %s are one class, %r", [ascii(text) for text in found], name)
+    return list(spellings)
+
+
+def relabeled(dataset: AnyDataset, ids: dict[Any, int], names: Sequence[str]) -> AnyDataset:
+    """Replace labels by their position among the names; a missing label stays missing."""
+    feature = ClassLabel(names=list(names))
+    if isinstance(dataset, Dataset):
+        return replace_labels(dataset, [ids.get(x) for x in dataset["label"][:]], feature)
+    image = dataset.features["image"]
+    features = Features({**dataset.features, "label": feature})
+    mapped = map_columns(
+        undecoded(dataset),
+        lambda labels: {"label": [ids.get(label) for label in labels]},
+        features,
+        input_columns=["label"],
+    )
+    return mapped.cast_column("image", image)
+
+
+def replace_labels(dataset: Dataset, labels: Sequence[int | None], feature: ClassLabel) -> Dataset:
+    """Return a map-style dataset with other labels, the images left where they are."""
+    # Removed first, a column in memory would leave an empty table that takes no new column.
+    added = dataset.add_column("new_label", labels, feature=feature).remove_columns("label")
+    return added.rename_column("new_label", "label").select_columns(dataset.column_names)
 
 
 def label_kind(feature: Any) -> str:
@@ -127,13 +198,13 @@ def label_kind(feature: Any) -> str:
 
 
 def _label_values(dataset: AnyDataset) -> list[Any]:
-    """Return the labels that occur, sorted; reads a stream once."""
+    """Return the labels that occur, sorted; reads a stream once. Blank text is not a label."""
     if isinstance(dataset, Dataset):
-        values = set(dataset.unique("label"))
+        values: Iterable[Any] = dataset.unique("label")
     else:
         batches = dataset.select_columns(["label"]).iter(batch_size=BATCH_SIZE)
         values = {label for batch in batches for label in batch["label"]}
-    return sorted(values - {None})
+    return sorted(v for v in values if v is not None and normalized(str(v)))
 
 
 def label_names(dataset: AnyDataset) -> list[str]:
@@ -169,15 +240,32 @@ def fingerprint(dataset: AnyDataset) -> str:
     if not isinstance(features.get("label"), ClassLabel):
         raise ValueError(f"dataset must have a column label of ClassLabel, got {features}")
     plain = dataset.with_format(None).select_columns(["image", "label"])
-    plain = _undecoded(plain, "image")
-    digest = hashlib.sha256(json.dumps(label_names(dataset)).encode())
-    for batch in plain.iter(batch_size=BATCH_SIZE):
+    digest = Fingerprint(label_names(dataset))
+    for batch in undecoded(plain).iter(batch_size=BATCH_SIZE):
         for value, label in zip(batch["image"], batch["label"], strict=True):
-            content = stored_bytes(value)
-            # The length marks where an image ends and the next label begins.
-            digest.update(struct.pack("<qq", label, len(content)))
-            digest.update(content)
+            digest.add(label, stored_bytes(value))
     return digest.hexdigest()
+
+
+class Fingerprint:
+    """The checksum of :func:`fingerprint`, example by example.
+
+    Args:
+        names: of the classes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._digest = hashlib.sha256(json.dumps(list(names)).encode())
+
+    def add(self, label: int, content: bytes) -> None:
+        """Add one example."""
+        # The length marks where an image ends and the next label begins.
+        self._digest.update(struct.pack("<qq", label, len(content)))
+        self._digest.update(content)
+
+    def hexdigest(self) -> str:
+        """Return the checksum so far."""
+        return self._digest.hexdigest()
 
 
 def stored_bytes(value: Any) -> bytes:

@@ -7,6 +7,7 @@ same distribution arrives, and training continues on all data so far.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Image, IterableDataset, concatenate_datasets
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
+from hf_dash.data.batches import EvenBatchSampler
 from hf_dash.data.examples import Augment, AugmentedExamples, ImageExamples, Transform
+from hf_dash.data.order import cut_arrivals
 from hf_dash.data.stream_loader import StreamLoader
 from hf_dash.data.streams import StreamedImages, StreamGradientBatches, share_minibatches
 from hf_dash.method.config import DashConfig
@@ -35,7 +38,8 @@ class Round:
         label_names: classes known by now, in the model's order; empty if the model knows them all
             from the first round.
         files: names of the shards that arrived in this round, if shards arrive.
-        skipped: corrupt images in them, as ``"shard:row"``.
+        skipped: images left out of them; see :class:`Arrival`.
+        overlap: number of held-out images that are trained on, where that was allowed.
 
     Raises:
         ValueError: nothing is new, or map-style arrivals are mixed with streams.
@@ -54,6 +58,7 @@ class Round:
     label_names: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         kinds = sorted({type(arrival).__name__ for arrival in self.arrivals})
@@ -86,6 +91,11 @@ class Round:
     def seen(self) -> "ConcatDataset[dict[str, Any]] | None":
         """What arrived in earlier rounds, oldest first; None in the first round."""
         return self._joined(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
+
+    def class_counts(self) -> list[int]:
+        """Return how many old and new examples each of the model's known classes has."""
+        labels = Counter(label for arrival in self.arrivals for label in arrival.labels)
+        return [labels[index] for index in range(max(len(self.label_names), max(labels) + 1))]
 
     @property
     def fingerprint(self) -> str:
@@ -148,20 +158,6 @@ def cut_rounds(
     return (Round(index, arrivals[:index]) for index in range(1, num_rounds + 1))
 
 
-def cut_arrivals(dataset: Dataset, num_rounds: int) -> list[Dataset]:
-    """Cut a dataset in arrival order into parts whose sizes differ by at most one.
-
-    Raises:
-        ValueError: ``num_rounds`` is not between 1 and the number of examples.
-    """
-    if not 1 <= num_rounds <= len(dataset):
-        raise ValueError(
-            f"num_rounds must be at least 1 and at most the number of examples, {len(dataset)},"
-            f" got {num_rounds}"
-        )
-    return [dataset.select(part) for part in np.array_split(np.arange(len(dataset)), num_rounds)]
-
-
 def train_batches(
     round_: Round,
     batch_size: int,
@@ -173,18 +169,19 @@ def train_batches(
     process_index: int = 0,
     buffer_size: int = 1000,
 ) -> "DataLoader[dict[str, Any]] | StreamLoader":
-    """Return shuffled training batches of old and new examples.
+    """Return shuffled training batches of old and new examples, their sizes differ by at most one.
 
     Args:
         round_: the round to train on.
-        batch_size: images per batch and process.
+        batch_size: images per batch and process, at most.
         seed: seed for the order, which changes every epoch, and for the augmentation.
         num_workers: as in ``DataLoader``; workers live as long as the loader. With augmentation,
             results for one seed also depend on the number of workers.
         augment: returns a new view of an image at every read, such as :class:`RandomCropFlip`;
             None trains on the images as they are.
-        num_processes: number of processes that share a stream. Accelerate shares map-style data.
-        process_index: index of this process.
+        num_processes: number of processes that share the batches. Of map-style data the loader has
+            the batches of all, and Accelerate gives each process its own.
+        process_index: index of this process, for streams.
         buffer_size: for streams; see :class:`StreamLoader`.
 
     Example:
@@ -211,10 +208,10 @@ def train_batches(
     examples: TorchDataset[dict[str, Any]] = round_.examples
     if augment is not None:
         examples = AugmentedExamples(examples, augment, generator)
+    sampler = RandomSampler(round_.examples, generator=generator)
     return DataLoader(
         examples,
-        batch_size=batch_size,
-        shuffle=True,
+        batch_sampler=EvenBatchSampler(sampler, batch_size, num_processes),
         generator=generator,
         num_workers=num_workers,
         # Workers that end with the epoch lose the images they have decoded.

@@ -1,40 +1,60 @@
-"""Shards that appear in a directory over time.
+"""One file, folder or split of labeled images, opened; several of them as one dataset.
 
-Flow: a directory or a glob → shards in the order of their names → those not seen before → each one
-loaded (a parquet file, a tar file or a folder of images) and read once for its labels and corrupt
-images → one ``Arrival`` with the columns ``image``, ``label`` and ``example_id``, labels merged by
-name, corrupt images left out, and a fingerprint of its content.
-Source: the loaders of ``datasets`` (parquet, webdataset, imagefolder), one call per shard.
-Differs from one ``load_dataset`` over all files: shards may have different labels, errors name the
-shard and the row, and examples keep their ids if one is left out, streamed or not.
+Flow: a parquet file, a tar file, a folder of images or a saved dataset → a ``Shard`` of standard
+columns → several shards put together, classes matched by name, every row with an ``example_id``.
+Source: the loaders of ``datasets`` (parquet, webdataset), one call per shard.
+Differs from one ``load_dataset`` over all files: shards may have different classes, errors name the
+shard, and a file that was replaced is never read from the cache.
 """
 
 import glob
+import gzip
+import hashlib
 import tarfile
+import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
-from PIL import Image as PILImage
 from pyarrow.parquet import ParquetFile
 
 from hf_dash.data.columns import (
     BATCH_SIZE,
     AnyDataset,
-    fingerprint,
+    Reading,
     label_kind,
     label_names,
     map_columns,
+    relabeled,
+    replace_labels,
     standard_columns,
-    stored_bytes,
+    undecoded,
 )
-from hf_dash.data.sources import LOADERS, DataConfig
+from hf_dash.data.folders import find_images
+
+# The loader of ``datasets`` for each kind of file.
+LOADERS = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".tar.gz": "webdataset",
+    ".tgz": "webdataset",
+}
 
 # Bytes of the two empty blocks that end a tar file.
 TAR_END = 1024
@@ -43,103 +63,179 @@ TAR_END = 1024
 # built-in ones.
 READ_ERRORS = (
     OSError,
+    EOFError,
     ValueError,
     TypeError,
     NotImplementedError,
     tarfile.TarError,
+    zlib.error,
     DatasetsError,
 )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of an arrival.
+    """One file, folder or split, opened.
 
     Args:
-        name: path below the root.
-        dataset: with standard columns.
+        name: for messages and records; a path below the root of its arrival.
+        dataset: with the columns ``image`` and ``label``.
         types: types of the source's two columns.
-        labels: labels of all rows, in the dataset's indices.
-        bad: rows with corrupt images.
+        num_rows: number of rows; None for a stream that has to be read to know.
+        paths: for a folder, the path of each image below it.
+        left_out: images that could not be loaded, as ``"path (reason)"``.
     """
 
     name: str
     dataset: AnyDataset
-    types: dict[str, str]
-    labels: list[int | None] = field(default_factory=list)
-    bad: frozenset[int] = frozenset()
+    types: Mapping[str, str]
+    num_rows: int | None = None
+    paths: tuple[str, ...] | None = None
+    left_out: tuple[str, ...] = ()
+
+    def count(self) -> int:
+        """Return the number of rows; reads a stream of unknown length."""
+        if self.num_rows is not None:
+            return self.num_rows
+        with reading(self.name):
+            batches = self.dataset.select_columns(["label"]).iter(BATCH_SIZE)
+            return sum(len(batch["label"]) for batch in batches)
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
+    """Name the shard in errors of the loaders."""
     try:
         yield
     except READ_ERRORS as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
+def loader_of(name: str) -> str | None:
+    """Return the loader of ``datasets`` for a file of this name, or None."""
+    return next((kind for end, kind in LOADERS.items() if name.lower().endswith(end)), None)
+
+
+def is_saved(path: Path) -> bool:
+    """Check whether a folder was written by ``save_to_disk``."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
 def shard_kind(path: Path) -> str | None:
-    """Return the loader of ``datasets`` for a shard; None if the path is not a shard."""
-    return "imagefolder" if path.is_dir() else LOADERS.get(path.suffix.lower())
+    """Return what kind of shard a path is; None if it is not a shard."""
+    if path.is_dir():
+        return "saved dataset" if is_saved(path) else "folder of images"
+    return loader_of(path.name)
 
 
-def load_shard(path: Path, name: str, config: DataConfig) -> Shard:
-    """Open a shard; its rows are not read yet, except if labels have no names.
+def open_shard(path: Path, name: str, options: Reading) -> Shard:
+    """Open a shard on disk; its images are not read yet.
 
     Raises:
-        ValueError: the shard cannot be read or lacks a column.
+        ValueError: the shard cannot be read or lacks a column, or too much of it is left out.
     """
-    with _reading(name):
-        source = _load_source(path, config.streaming)
-        dataset = standard_columns(
-            source, config.image_column_name, config.label_column_name, config.image_mode
-        )
-    features = source.features
-    record, _, part = config.label_column_name.partition(".")
-    label = features.get(config.label_column_name) or features[record][part]
-    image = type(features[config.image_column_name]).__name__
-    types = {config.image_column_name: image, config.label_column_name: label_kind(label)}
-    return Shard(name, dataset, types)
+    openers = {"folder of images": _open_folder, "saved dataset": _open_saved}
+    with reading(name):
+        kind = shard_kind(path)
+        if kind is None:
+            raise ValueError(f"a shard must be a folder or end in {' or '.join(LOADERS)}")
+        if kind in openers:
+            return openers[kind](path, name, options)
+        source = _load_file(path, kind, options.streaming)
+        num_rows = ParquetFile(path).metadata.num_rows if kind == "parquet" else None
+        shard = standard_shard(name, source, options, num_rows=num_rows)
+        if isinstance(source, Dataset) and num_rows not in (None, len(source)):
+            raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
+        return shard
 
 
-def _load_source(path: Path, streaming: bool) -> AnyDataset:
-    kind = shard_kind(path)
-    if kind is None:
-        raise ValueError(f"a shard must be a folder or end in {' or '.join(LOADERS)}")
-    if kind != "imagefolder":
-        if kind == "webdataset":
-            _check_tar_end(path)
-        files = {"train": glob.escape(str(path))}
-        if kind == "parquet" and not streaming and ParquetFile(path).metadata.num_rows == 0:
-            # ``datasets`` refuses to prepare an empty file, but its stream knows the columns.
-            stream = load_dataset(kind, data_files=files, split="train", streaming=True)
-            return Dataset.from_dict(
-                {name: [] for name in stream.features}, features=stream.features
-            )
-        return load_dataset(kind, data_files=files, split="train", streaming=streaming)
-    suffixes = PILImage.registered_extensions()
-    loose = [file.name for file in path.iterdir() if file.suffix.lower() in suffixes]
-    if loose and not list(path.glob("metadata.*")):
-        raise ValueError(f"images must be in class folders, but {loose[0]!r} is not in one")
-    files = {"train": glob.escape(str(path)) + "/**"}
-    # Without drop_labels=False a single class would have no label. Only paths are prepared, so a
-    # stream from ``datasets``, with one shard per image, would save nothing.
-    dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-    return dataset.to_iterable_dataset() if streaming else dataset
+def standard_shard(name: str, source: AnyDataset, options: Reading, **known: Any) -> Shard:
+    """Make a shard of a dataset as its loader returned it."""
+    dataset = standard_columns(source, options)
+    features = source.features if source.features is not None else dataset.features
+    record, _, part = options.label_column.partition(".")
+    label = features.get(options.label_column) or features[record][part]
+    image = type(features[options.image_column]).__name__
+    types = {options.image_column: image, options.label_column: label_kind(label)}
+    if isinstance(dataset, Dataset):
+        known["num_rows"] = len(dataset)
+    return Shard(name, dataset, types, **known)
+
+
+def _open_folder(path: Path, name: str, options: Reading) -> Shard:
+    found = find_images(path, options.class_folder)
+    found.check(name, allow_missing=options.allow_missing)
+    columns: dict[str, list[Any]] = {"image": [str(path / image) for image in found.images]}
+    if not found.rows:
+        columns["label"] = []
+    for column in dict.fromkeys(key for row in found.rows for key in row):
+        columns[column] = [row.get(column) for row in found.rows]
+    if columns.keys() == {"image", "label"}:
+        classes = ClassLabel(names=sorted(set(columns["label"])))
+        features = Features({"image": Image(), "label": classes})
+        source = Dataset.from_dict(columns, features=features)
+    else:
+        source = Dataset.from_dict(columns).cast_column("image", Image())
+    left_out = tuple(f"{image} ({why})" for image, why in found.left_out.items())
+    shard = standard_shard(name, source, options, paths=found.images, left_out=left_out)
+    return _streamed(shard) if options.streaming else shard
+
+
+def _open_saved(path: Path, name: str, options: Reading) -> Shard:
+    shard = standard_shard(name, load_from_disk(str(path)), options)
+    return _streamed(shard) if options.streaming else shard
+
+
+def _streamed(shard: Shard) -> Shard:
+    stream = shard.dataset.to_iterable_dataset()
+    return Shard(shard.name, stream, shard.types, shard.num_rows, shard.paths, shard.left_out)
+
+
+def _load_file(path: Path, kind: str, streaming: bool) -> AnyDataset:
+    if kind == "webdataset":
+        _check_tar_end(path)
+    files = {"train": glob.escape(str(path))}
+    if kind == "parquet" and not streaming and ParquetFile(path).metadata.num_rows == 0:
+        # ``datasets`` refuses to prepare an empty file, but its stream knows the columns.
+        stream = load_dataset(kind, data_files=files, split="train", streaming=True)
+        return Dataset.from_dict({name: [] for name in stream.features}, features=stream.features)
+    # The name becomes part of the cache's key, which otherwise is a path and a time stamp.
+    key = None if streaming else _content_key(path, kind)
+    return load_dataset(kind, key, data_files=files, split="train", streaming=streaming)
+
+
+def _content_key(path: Path, kind: str) -> str:
+    """Return a key that changes with a file's content: of a parquet file with size and footer."""
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        if kind == "parquet":
+            file.seek(-8, 2)
+            footer = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - footer, 2)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"content-{digest.hexdigest()[:32]}"
 
 
 def _check_tar_end(path: Path) -> None:
     # An archive ends in two empty blocks. Readers do not notice one cut off between two members.
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAR_END))
-        if file.read() != bytes(TAR_END):
-            raise ValueError("the archive has no end: it was cut off or is still being written")
+    if path.suffix.lower() == ".tar":
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAR_END))
+            end = file.read()
+    else:
+        end = b""
+        with gzip.open(path) as packed:
+            while block := packed.read(1 << 20):
+                end = (end + block)[-TAR_END:]
+    if end != bytes(TAR_END):
+        raise ValueError("the archive has no end: it was cut off or is still being written")
 
 
-def check_schema(
+def check_types(
     name: str, types: Mapping[str, str], first_name: str, first: Mapping[str, str]
 ) -> None:
-    """Raise a ``ValueError`` if a column has another type than in the first shard."""
+    """Raise a ``ValueError`` if a column has another type than at first."""
     for column, type_ in types.items():
         if type_ != first[column]:
             raise ValueError(
@@ -147,297 +243,149 @@ def check_schema(
             )
 
 
-def survey(shard: Shard, config: DataConfig, known: frozenset[int] | None) -> Shard:
-    """Read a shard once for its labels and, unless they are known, its corrupt images.
-
-    Raises:
-        ValueError: the shard cannot be read; an image is corrupt and ``on_bad_example`` is
-            ``"error"``; an example has no label; a known row does not exist.
-    """
-    image = Image(mode=config.image_mode)
-    labels: list[int | None] = []
-    errors: dict[int, str] = dict.fromkeys(known or (), "known")
-    columns = ["label"] if known is not None else ["image", "label"]
-    encoded = shard.dataset.cast_column("image", Image(decode=False)).select_columns(columns)
-    with _reading(shard.name):
-        for batch in encoded.iter(batch_size=BATCH_SIZE):
-            for row, value in enumerate(batch.get("image", []), start=len(labels)):
-                if error := _decoding_error(image, value):
-                    errors[row] = error
-            labels += batch["label"]
-    if known is None and errors and config.on_bad_example == "error":
-        row = min(errors)
-        raise ValueError(
-            f"{shard.name}:{row} is a corrupt image, one of {len(errors)} in {shard.name}"
-            f" ({errors[row]}); on_bad_example='skip' leaves them out"
-        )
-    if max(errors, default=-1) >= len(labels):
-        raise ValueError(
-            f"skip must name rows of {shard.name}, which has {len(labels)}, got {max(errors)}"
-        )
-    num_classes = len(label_names(shard.dataset))
-    for row, label in enumerate(labels):
-        if row not in errors and (label is None or not 0 <= label < num_classes):
-            raise ValueError(f"{shard.name}:{row} has no label among its classes, got {label}")
-    return replace(shard, labels=labels, bad=frozenset(errors))
-
-
-def _decoding_error(image: Image, value: Any) -> str | None:
-    try:
-        # From bytes: given a path, the library leaves the file of a corrupt image open.
-        image.decode_example({"bytes": stored_bytes(value), "path": None}).load()
-    except Exception as error:  # a decoder may raise anything for a broken file
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def numbered_examples(
-    shard: Shard, features: Features, label_ids: list[int], first_id: int
-) -> AnyDataset:
-    """Return the good examples of a surveyed shard, numbered from ``first_id`` over all rows.
+@dataclass(frozen=True)
+class RowNames:
+    """What the rows of several shards are called, by ``example_id``.
 
     Args:
-        shard: from :func:`survey`.
-        features: features of the result.
-        label_ids: the result's index for each of the shard's classes.
-        first_id: id of the shard's first row.
+        shards: names of the shards, in order.
+        starts: first ``example_id`` of each.
+        paths: for each shard that is a folder, the paths of its images.
     """
+
+    shards: tuple[str, ...]
+    starts: tuple[int, ...]
+    paths: tuple[tuple[str, ...] | None, ...]
+
+    def shard(self, example_id: int) -> str:
+        """Return the name of a row's shard."""
+        return self.shards[self._number(example_id)]
+
+    def name(self, example_id: int) -> str:
+        """Return ``"shard:row"``, or the path of the image if the shard is a folder."""
+        number = self._number(example_id)
+        row, paths = example_id - self.starts[number], self.paths[number]
+        return f"{self.shards[number]}:{row}" if paths is None else self._path(number, row)
+
+    def _was_left_out(self, name: str) -> bool:
+        """Check whether a name is of a file in a folder that could not be loaded at all."""
+        folders = [shard for shard, paths in zip(self.shards, self.paths, strict=True) if paths]
+        return any(name.startswith(f"{folder}/") for folder in folders)
+
+    def _holds(self, shard: str, row: int) -> bool:
+        """Check that a shard has such a row; how many the last one has is not known here."""
+        number = self.shards.index(shard)
+        later = self.starts[number + 1 : number + 2]
+        return not later or self.starts[number] + row < later[0]
+
+    def _number(self, example_id: int) -> int:
+        return bisect_right(self.starts, example_id) - 1
+
+    def _path(self, number: int, row: int) -> str:
+        paths = self.paths[number] or ()
+        return f"{self.shards[number]}/{paths[row]}" if row < len(paths) else self.shards[number]
+
+    def find(self, names: Sequence[str]) -> frozenset[int]:
+        """Return the ids of rows by their names, or by ``"shard:row"``.
+
+        Raises:
+            ValueError: a name is not of these shards.
+        """
+        files = {
+            self._path(number, row): start + row
+            for number, (start, paths) in enumerate(zip(self.starts, self.paths, strict=True))
+            for row in range(len(paths or ()) if names else 0)
+        }
+        ids = set()
+        for name in names:
+            shard, _, row = name.rpartition(":")
+            if name in files:
+                ids.add(files[name])
+            elif shard in self.shards and row.isdecimal() and self._holds(shard, int(row)):
+                ids.add(self.starts[self.shards.index(shard)] + int(row))
+            elif not self._was_left_out(name):
+                raise ValueError(f"skip must name rows of {list(self.shards)}, got {name!r}")
+        return frozenset(ids)
+
+
+def merge_shards(shards: Sequence[Shard], *, numbered: bool = True) -> tuple[AnyDataset, RowNames]:
+    """Put shards together, their classes matched by name.
+
+    Args:
+        shards: at least one, all map-style or all streams, with the same types of columns.
+        numbered: add the column ``example_id``, the row's position over all shards.
+
+    Returns:
+        A dataset with the columns ``image`` and ``label``, and the names of its rows.
+
+    Raises:
+        ValueError: a shard has other types of columns than the first.
+    """
+    for shard in shards:
+        check_types(shard.name, shard.types, shards[0].name, shards[0].types)
+    names = list(dict.fromkeys(n for shard in shards for n in label_names(shard.dataset)))
+    image = Image(mode=shards[0].dataset.features["image"].mode)
+    features = Features({"image": image, "label": ClassLabel(names=names)})
+    if not numbered:
+        parts = [_matched(shard, features) for shard in shards]
+        return _joined(parts), _row_names(shards)
+    features["example_id"] = Value("int64")
+    row_names = _row_names(shards, count=True)
+    parts = [
+        _numbered(shard, features, start)
+        for shard, start in zip(shards, row_names.starts, strict=True)
+    ]
+    return _joined(parts), row_names
+
+
+def _joined(parts: Sequence[AnyDataset]) -> AnyDataset:
+    joined: AnyDataset = parts[0] if len(parts) == 1 else concatenate_datasets(list(parts))
+    return joined
+
+
+def _row_names(shards: Sequence[Shard], count: bool = False) -> RowNames:
+    """Name the rows; of streams that would have to be counted first, only by their position."""
+    names = tuple(shard.name for shard in shards)
+    if not count and any(shard.num_rows is None for shard in shards[:-1]):
+        return RowNames((f"{names[0]} … {names[-1]}",), (0,), (None,))
+    # The length of the last one does not matter.
+    starts = [0, *accumulate(shard.count() for shard in shards[:-1])]
+    return RowNames(names, tuple(starts), tuple(shard.paths for shard in shards))
+
+
+def _matched(shard: Shard, features: Features) -> AnyDataset:
+    """Return a shard's images and labels, with the classes of all shards."""
+    own, names = label_names(shard.dataset), features["label"].names
+    if own == names:
+        return shard.dataset.cast_column("image", features["image"])
+    return relabeled(shard.dataset, {i: names.index(name) for i, name in enumerate(own)}, names)
+
+
+def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:
+    """Return a shard's rows with the classes of all shards, numbered from ``start``."""
+    names = features["label"].names
+    label_ids = [names.index(name) for name in label_names(shard.dataset)]
     if not isinstance(shard.dataset, Dataset):
-        settings = {"first_id": first_id, "label_ids": label_ids, "bad": shard.bad}
-        encoded = shard.dataset.cast_column("image", Image(decode=False))
-        return map_columns(encoded, _number_rows, features, with_indices=True, fn_kwargs=settings)
-    rows = np.arange(len(shard.labels))
-    # A row that is left out may have no label.
-    labels = [0 if r in shard.bad else label_ids[x or 0] for r, x in enumerate(shard.labels)]
-    images = shard.dataset.select_columns(["image"]).cast_column("image", features["image"])
-    numbered = images.add_column("label", labels, feature=features["label"]).add_column(
-        "example_id", first_id + rows
-    )
-    return numbered.select(np.delete(rows, sorted(shard.bad))) if shard.bad else numbered
+        settings = {"start": start, "label_ids": label_ids}
+        stream = undecoded(shard.dataset)
+        return map_columns(stream, _number_rows, features, with_indices=True, fn_kwargs=settings)
+    labels = _translated(shard.dataset["label"][:], label_ids)
+    images = shard.dataset.cast_column("image", features["image"])
+    labeled = replace_labels(images, labels, features["label"])
+    return labeled.add_column("example_id", start + np.arange(len(labels)))
 
 
 def _number_rows(
-    columns: dict[str, list[Any]],
-    rows: list[int],
-    first_id: int,
-    label_ids: list[int],
-    bad: frozenset[int],
+    columns: dict[str, list[Any]], rows: list[int], start: int, label_ids: list[int]
 ) -> dict[str, list[Any]]:
-    kept = [n for n, row in enumerate(rows) if row not in bad]
     return {
-        "image": [columns["image"][n] for n in kept],
-        "label": [label_ids[columns["label"][n]] for n in kept],
-        "example_id": [first_id + rows[n] for n in kept],
+        "image": columns["image"],
+        "label": _translated(columns["label"], label_ids),
+        "example_id": [start + row for row in rows],
     }
 
 
-TEMPORARY_SUFFIXES = (".tmp", ".part", ".crdownload")
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One round's new shards as one dataset.
-
-    Args:
-        files: names of the shards below the root, oldest first.
-        dataset: with the columns ``image``, ``label`` (``ClassLabel``) and ``example_id`` (int64):
-            the example's position over the shards of this arrival, counted from 0 and including
-            skipped ones, so that it never changes. An ``IterableDataset`` if streamed.
-        num_examples: number of examples in ``dataset``; None for a stream not counted yet.
-        skipped: corrupt images left out, as ``"monday.parquet:17"``: shard and row, from 0.
-        fingerprint: of ``dataset``, see ``hf_dash.data.columns.fingerprint``; None if not computed
-            yet.
-        types: types of the source's two columns.
-
-    Example:
-        >>> import hf_dash
-        >>> digits = hf_dash.load_images("digits", split="test")
-        >>> hf_dash.data.Arrival(files=(), dataset=digits, num_examples=len(digits)).num_examples
-        360
-    """
-
-    files: tuple[str, ...]
-    dataset: AnyDataset
-    num_examples: int | None
-    skipped: tuple[str, ...] = ()
-    fingerprint: str | None = None
-    types: Mapping[str, str] = field(default_factory=dict)
-
-
-class EmptyArrivalError(ValueError):
-    """An arrival does not hold any example."""
-
-
-def arrivals_root(pattern: str) -> Path:
-    """Return the directory that shard names are relative to: the pattern's part before any glob."""
-    path = Path(pattern)
-    if path.is_dir():
-        return path
-    fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
-    return Path(*fixed) if len(fixed) < len(path.parts) else path.parent
-
-
-def list_arrivals(pattern: str) -> list[Path]:
-    """List the shards that have arrived, in the order of their names.
-
-    Args:
-        pattern: a directory whose parquet files, webdataset ``.tar`` files or subfolders (each an
-            imagefolder with one folder per class) are the shards, or a glob of them. Names that
-            start with ``.`` or ``_`` or end in ``.tmp``, ``.part`` or ``.crdownload`` are ignored,
-            because they are still being written. Names sort as text: ``day-10`` before ``day-9``.
-
-    Raises:
-        ValueError: nothing matches, shards of several kinds match, or one contains another.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tempfile import TemporaryDirectory
-        >>> import hf_dash
-        >>> with TemporaryDirectory() as folder:
-        ...     (Path(folder) / "tuesday.parquet").touch()
-        ...     (Path(folder) / "monday.parquet").touch()
-        ...     [shard.name for shard in hf_dash.data.list_arrivals(folder)]
-        ['monday.parquet', 'tuesday.parquet']
-    """
-    shards = _find(pattern)
-    if not shards:
-        raise ValueError(f"no parquet file, tar file or folder of images matches {pattern!r}")
-    kinds = {shard_kind(path): path.name for path in shards}
-    if len(kinds) > 1:
-        raise ValueError(f"{pattern!r} must match shards of one kind, got {kinds}")
-    for path in shards:
-        if set(path.parents) & set(shards):
-            raise ValueError(f"{pattern!r} must not match {path}, which is inside another match")
-    return shards
-
-
-def _find(pattern: str) -> list[Path]:
-    root = arrivals_root(pattern)
-    is_directory = Path(pattern).is_dir()
-    matches = list(root.iterdir()) if is_directory else glob.glob(pattern, recursive=True)
-    shards = {_name(Path(match), root): Path(match) for match in matches}
-    return [
-        shards[name] for name in sorted(shards) if shard_kind(shards[name]) and not _is_hidden(name)
-    ]
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/")) or name.lower().endswith(
-        TEMPORARY_SUFFIXES
-    )
-
-
-def _name(path: Path, root: Path) -> str:
-    try:
-        return path.relative_to(root).as_posix()
-    except ValueError as error:
-        raise ValueError(f"root must be a folder above {path}, got {root}") from error
-
-
-def new_arrivals(pattern: str, seen: Sequence[str]) -> list[Path]:
-    """List the shards that no earlier round has seen, in the order of their names.
-
-    Args:
-        pattern: see :func:`list_arrivals`.
-        seen: names of the shards of earlier rounds, as in ``Arrival.files``: relative to
-            :func:`arrivals_root`, with forward slashes.
-
-    Returns:
-        The new shards; an empty list if there are none.
-
-    Raises:
-        ValueError: a seen shard has disappeared; or see :func:`list_arrivals`.
-    """
-    root = arrivals_root(pattern)
-    shards = {_name(path, root): path for path in _find(pattern)}
-    gone = [name for name in seen if name not in shards]
-    if gone:
-        raise ValueError(f"shards of earlier rounds have disappeared from {root}: {gone}")
-    return [path for path in list_arrivals(pattern) if _name(path, root) not in set(seen)]
-
-
-def load_arrival(
-    files: Sequence[Path],
-    config: DataConfig,
-    *,
-    root: str | Path,
-    skip: Sequence[str] | None = None,
-) -> Arrival:
-    """Load new shards as one arrival.
-
-    Every image is decoded once to find corrupt ones, unless ``skip`` lists them; this costs about
-    as much as an epoch of reading. Labels without names are read once more, and the encoded images
-    once for the fingerprint. Only the labels stay in memory.
-
-    Args:
-        files: shards of one kind, oldest first; see :func:`list_arrivals`.
-        config: columns, image mode, streaming and what to do about corrupt images.
-        root: directory that shard names are relative to.
-        skip: corrupt images from an earlier ``Arrival.skipped`` of the same shards.
-
-    Returns:
-        The arrival. Labels are merged by name: its classes are those of all shards, in the order
-        in which they first appear.
-
-    Raises:
-        ValueError: a shard cannot be read, lacks a column, or has other column types than the
-            first; an image is corrupt and ``config.on_bad_example`` is ``"error"``; an example has
-            no label; ``skip`` lists a row that does not exist; no example is left.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> import hf_dash
-        >>> digits = hf_dash.load_images("digits", split="test").select(range(20))
-        >>> with TemporaryDirectory() as folder:
-        ...     _ = digits.to_parquet(f"{folder}/monday.parquet")
-        ...     shards = hf_dash.data.list_arrivals(folder)
-        ...     arrival = hf_dash.data.load_arrival(shards, hf_dash.DataConfig(), root=folder)
-        >>> arrival.files, arrival.num_examples
-        (('monday.parquet',), 20)
-    """
-    names = [_name(Path(file), Path(root)) for file in files]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"files must name at least one shard, and none twice, got {names}")
-    known = None if skip is None else _rows_by_shard(skip, names)
-    shards: list[Shard] = []
-    for file, name in zip(files, names, strict=True):
-        shard = load_shard(Path(file), name, config)
-        first = shards[0] if shards else shard
-        check_schema(name, shard.types, first.name, first.types)
-        shards.append(survey(shard, config, None if known is None else known[name]))
-    dataset = _merge(shards)
-    skipped = tuple(f"{shard.name}:{row}" for shard in shards for row in sorted(shard.bad))
-    num_examples = sum(len(shard.labels) - len(shard.bad) for shard in shards)
-    if num_examples == 0:
-        raise EmptyArrivalError(f"{names} hold no example, {len(skipped)} skipped")
-    types = shards[0].types
-    return Arrival(tuple(names), dataset, num_examples, skipped, fingerprint(dataset), types)
-
-
-def _rows_by_shard(skip: Sequence[str], names: Sequence[str]) -> dict[str, frozenset[int]]:
-    rows: dict[str, set[int]] = {name: set() for name in names}
-    for entry in skip:
-        name, _, row = entry.rpartition(":")
-        if name not in rows or not row.isdecimal():
-            raise ValueError(f"skip must name rows of {list(names)}, got {entry!r}")
-        rows[name].add(int(row))
-    return {name: frozenset(found) for name, found in rows.items()}
-
-
-def _merge(shards: Sequence[Shard]) -> AnyDataset:
-    """Concatenate shards; match labels by name and leave corrupt images out."""
-    names = list(dict.fromkeys(n for shard in shards for n in label_names(shard.dataset)))
-    features = Features(
-        {
-            "image": Image(mode=shards[0].dataset.features["image"].mode),
-            "label": ClassLabel(names=names),
-            "example_id": Value("int64"),
-        }
-    )
-    parts, first_id = [], 0
-    for shard in shards:
-        label_ids = [names.index(name) for name in label_names(shard.dataset)]
-        parts.append(numbered_examples(shard, features, label_ids, first_id))
-        first_id += len(shard.labels)
-    merged: AnyDataset = concatenate_datasets(parts)
-    return merged
+def _translated(labels: Sequence[int | None], label_ids: Sequence[int]) -> list[int | None]:
+    """Return labels of all shards: None for a missing one, -1 for one that is not a class."""
+    known = range(len(label_ids))
+    return [x if x is None else label_ids[x] if x in known else -1 for x in labels]

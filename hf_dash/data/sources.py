@@ -1,132 +1,308 @@
-"""Load labeled images and put them in arrival order.
+"""Load labeled images by name: embedded samples, files, folders and the Hub, all one way.
 
-Flow: a name (an embedded sample, a local path, a Hub dataset) → a HF dataset with the columns
-``image`` and ``label`` → its examples in arrival order, each with a stable ``example_id``.
-Differs from plain ``load_dataset``: columns are checked and renamed once, here, and the label
-column always has class names.
+Flow: a name → the splits found there → the shards of one split, opened → one dataset with the
+columns ``image`` and ``label``.
+Differs from plain ``load_dataset``: a path that exists is never a pattern, splits are folders or
+shards named so and never images, columns are checked and renamed once, and the label column always
+has class names.
 """
 
 import glob
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
-import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import get_dataset_split_names, load_dataset
 
-from hf_dash.data.columns import AnyDataset, standard_columns
+from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import EMBEDDED, FASHION_MNIST
+from hf_dash.data.folders import METADATA, is_image, unreadable, walk
+from hf_dash.data.names import shown
+from hf_dash.data.shards import (
+    Shard,
+    is_saved,
+    loader_of,
+    merge_shards,
+    open_shard,
+    reading,
+    shard_kind,
+    standard_shard,
+)
+from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.logging import get_logger
 
-# The loader of ``datasets`` for each kind of file that a name or a glob can match.
-LOADERS = {".parquet": "parquet", ".tar": "webdataset"}
+logger = get_logger(__name__)
 
+# The names by which splits go, after the one that they are known by here.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
-def check_split(test_split: str, train_split: str) -> None:
-    """Refuse to hold out the split that is trained on."""
-    if test_split == train_split:
-        raise ValueError(
-            f"test_split must differ from train_split, got {test_split!r}: training images cannot"
-            " be held out"
-        )
+# Splits of shards that are named like ``name-00000-of-00010.parquet``.
+_NUMBERED = re.compile(r"(.+)-\d+-of-\d+")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where images come from; the fields are those of :func:`load_images`.
+class Access:
+    """How to reach the Hub.
 
     Args:
-        dataset_name: ``"fashion_mnist"``, ``"digits"``, a local path, a glob of parquet or tar
-            files, or a Hub dataset.
-            If shards arrive, their directory or glob (see ``hf_dash.data.list_arrivals``).
-        dataset_revision: branch, tag or commit of a Hub dataset.
-        test_dataset_name: dataset of the held-out images, if it is another one; required for globs.
-        train_split: split that arrives in rounds.
-        test_split: split that is held out.
-        streaming: read through an ``IterableDataset``.
-        image_column_name: column of images in the source.
-        label_column_name: column of labels in the source.
-        image_mode: PIL mode to convert every image to.
-        cache_images: decode every image once and keep it in memory.
-        arrive_by: ``"examples"`` cuts one dataset into rounds; ``"files"`` takes new shards as they
-            appear.
-        files_per_round: new shards per round, at least 1; None takes all. Only if shards arrive.
-        on_bad_example: ``"error"`` stops at a corrupt image, ``"skip"`` leaves it out and lists
-            it. Only if shards arrive.
-
-    Raises:
-        TypeError: ``files_per_round`` is not an integer.
-        ValueError: one of the last three fields is out of range.
-
-    Example:
-        >>> import hf_dash
-        >>> config = hf_dash.DataConfig("fashion_mnist")
-        >>> len(config.load_train()), len(config.load_held_out())
-        (2500, 2500)
+        token: for private datasets.
+        cache_dir: where downloads are kept.
     """
 
-    dataset_name: str = FASHION_MNIST
-    dataset_revision: str | None = None
-    test_dataset_name: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    streaming: bool = False
-    image_column_name: str = "image"
-    label_column_name: str = "label"
-    image_mode: str | None = None
-    cache_images: bool = True
-    arrive_by: str = "examples"
-    files_per_round: int | None = None
-    on_bad_example: str = "error"
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | None = None
 
-    def __post_init__(self) -> None:
-        choices = {"arrive_by": ("examples", "files"), "on_bad_example": ("error", "skip")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        count = self.files_per_round
-        if count is None:
-            return
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"files_per_round must be an integer of at least 1, got {count!r}")
-        if count < 1 or self.arrive_by != "files":
-            raise ValueError(
-                "files_per_round must be at least 1, and None unless arrive_by is 'files', got"
-                f" {count!r} with arrive_by {self.arrive_by!r}"
-            )
 
-    def load_train(self, dataset_name: str | None = None) -> AnyDataset:
-        """Load the training images, from ``dataset_name`` if given."""
-        return self._load(dataset_name or self.dataset_name, self.train_split)
+ANONYMOUS = Access()
 
-    def load_held_out(self) -> AnyDataset:
-        """Load the held-out images.
+
+@dataclass(frozen=True)
+class Source:
+    """A named source of images: its splits, and how to open them.
+
+    Args:
+        name: as it was given.
+        splits: for a local source, the shards of each split by their names; for an embedded one
+            and the Hub, None instead of shards.
+        has_splits: False if all shards are in one split because nothing names any.
+        revision: branch, tag or commit of a Hub dataset.
+        config_name: configuration of a Hub dataset.
+        access: to the Hub.
+        left_out: files beside the splits that seem to hold images.
+    """
+
+    name: str
+    splits: Mapping[str, Mapping[str, Path] | None]
+    has_splits: bool = True
+    revision: str | None = None
+    config_name: str | None = None
+    access: Access = ANONYMOUS
+    left_out: tuple[str, ...] = ()
+
+    def split(self, wanted: str) -> str:
+        """Return the split that goes by this name.
 
         Raises:
-            ValueError: ``test_dataset_name`` is missing and the dataset consists of files, which
-                have no splits, or ``test_split`` is the split that is trained on.
+            ValueError: there is none.
         """
-        files = self.arrive_by == "files" or Path(self.dataset_name).suffix in LOADERS
-        if self.test_dataset_name is None and files:
-            raise ValueError(
-                f"test_dataset_name must be given: the files of {self.dataset_name!r} have no"
-                " split to hold out"
-            )
-        if self.test_dataset_name is None:
-            check_split(self.test_split, self.train_split)
-        return self._load(self.test_dataset_name or self.dataset_name, self.test_split)
-
-    def _load(self, name: str, split: str) -> AnyDataset:
-        return load_images(
-            name,
-            split=split,
-            revision=self.dataset_revision,
-            streaming=self.streaming,
-            image_column=self.image_column_name,
-            label_column=self.label_column_name,
-            image_mode=self.image_mode,
+        if wanted in self.splits:
+            return wanted
+        alike = [name for name in self.splits if canonical(name) == (canonical(wanted) or wanted)]
+        if len(alike) == 1:
+            return alike[0]
+        if not self.has_splits and (Path(self.name).is_file() or not Path(self.name).exists()):
+            return next(iter(self.splits))  # files may be called what one likes
+        raise ValueError(
+            f"split must be one of {sorted(self.splits)} of {self.name!r}, got {wanted!r}"
         )
+
+    def open(self, split: str, options: Reading) -> list[Shard]:
+        """Open the shards of a split, in the order of their names.
+
+        Raises:
+            ValueError: there is no such split, or a shard cannot be read.
+        """
+        split = self.split(split)
+        if self.left_out:
+            self._check_left_out(options.allow_missing)
+        shards = self.splits[split]
+        if shards is not None:
+            return [open_shard(path, name, options) for name, path in shards.items()]
+        label = f"{self.name}[{split}]"
+        if self.name in EMBEDDED:
+            images = EMBEDDED[self.name](split)
+            source: AnyDataset = images.to_iterable_dataset() if options.streaming else images
+            return [standard_shard(label, source, options, num_rows=len(images))]
+        with reading(label):
+            source = load_dataset(
+                self.name,
+                self.config_name,
+                split=split,
+                revision=self.revision,
+                streaming=options.streaming,
+                token=self.access.token,
+                cache_dir=self.access.cache_dir,
+            )
+            return [standard_shard(label, source, options)]
+
+    def _check_left_out(self, allow_missing: bool) -> None:
+        message = f"{self.name!r}: {shown(self.left_out)} belong to none of its splits and shards"
+        if not allow_missing:
+            raise ValueError(f"{message}; allow_missing=True leaves them out")
+        if is_main_process():
+            logger.warning(message)
+
+
+def find_source(
+    name: str,
+    *,
+    revision: str | None = None,
+    config_name: str | None = None,
+    access: Access = ANONYMOUS,
+) -> Source:
+    """Find out what a name means and which splits it has; no image is read.
+
+    Args:
+        name: see :func:`load_images`.
+        revision: branch, tag or commit of a Hub dataset.
+        config_name: configuration of a Hub dataset.
+        access: to the Hub.
+
+    Raises:
+        ValueError: nothing is there, or it is not clear which split a part of it belongs to.
+    """
+    if name in EMBEDDED:
+        return Source(name, {"train": None, "test": None})
+    path = Path(name).expanduser()
+    if path.exists():
+        return _folder_source(name, path) if path.is_dir() else _file_source(name, [path])
+    if glob.has_magic(name):
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        return _file_source(name, [match for match in matches if shard_kind(match)])
+    if _is_path(name):
+        raise ValueError(f"{name!r} does not exist")
+    with reading(f"{name!r} is not on this machine and"):
+        found = get_dataset_split_names(name, config_name, revision=revision, token=access.token)
+    splits = dict.fromkeys(found, None)
+    return Source(name, splits, True, revision, config_name, access)
+
+
+def _is_path(name: str) -> bool:
+    """Check whether a name can only be a path: the Hub's have at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or loader_of(name) is not None
+
+
+def folder_source(folder: str) -> Source:
+    """Return a folder whose images are all of one split, whatever its subfolders are called.
+
+    Raises:
+        ValueError: it is not a folder.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{folder!r} is not a folder of images")
+    return Source(folder, {"train": {_own_name(path): path}}, has_splits=False)
+
+
+def _own_name(path: Path) -> str:
+    return path.name or path.resolve().name
+
+
+def _file_source(name: str, paths: Sequence[Path]) -> Source:
+    kinds = {str(shard_kind(path)) for path in paths}
+    if not paths or len(kinds) > 1:
+        raise ValueError(f"{name!r} must match shards of one kind, got {sorted(kinds)}")
+    if kinds == {"None"}:
+        raise ValueError(
+            f"{name!r} is neither a folder nor a parquet or tar file; unpack an archive first"
+        )
+    names = [_own_name(path) for path in paths]
+    labels = names if len(set(names)) == len(names) else [path.as_posix() for path in paths]
+    return Source(name, {"train": dict(zip(labels, paths, strict=True))}, has_splits=False)
+
+
+def _folder_source(name: str, path: Path) -> Source:
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return Source(
+            name, {split: {f"{_own_name(path)}/{split}": path / split} for split in splits}
+        )
+    if is_saved(path):
+        return Source(name, {"train": {_own_name(path): path}}, has_splits=False)
+    for file, kind in walk(path):
+        if kind != "file" or PurePosixPath(file).name in METADATA:
+            continue
+        if loader_of(file):
+            return _shards_source(name, path)
+        if is_image(path / file):
+            return _images_source(name, path)
+    raise ValueError(f"{name!r} holds no image, parquet file or tar file")
+
+
+def _shards_source(name: str, path: Path) -> Source:
+    """Sort the shards of a folder into splits by their names."""
+    by_split: dict[str | None, dict[str, Path]] = {}
+    left_out = []
+    for file, kind in walk(path):
+        if kind == "file" and loader_of(file):
+            by_split.setdefault(_split_of(file), {})[f"{_own_name(path)}/{file}"] = path / file
+        elif kind != "folder" and (unreadable(file, kind) or is_image(path / file)):
+            left_out.append(file)
+    unnamed = by_split.pop(None, {})
+    if unnamed and by_split:
+        raise ValueError(
+            f"{name!r} must name the split of every shard or of none:"
+            f" {shown(list(unnamed))} belong to none of {sorted(map(str, by_split))}"
+        )
+    if unnamed:
+        return Source(name, {"train": unnamed}, has_splits=False, left_out=tuple(left_out))
+    splits = {str(split): shards for split, shards in by_split.items()}
+    return Source(name, splits, left_out=tuple(left_out))
+
+
+def _split_of(file: str) -> str | None:
+    """Return the split that a shard's folder or name says it is of.
+
+    Raises:
+        ValueError: it says several.
+    """
+    *folders, own = file.split("/")
+    stem = own.partition(".")[0]
+    words = [folder for folder in folders if canonical(folder)]
+    words = words or [word for word in re.split(r"[^A-Za-z]+", stem) if canonical(word)]
+    found = {canonical(word) for word in words}
+    if len(found) > 1:
+        raise ValueError(f"the name of the shard {file!r} must name one split, got {sorted(words)}")
+    if found:
+        return found.pop()
+    numbered = _NUMBERED.fullmatch(stem)
+    return numbered[1] if numbered else None
+
+
+def _images_source(name: str, path: Path) -> Source:
+    """Take the folders of a folder for splits if that is what all of them are called."""
+    whole = Source(name, {"train": {_own_name(path): path}}, has_splits=False)
+    if not any(canonical(entry.name) for entry in path.iterdir()):
+        return whole
+    depths: dict[str, int] = {}
+    left_out = []
+    for file, kind in walk(path):
+        top, *below = file.split("/")
+        described = PurePosixPath(file).name in METADATA
+        if kind == "folder" or not (described or is_image(path / file) or unreadable(file, kind)):
+            continue
+        if below:
+            depths[top] = max(depths.get(top, 0), 2 if described else len(below))
+        else:
+            left_out.append(file)
+    named = [top for top in depths if canonical(top)]
+    deep = [top for top in named if depths[top] > 1]
+    if not deep:
+        if named and len(named) == len(depths):
+            raise ValueError(
+                f"{name!r} holds the splits {named}, but their images are not in class folders"
+            )
+        return whole
+    others = [top for top in depths if top not in deep]
+    if others:
+        raise ValueError(
+            f"{name!r} must hold folders of splits or of classes, not both, got {deep} and"
+            f" {shown(others)}"
+        )
+    splits = {top: {f"{_own_name(path)}/{top}": path / top} for top in deep}
+    return Source(name, splits, left_out=tuple(left_out))
+
+
+def canonical(split: str) -> str | None:
+    """Return the name by which a split is known here: ``"train"``, ``"validation"``, ``"test"``."""
+    names = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
+    return names.get(split.lower())
 
 
 def load_images(
@@ -138,35 +314,40 @@ def load_images(
     image_column: str = "image",
     label_column: str = "label",
     image_mode: str | None = None,
+    class_folder: str | None = None,
+    allow_missing: bool = False,
     token: str | bool | None = None,
     config_name: str | None = None,
     cache_dir: str | None = None,
-    data_files: dict[str, str] | None = None,
 ) -> AnyDataset:
     """Load a labeled image dataset.
 
     Args:
         name: ``"fashion_mnist"`` (a sample of 5,000 photographs of clothes) or ``"digits"``
-            (scikit-learn's 1,797 handwritten digits), which need no download; a local folder of
-            parquet files or an imagefolder, a glob of parquet or webdataset tar files, or the name
-            of a dataset on the Hub.
-        split: which split; the embedded datasets have ``"train"`` and ``"test"``.
+            (scikit-learn's 1,797 handwritten digits), which need no download; a folder of class
+            folders, of splits of them, of parquet or webdataset tar files, or written by
+            ``save_to_disk``; such a file, a glob of them, or a dataset on the Hub.
+        split: which split; ``val``, ``valid``, ``dev`` and ``validation`` mean the same. The
+            embedded datasets have ``"train"`` and ``"test"``.
         revision: branch, tag or commit of a Hub dataset.
         streaming: read through an ``IterableDataset`` instead of preparing it on disk.
         image_column: the source's column of images.
         label_column: the source's column of labels. A stream of integers or strings is read once
             to find its classes. ``"json.label"`` is a field in a column of records.
         image_mode: PIL mode to convert every image to, such as ``"RGB"``; None leaves them alone.
+        class_folder: ``"first"`` or ``"last"``: which folder names the class of an image that lies
+            several folders deep.
+        allow_missing: go on although a class or more than 1 % of a folder's images cannot be read.
         token: access token for a private Hub dataset.
         config_name: configuration of a Hub dataset.
-        cache_dir: where downloads and prepared datasets are kept.
-        data_files: files by split, for a ``name`` that is a loader, such as ``"imagefolder"``.
+        cache_dir: where downloads are kept.
 
     Returns:
         A dataset with the columns ``image`` (``datasets.Image``) and ``label`` (``ClassLabel``).
 
     Raises:
-        ValueError: a column is missing, or the labels are not class labels, integers or strings.
+        ValueError: nothing of this name can be read, a column is missing, or the labels are not
+            class labels, integers or strings.
 
     Example:
         >>> import hf_dash
@@ -174,112 +355,25 @@ def load_images(
         >>> images.column_names, images[0]["image"].size
         (['image', 'label'], (28, 28))
     """
-    if name in EMBEDDED:
-        dataset = EMBEDDED[name](split)
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
-    elif Path(name).suffix in LOADERS:
-        loader = LOADERS[Path(name).suffix]
-        files = {split: name}
-        dataset = load_dataset(
-            loader, data_files=files, split=split, streaming=streaming, cache_dir=cache_dir
-        )
-    else:
-        dataset = load_dataset(
-            name,
-            config_name,
-            data_files=data_files,
-            split=split,
-            revision=revision,
-            streaming=streaming,
-            token=token,
-            cache_dir=cache_dir,
-        )
-    return standard_columns(dataset, image_column, label_column, image_mode)
-
-
-def in_arrival_order(
-    dataset: AnyDataset,
-    *,
-    seed: int,
-    num_examples: int | None = None,
-    buffer_size: int = 10_000,
-) -> Dataset:
-    """Put examples in random arrival order, so that all rounds come from one distribution.
-
-    A whole dataset arrives in the same order whether streamed or not. If ``num_examples`` cuts a
-    stream, only the necessary part is read: the order is then drawn from a buffer of recently read
-    examples, and differs from that of a map-style dataset.
-
-    Args:
-        dataset: from :func:`load_images`.
-        seed: seed for the order, the same on every process.
-        num_examples: total number of examples, at least 1; None takes the whole dataset.
-        buffer_size: number of examples in the buffer, at least 1.
-
-    Returns:
-        A map-style dataset with the column ``example_id``: the example's position in the source,
-        whatever the seed. Images of a stream stay encoded.
-
-    Raises:
-        ValueError: the dataset has fewer than ``num_examples`` examples, or none.
-
-    Example:
-        >>> import hf_dash
-        >>> images = hf_dash.load_images("fashion_mnist")
-        >>> arrived = hf_dash.data.in_arrival_order(images, seed=0, num_examples=3)
-        >>> arrived["label"][0] == images["label"][arrived["example_id"][0]]
-        True
-    """
-    generator = np.random.default_rng(seed)
-    if isinstance(dataset, Dataset):
-        numbered = dataset.add_column("example_id", np.arange(len(dataset)))
-        arrived = numbered.select(generator.permutation(len(dataset))[:num_examples])
-    elif num_examples is None:
-        read = _kept(dataset, _numbered_rows(dataset))
-        arrived = read.select(generator.permutation(len(read)))
-    else:
-        drawn = _drawn(_numbered_rows(dataset), generator, buffer_size)
-        arrived = _kept(dataset, islice(drawn, num_examples))
-    if len(arrived) < (num_examples or 1):
-        raise ValueError(
-            f"num_examples is {num_examples}, but the dataset holds only {len(arrived)} examples"
-        )
-    return arrived
-
-
-Row = dict[str, Any]
-
-
-def _numbered_rows(stream: IterableDataset) -> Iterator[Row]:
-    """Yield the rows of a stream in source order, with images as stored."""
-    encoded = stream.cast_column("image", Image(mode=stream.features["image"].mode, decode=False))
-    return ({**row, "example_id": index} for index, row in enumerate(encoded))
-
-
-def _drawn(rows: Iterator[Row], generator: np.random.Generator, buffer_size: int) -> Iterator[Row]:
-    """Yield rows in random order: draw one from a buffer and put the next row in its place."""
-    # IterableDataset.shuffle also reorders shards, so positions would be unknown.
-    buffer = list(islice(rows, buffer_size))
-    for row in rows:
-        place = int(generator.integers(len(buffer)))
-        yield buffer[place]
-        buffer[place] = row
-    for place in generator.permutation(len(buffer)):
-        yield buffer[place]
-
-
-def _kept(stream: IterableDataset, rows: Iterator[Row]) -> Dataset:
-    features = Features({**stream.features, "example_id": Value("int64")})
-    image = features["image"]
-    features["image"] = Image(mode=image.mode, decode=False)
-    return Dataset.from_list(list(rows), features=features).cast_column("image", image)
+    options = Reading(
+        image_column, label_column, image_mode, streaming, class_folder, allow_missing
+    )
+    access = Access(token, cache_dir)
+    source = find_source(name, revision=revision, config_name=config_name, access=access)
+    return merge_shards(source.open(split, options), numbered=False)[0]
 
 
 def is_local(name: str) -> bool:
     """Check whether a dataset name means embedded or local data rather than the Hub."""
     return (
         name in EMBEDDED
-        or Path(name).suffix in LOADERS
+        or loader_of(name) is not None
         or glob.has_magic(name)
         or Path(name).exists()
     )
+
+
+def first_of(names: Iterable[str], found: Iterable[str]) -> str | None:
+    """Return the first found split that goes by one of these names, in their order."""
+    known = {canonical(split) or split: split for split in found}
+    return next((known[name] for name in names if name in known), None)

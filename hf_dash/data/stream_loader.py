@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from hf_dash.data.batches import cut_evenly
 from hf_dash.data.examples import Augment
 from hf_dash.data.streams import StreamedImages
 from hf_dash.utils.distributed import gather
@@ -222,7 +223,7 @@ def _after(chunks: Iterator[Chunk], skip: int) -> Iterator[tuple[Tensor, Tensor]
         skip = max(0, skip - length)
 
 
-def _cut(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Iterator[Chunk]:
+def cut_batches(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Iterator[Chunk]:
     """Cut parts of any length into batches of these sizes.
 
     Raises:
@@ -275,11 +276,7 @@ def _batch_sizes(counts: Sequence[int], process_index: int, batch_size: int) -> 
             f" {list(counts)} examples by process; give the stream a number of shards that the"
             " number of processes divides evenly, or one that it does not divide"
         )
-    count = counts[process_index]
-    if len(set(counts)) == 1:
-        return [min(batch_size, count - begin) for begin in range(0, count, batch_size)]
-    ends = [count * number // num_batches for number in range(num_batches + 1)]
-    return [end - begin for begin, end in pairwise(ends)]
+    return cut_evenly(counts[process_index], num_batches)
 
 
 class StreamLoader:
@@ -288,8 +285,8 @@ class StreamLoader:
     Each iteration yields the batches of one epoch, on the CPU; the next one yields the next epoch.
     The order depends on ``seed``, the epoch, ``buffer_size`` and the numbers of workers and
     processes. All processes must create the loader together, because they agree on one number of
-    batches. If they hold different numbers of examples, each cuts its own into that many batches
-    whose sizes differ by at most one: no example is lost or repeated, and no process waits.
+    batches. Each cuts its own examples into that many batches whose sizes differ by at most one:
+    no example is lost or repeated, and no process waits.
 
     Args:
         arrivals: the streams to train on, at least one.
@@ -359,7 +356,7 @@ class StreamLoader:
         self._batches, self._first = first, 0
         skip = sum(self._sizes[:first])
         reader = replace(self._reader, epoch=epoch, skip=skip)
-        for batch in _cut(_after(self._chunks(reader), skip), self._sizes[first:]):
+        for batch in cut_batches(_after(self._chunks(reader), skip), self._sizes[first:]):
             self._batches += 1
             yield batch
         self._epoch, self._batches = epoch + 1, 0

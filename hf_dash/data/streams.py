@@ -43,6 +43,7 @@ class StreamedImages:
             returns it (12 KiB for 32×32 RGB as float32), for the images this process trains on.
             The first epoch then starts by decoding them all; batches are the same either way.
         fingerprint: of the stream, if known; see ``hf_dash.data.columns.fingerprint``.
+        labels: the stream's own labels of all examples, if known, in any order.
 
     Raises:
         TypeError: ``stream`` is not an ``IterableDataset``.
@@ -67,6 +68,7 @@ class StreamedImages:
         label_ids: Sequence[int] | None = None,
         cache: bool = False,
         fingerprint: str | None = None,
+        labels: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be an IterableDataset, got {type(stream).__name__}")
@@ -93,6 +95,7 @@ class StreamedImages:
         self.decoded: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._num_examples = num_examples
         self._fingerprint = fingerprint
+        self._labels = None if labels is None else list(labels)
         self._image = features["image"]
         columns = stream.select_columns(["image", "label"])
         if isinstance(self._image, Image):
@@ -104,6 +107,15 @@ class StreamedImages:
         if self._num_examples is None:
             self._num_examples = self.count()
         return self._num_examples
+
+    @property
+    def labels(self) -> list[int]:
+        """The model's label of every example; reads them once if they are not known."""
+        if self._labels is None:
+            batches = self._encoded.select_columns(["label"]).iter(ROWS_AT_A_TIME)
+            self._labels = [label for table in batches for label in table["label"].to_pylist()]
+        ids = self.label_ids
+        return self._labels if ids is None else [ids[label] for label in self._labels]
 
     @property
     def fingerprint(self) -> str:

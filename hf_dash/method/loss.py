@@ -59,6 +59,37 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     return _cross_entropy(model, getattr(outputs, "logits", outputs), labels)
 
 
+class WeightedLoss:
+    """Cross-entropy with a weight for every class, as ``loss_fn`` of a shrink and in training.
+
+    The mean is over images and not over weights, so it does not depend on what else is in a batch.
+
+    Args:
+        weights: [classes], at least 0.
+
+    Example:
+        >>> import torch
+        >>> from hf_dash.method.loss import WeightedLoss
+        >>> loss_fn = WeightedLoss(torch.tensor([0.5, 2.0]))
+        >>> loss_fn.of(torch.zeros(2, 2), torch.tensor([0, 1]))  # (0.5 + 2) / 2 · ln 2
+        tensor(0.8664)
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of a model on a batch."""
+        images, labels = split_labels(batch)
+        inputs = images if isinstance(images, Mapping) else {"pixel_values": images}
+        return self.of(model(**inputs).logits, labels)
+
+    def of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of logits [batch, classes] and labels [batch]."""
+        weights = self.weights.to(logits)
+        return F.cross_entropy(logits, labels, weights, reduction="none").mean()
+
+
 def count_labels(batch: Batch) -> int:
     """Return how many items of a batch :func:`default_loss` is the mean of.
 

@@ -19,7 +19,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_dash._version import __version__
-from hf_dash.data.sources import LOADERS, is_local
+from hf_dash.data.shards import loader_of
+from hf_dash.data.sources import is_local
 from hf_dash.history import RoundRecord
 from hf_dash.models import IMAGE_MODES, architecture_of, is_timm, model_labels
 from hf_dash.report import card_tables as tables
@@ -179,7 +180,7 @@ def card_info(
 def title_of(dataset_name: str) -> str:
     """Return a dataset's name for a title: without folders, owner and the ending of a file."""
     path = Path(dataset_name)
-    return path.stem if path.suffix in LOADERS else path.name
+    return path.name.partition(".")[0] if loader_of(path.name) else path.name
 
 
 def _check_held_out(info: CardInfo) -> None:

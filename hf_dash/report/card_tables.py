@@ -7,6 +7,7 @@ Two accuracies stand side by side only where both are of exactly the same held-o
 from collections.abc import Sequence
 from typing import Any
 
+from hf_dash.data.names import shown
 from hf_dash.history import RoundRecord
 from hf_dash.report.markdown import MISSING, Markdown, code_span, markdown_table
 
@@ -122,7 +123,9 @@ def data_table(
     if record.files:
         rows.append(["new files", ", ".join(record.files)])
     if record.skipped:
-        rows.append(["corrupt, left out", ", ".join(record.skipped)])
+        rows.append(["left out", shown(record.skipped)])
+    if record.overlap:
+        rows.append(["held out and trained on", f"{record.overlap:,} images, on purpose"])
     return markdown_table(["", "recorded"], rows)
 
 

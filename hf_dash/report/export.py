@@ -238,6 +238,8 @@ def trainer_record(
         versions=library_versions(),
         hardware=hardware(trainer.accelerator),
         held_out_fingerprint=None if held_out is None else joint_fingerprint([held_out]),
+        skipped=list(round_.skipped) or None,
+        overlap=round_.overlap or None,
     )
 
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_dash._version import library_versions
+from hf_dash.data.batches import balanced_weights
 from hf_dash.data.examples import ImageExamples, RandomCropFlip
 from hf_dash.data.rounds import Round, joint_fingerprint, train_batches
 from hf_dash.history import History, RoundRecord
 from hf_dash.method.config import DashConfig
+from hf_dash.method.loss import WeightedLoss
 from hf_dash.method.shrink import ShrinkReport
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.pretrained import Checkpoint
@@ -44,6 +46,9 @@ from hf_dash.training.loop import TrainingResult, train_round
 from hf_dash.training.memorization import measure_round
 from hf_dash.utils.checks import check_count, check_flag, check_kind
 from hf_dash.utils.distributed import gather, hardware, synchronize
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,13 @@ class _Task:
     round_: Round
     seed: int
 
+    @property
+    def loss(self) -> WeightedLoss | None:
+        """The loss to train with, if it is not the model's own."""
+        if self.run.training.class_weights is None:
+            return None
+        return WeightedLoss(balanced_weights(self.round_.class_counts()))
+
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Measure what the model remembers, where that was asked for."""
         if not self.run.measure_memorization:
@@ -251,6 +263,7 @@ def _train_one(
         run.training,
         run.accelerator,
         penalty=begun.penalty,
+        loss=task.loss,
         optimizer_state=kept if begun.keep_optimizer else None,
         description=f"{run.name} round {round_.index}",
     )
@@ -301,6 +314,7 @@ def _record(
         data_fingerprint=round_.fingerprint,
         files=list(round_.files) or None,
         skipped=list(round_.skipped) or None,
+        overlap=round_.overlap or None,
         images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),
@@ -323,6 +337,7 @@ def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tupl
         start_config=run.start_config,
         accelerator=run.accelerator,
         checkpoint=run.checkpoint,
+        loss_fn=task.loss,
     )
     begun = task.start(model, context) or Started()
     state = model.get_submodule("timm_model").state_dict()
@@ -348,6 +363,13 @@ def _save(
     if message is not None:
         raise error or OSError(message)
     run.history.append(record)
+    if run.accelerator.is_main_process:
+        logger.info(
+            "%s, seed %d, round %d: %s images (%s new), accuracy %.2f %%, %s steps, %.1f s",
+            *(record.start, record.seed, record.round_index),
+            *(f"{record.num_total:,}", f"{record.num_new:,}", 100 * record.accuracy),
+            *(f"{record.steps:,}", record.seconds),
+        )
     if run.save_total_limit is not None and run.output_dir is not None:
         own = run.history.select(run.name, run.seed)
         prune_rounds(run.output_dir, own, run.save_total_limit, run.history.champion)

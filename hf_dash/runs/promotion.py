@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.data.examples import ImageExamples, Transform
+from hf_dash.data.names import check_shared
 from hf_dash.history import History, Promotion, PromotionKind, RoundRecord, read_history
 from hf_dash.models import image_transform, load_model, model_labels
 from hf_dash.runs.comparison import (
@@ -118,10 +119,11 @@ def promote(
         if rival == record:
             raise ValueError(f"challenger must not be the champion itself, got {challenger!r}")
 
-    own = _predict(folder, shown, accelerator)
+    own = _predict(folder, shown, accelerator, is_first=rival is None)
     verdict = Verdict(True, "first champion")
     if rival is not None:
-        other = _predict(rival_folder, replace(shown, label_names=own.label_names), accelerator)
+        shown = replace(shown, label_names=own.label_names)
+        other = _predict(rival_folder, shown, accelerator, is_first=False)
         comparison = _compare(own, other, callable(shown.examples), rules.confidence)
         verdict = decide(comparison, rules)
     kind: PromotionKind = "promote" if verdict.promote else "reject"
@@ -233,13 +235,17 @@ class _Predictions:
         return float(((self.predictions == self.references) & (self.references >= 0)).mean())
 
 
-def _predict(folder: Path, held_out: HeldOut, accelerator: Accelerator) -> _Predictions:
+def _predict(
+    folder: Path, held_out: HeldOut, accelerator: Accelerator, *, is_first: bool
+) -> _Predictions:
     model, shown = load_model(str(folder)), held_out.examples
     examples: Any = shown(image_transform(model)) if callable(shown) else shown
     own_names, label_names = model_labels(model), held_out.label_names
     if label_names is None and isinstance(examples, ImageExamples):
         label_names = examples.dataset.features["label"].names
     names = list(own_names if label_names is None else label_names)
+    # Compared with a champion, a model that knows none of the classes is rejected as worse.
+    check_shared(own_names, names, "the held-out images", allow_disjoint=not is_first)
     predictions, references = predict(model, examples, accelerator, batch_size=held_out.batch_size)
     # A class of the model that the held-out examples do not have is never right.
     labels = {name: label for label, name in enumerate(names)}

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from hf_dash.utils.checks import check_flag
+from hf_dash.utils.checks import check_class_weights, check_flag
 
 Optim = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "cosine"]
@@ -72,6 +72,8 @@ class TrainingConfig:
         augment: crop and flip training images at random; see
             :class:`~hf_dash.data.examples.RandomCropFlip`.
         num_workers: processes that load training images, at least 0.
+        class_weights: ``"balanced"`` weighs the loss of every image by how rare its class is among
+            the images so far; None weighs all alike.
         channels_last: train with weights and activations channels last, which convolutions often
             compute faster; results differ by rounding. The model comes back contiguous.
         training_preset: ``"plain"`` (SGD, learning rate 1e-3, momentum 0.9, batches of 128, no
@@ -109,6 +111,7 @@ class TrainingConfig:
     warmup_epochs: int = 0
     augment: bool = False
     num_workers: int = 0
+    class_weights: str | None = None
     channels_last: bool = False
     training_preset: TrainingPreset | None = None
 
@@ -128,6 +131,7 @@ class TrainingConfig:
                     f"lr_milestones must be empty with a cosine schedule, got {self.lr_milestones}"
                 )
             object.__setattr__(self, "accuracy_threshold", None)
+        check_class_weights(self.class_weights)
         self._check_kinds()
         self._check_ranges()
         for name in ("disable_tqdm", "augment", "channels_last"):

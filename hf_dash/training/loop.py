@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_dash.method.batches import to_device
+from hf_dash.method.loss import WeightedLoss
 from hf_dash.training.config import TrainingConfig
 from hf_dash.training.optimizers import (
     kept_state,
@@ -70,6 +71,7 @@ class _Training:
     accelerator: Accelerator
     penalty: Penalty | None
     sam_rho: float
+    loss: WeightedLoss | None = None
 
     def step(self, batch: Any) -> Any:
         """Train on one batch; return the model's outputs at the weights before the step."""
@@ -87,6 +89,8 @@ class _Training:
 
     def _backward(self, batch: Any) -> Any:
         outputs = self.model(**batch)
+        if self.loss is not None:
+            outputs.loss = self.loss.of(outputs.logits, batch["labels"])
         loss = outputs.loss if self.penalty is None else outputs.loss + self.penalty(self.model)
         self.accelerator.backward(loss)
         return outputs
@@ -123,6 +127,7 @@ def train_round(
     accelerator: Accelerator,
     *,
     penalty: Penalty | None = None,
+    loss: WeightedLoss | None = None,
     optimizer_state: Mapping[str, Tensor] | None = None,
     description: str = "training",
 ) -> TrainingResult:
@@ -137,6 +142,7 @@ def train_round(
         accelerator: gives devices, processes and precision.
         penalty: called as ``penalty(model)`` in every step with the prepared model; its scalar is
             added to the loss. Reported losses and accuracies are without it.
+        loss: takes the place of the model's own.
         optimizer_state: of an earlier ``TrainingResult``, to continue with; one process or DDP.
             What no longer fits in shape, name or kind of optimizer is dropped.
         description: shown with the progress bar.
@@ -171,7 +177,7 @@ def train_round(
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     # Not prepared by Accelerate, which would step it once per process.
     schedule = make_schedule(plain_optimizer, config, _length(batches))
-    training = _Training(model, optimizer, schedule, accelerator, penalty, config.sam_rho)
+    training = _Training(model, optimizer, schedule, accelerator, penalty, config.sam_rho, loss)
     goal = config.accuracy_threshold
     synchronize(accelerator.device)
     started = time.perf_counter()

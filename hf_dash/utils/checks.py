@@ -66,6 +66,12 @@ def check_kind(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
+def check_class_weights(class_weights: object) -> None:
+    """Refuse weights of classes that are neither ``"balanced"`` nor None."""
+    if class_weights not in (None, "balanced"):
+        raise ValueError(f"class_weights must be 'balanced' or None, got {class_weights!r}")
+
+
 def check_confidence(confidence: float) -> None:
     """Check the confidence of an interval.
 

@@ -14,3 +14,17 @@ def get_logger(name: str) -> logging.Logger:
     """
     logging.getLogger("hf_dash").parent = logging.getLogger("transformers")
     return logging.getLogger(name)
+
+
+def show_info() -> None:
+    """Show what hf_dash does, one line at a time, whatever transformers shows.
+
+    Example:
+        >>> import logging
+        >>> import hf_dash
+        >>> hf_dash.utils.show_info()
+        >>> logging.getLogger("hf_dash.data").isEnabledFor(logging.INFO)
+        True
+        >>> logging.getLogger("hf_dash").setLevel(logging.NOTSET)
+    """
+    get_logger("hf_dash").setLevel(logging.INFO)

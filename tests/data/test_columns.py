@@ -5,7 +5,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
-from hf_dash.data.columns import fingerprint, label_kind, label_names, standard_columns
+from hf_dash.data.columns import Reading, fingerprint, label_kind, label_names, standard_columns
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 
@@ -21,13 +21,13 @@ def labeled(labels, kind, streaming):
 @pytest.mark.parametrize(
     ("labels", "dtype", "names"),
     [
-        ([2, 0], "uint8", ["0", "1", "2"]),
+        ([2, 0], "uint8", ["0", "2"]),
         (["dog", "cat"], "string", ["cat", "dog"]),
     ],
 )
 def test_labels_get_names_streamed_or_not(streaming, labels, dtype, names):
     source = labeled(labels, Value(dtype), streaming)
-    dataset = standard_columns(source, "image", "label", None)
+    dataset = standard_columns(source, Reading())
     assert label_names(dataset) == names
     rows = list(dataset)
     assert [names[row["label"]] for row in rows] == [str(label) for label in labels]
@@ -37,28 +37,28 @@ def test_labels_get_names_streamed_or_not(streaming, labels, dtype, names):
 def test_long_text_labels_get_names():
     # Of pandas 3; a stream of them needs a datasets later than 4.0.
     source = labeled(["dog", "cat"], Value("large_string"), streaming=False)
-    assert standard_columns(source, "image", "label", None)["label"][:] == [1, 0]
+    assert standard_columns(source, Reading())["label"][:] == [1, 0]
 
 
 @BOTH
 def test_labels_in_records(streaming):
     kind = {"name": Value("string"), "by": Value("string")}
     source = labeled([{"name": "dog", "by": "me"}, {"name": "cat"}], kind, streaming)
-    dataset = standard_columns(source, "image", "label.name", None)
+    dataset = standard_columns(source, Reading(label_column="label.name"))
     assert [row["label"] for row in dataset] == [1, 0]
     stored = dataset.cast_column("image", Image(decode=False))
     before = source.cast_column("image", Image(decode=False))
     assert [row["image"] for row in stored] == [row["image"] for row in before]
     with pytest.raises(ValueError, match=r"label_column 'label.nope' is not a column"):
-        standard_columns(source, "image", "label.nope", None)
+        standard_columns(source, Reading(label_column="label.nope"))
 
 
 @BOTH
 def test_other_labels_are_refused(streaming):
     with pytest.raises(ValueError, match="labels must not be negative, got -2"):
-        standard_columns(labeled([0, -2], Value("int8"), streaming), "image", "label", None)
+        standard_columns(labeled([0, -2], Value("int8"), streaming), Reading())
     with pytest.raises(ValueError, match=r"label_column must hold ClassLabel.*float32"):
-        standard_columns(labeled([0.5], Value("float32"), streaming), "image", "label", None)
+        standard_columns(labeled([0.5], Value("float32"), streaming), Reading())
 
 
 def test_kinds_of_labels():

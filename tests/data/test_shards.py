@@ -1,327 +1,171 @@
-import io
-import json
-import tarfile
+import os
+from pathlib import Path
 
-import numpy as np
 import pytest
-from datasets import Dataset, Image, Value
-from helpers import broken, png, write_parquet
-from PIL import Image as PILImage
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from helpers import png, write_parquet
+from image_files import class_folders, write_folder, write_tar
 
-from hf_dash import DataConfig
-from hf_dash.data.shards import arrivals_root, list_arrivals, load_arrival, new_arrivals
+from hf_dash.data.columns import Reading, label_names
+from hf_dash.data.shards import merge_shards, open_shard, shard_kind
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 
 
-FILES = {"arrive_by": "files"}
+def merged(*paths, **options):
+    shards = [open_shard(path, path.name, Reading(**options)) for path in paths]
+    return merge_shards(shards)
 
 
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def write_folder(path, images):
-    for name, data in images.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
-
-
-def levels(arrival):
-    return [np.asarray(row["image"]).flat[0] for row in arrival.dataset]
-
-
-def named(arrival):
-    names = arrival.dataset.features["label"].names
-    return [names[row["label"]] for row in arrival.dataset]
-
-
-def ids(arrival):
-    return [row["example_id"] for row in arrival.dataset]
-
-
-def test_shards_are_listed_in_the_order_of_their_names_without_unfinished_ones(tmp_path):
-    for name in ("b.parquet", "a.parquet", ".c.parquet", "_d.parquet", "e.parquet.tmp"):
-        (tmp_path / name).touch()
-    (tmp_path / "readme.txt").touch()
-    expected = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
-    assert list_arrivals(str(tmp_path)) == expected
-    assert list_arrivals(str(tmp_path / "*")) == expected
-    assert list_arrivals(str(tmp_path / "[b-z]*.parquet")) == expected[1:]
-    assert list_arrivals(str(tmp_path / "b.parquet")) == expected[1:]
-
-
-def test_subfolders_are_shards(tmp_path):
-    for name in ("tue/cat", "mon/cat", "wed.part/cat", ".hidden"):
-        (tmp_path / name).mkdir(parents=True)
-    assert list_arrivals(str(tmp_path)) == [tmp_path / "mon", tmp_path / "tue"]
-    with pytest.raises(ValueError, match=r"must not match .*cat, which is inside another"):
-        list_arrivals(str(tmp_path / "**"))
-
-
-def test_nothing_and_mixtures_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no parquet file, tar file or folder of images matches"):
-        list_arrivals(str(tmp_path / "*.parquet"))
-    (tmp_path / "a.parquet").touch()
-    (tmp_path / "b.tar").touch()
-    with pytest.raises(ValueError, match=r"must match shards of one kind.*a\.parquet.*b\.tar"):
-        list_arrivals(str(tmp_path))
-
-
-def test_new_shards_are_those_not_seen(tmp_path):
-    for name in ("jan/1.parquet", "jan/2.parquet", "feb/1.parquet"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    pattern = str(tmp_path / "*" / "*.parquet")
-    assert arrivals_root(pattern) == tmp_path
-    assert new_arrivals(pattern, ["jan/1.parquet"]) == [
-        tmp_path / "feb" / "1.parquet",
-        tmp_path / "jan" / "2.parquet",
-    ]
-    seen = ["feb/1.parquet", "jan/1.parquet", "jan/2.parquet"]
-    assert new_arrivals(pattern, seen) == []
-    (tmp_path / "jan" / "2.parquet").unlink()
-    with pytest.raises(ValueError, match=r"have disappeared from .*: \['jan/2.parquet'\]"):
-        new_arrivals(pattern, seen)
-
-
-def test_the_root_ends_before_the_glob(tmp_path):
-    assert arrivals_root(str(tmp_path)) == tmp_path
-    assert arrivals_root(str(tmp_path / "x.parquet")) == tmp_path
-    assert str(arrivals_root("*.parquet")) == "."
-
-
-def digit_images(digits, count):
+def rows(dataset):
+    names = label_names(dataset)
     return [
-        row["bytes"] for row in digits.cast_column("image", Image(decode=False))[:count]["image"]
+        (row["image"].getpixel((0, 0)), names[row["label"]], row["example_id"]) for row in dataset
     ]
 
 
 @BOTH
-def test_every_kind_of_shard_gives_the_same_digits(tmp_path, digits, streaming):
-    labels = digits[:12]["label"]
-    images = digit_images(digits, 12)
-    digits.select(range(12)).to_parquet(tmp_path / "a.parquet")
-    tar = [
+def test_classes_of_several_shards_are_matched_by_name(tmp_path, streaming):
+    one = write_parquet(tmp_path / "1.parquet", [png(1), png(2)], [0, 1], ["dog", "cat"])
+    two = write_parquet(tmp_path / "2.parquet", [png(3)], [1], ["cat", "emu"])
+    dataset, names = merged(one, two, streaming=streaming)
+    assert rows(dataset) == [(1, "dog", 0), (2, "cat", 1), (3, "emu", 2)]
+    assert [names.name(i) for i in range(3)] == ["1.parquet:0", "1.parquet:1", "2.parquet:0"]
+    assert [names.shard(i) for i in range(3)] == ["1.parquet", "1.parquet", "2.parquet"]
+
+
+@BOTH
+def test_rows_of_a_folder_are_called_by_their_paths(tmp_path, streaming):
+    folder = write_folder(tmp_path / "mon", {"cat/a b.png": png(1), "dog/[1].png": png(2)})
+    dataset, names = merged(folder, streaming=streaming)
+    assert rows(dataset) == [(1, "cat", 0), (2, "dog", 1)]
+    assert [names.name(i) for i in range(2)] == ["mon/cat/a b.png", "mon/dog/[1].png"]
+    assert names.find(["mon/dog/[1].png", "mon:0"]) == {0, 1}
+
+
+def tar_members(labels):
+    return [
         member
-        for row, (image, label) in enumerate(zip(images, labels, strict=True))
-        for member in (
-            (f"{row:02}.png", image),
-            (f"{row:02}.cls", str(label).encode()),
-            (f"{row:02}.json", json.dumps({"digit": str(label), "by": "me"}).encode()),
-        )
+        for row, label in enumerate(labels)
+        for member in ((f"{row:02}.png", png(row)), (f"{row:02}.cls", str(label).encode()))
     ]
-    write_tar(tmp_path / "b.tar", tar)
-    folder = {f"{label}/{row:02}.png": images[row] for row, label in enumerate(labels)}
-    write_folder(tmp_path / "c", folder)
-    by_class = sorted(range(12), key=lambda row: (labels[row], row))
-    for name, columns, order in (
-        ("a.parquet", {}, range(12)),
-        ("b.tar", {"image_column_name": "png", "label_column_name": "cls"}, range(12)),
-        ("b.tar", {"image_column_name": "png", "label_column_name": "json.digit"}, range(12)),
-        ("c", {}, by_class),
-    ):
-        config = DataConfig(streaming=streaming, **columns, **FILES)
-        arrival = load_arrival([tmp_path / name], config, root=tmp_path)
-        assert arrival.files == (name,)
-        assert isinstance(arrival.dataset, Dataset) != streaming
-        assert list(arrival.dataset.features) == ["image", "label", "example_id"]
-        assert named(arrival) == [str(labels[row]) for row in order]
-        assert ids(arrival) == list(range(12))
-        assert arrival.num_examples == 12
-        for row, example in zip(order, arrival.dataset, strict=True):
-            assert np.array_equal(example["image"], digits[row]["image"])
 
 
 @BOTH
-def test_labels_are_merged_by_name(tmp_path, streaming):
-    first = write_parquet(tmp_path / "1.parquet", [png(1), png(2)], [0, 1], ["dog", "cat"])
-    second = write_parquet(tmp_path / "2.parquet", [png(3), png(4)], [0, 2], ["cat", "dog", "emu"])
-    config = DataConfig(streaming=streaming, image_mode="RGB", **FILES)
-    arrival = load_arrival([first, second], config, root=tmp_path)
-    assert arrival.dataset.features["label"].names == ["dog", "cat", "emu"]
-    assert [row["label"] for row in arrival.dataset] == [0, 1, 1, 2]
-    assert levels(arrival) == [1, 2, 3, 4]
-    assert ids(arrival) == [0, 1, 2, 3]
-    assert next(iter(arrival.dataset))["image"].mode == "RGB"
+@pytest.mark.parametrize(("end", "mode"), [("tar", "w"), ("tar.gz", "w:gz"), ("tgz", "w:gz")])
+def test_tar_files_packed_or_not(tmp_path, streaming, end, mode):
+    path = write_tar(tmp_path / f"day.{end}", tar_members([1, 0, 1]), mode)
+    dataset, _ = merged(path, image_column="png", label_column="cls", streaming=streaming)
+    assert rows(dataset) == [(0, "1", 0), (1, "0", 1), (2, "1", 2)]
 
 
 @BOTH
-def test_a_folder_of_one_class_and_odd_names(tmp_path, streaming):
-    folder = write_folder(tmp_path / "day [1]", {"train/a.png": png(1), "train/b.png": png(2)})
-    config = DataConfig(streaming=streaming, **FILES)
-    arrival = load_arrival([folder], config, root=tmp_path)
-    assert (arrival.files, named(arrival)) == (("day [1]",), ["train", "train"])
-    path = write_parquet(tmp_path / "day [2].parquet", [png(3)], [1])
-    assert levels(load_arrival([path], config, root=tmp_path)) == [3]
+@pytest.mark.parametrize("lost", [1, 40, 1000])
+def test_a_packed_tar_file_that_was_cut_off_is_named(tmp_path, streaming, lost):
+    path = write_tar(tmp_path / "day.tar.gz", tar_members(range(40)), "w:gz")
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(ValueError, match=r"day\.tar\.gz cannot be read"):
+        list(merged(path, image_column="png", label_column="cls", streaming=streaming)[0])
 
 
 @BOTH
-def test_a_folder_whose_labels_are_in_a_metadata_file(tmp_path, streaming):
-    rows = b'{"file_name": "b.png", "kind": "dog"}\n{"file_name": "a.png", "kind": "cat"}\n'
-    images = {"a.png": png(1), "b.png": broken(2), "metadata.jsonl": rows}
-    folder = write_folder(tmp_path / "mon", images)
-    config = DataConfig(
-        streaming=streaming, label_column_name="kind", on_bad_example="skip", **FILES
+def test_tar_files_of_unknown_length_are_counted(tmp_path, streaming):
+    paths = [
+        write_tar(tmp_path / f"{day}.tar", tar_members(labels))
+        for day, labels in (("1", [7, 8]), ("2", [8, 9]))
+    ]
+    dataset, names = merged(*paths, image_column="png", label_column="cls", streaming=streaming)
+    assert rows(dataset) == [(0, "7", 0), (1, "8", 1), (0, "8", 2), (1, "9", 3)]
+    assert names.name(3) == "2.tar:1"
+
+
+def test_a_replaced_file_with_the_same_time_stamp_is_read_anew(tmp_path):
+    path = tmp_path / "x.parquet"
+    for levels, names in (([1, 2], ("cat", "dog")), ([3, 4], ("owl", "fox"))):
+        write_parquet(path, [png(level) for level in levels], [0, 1], names)
+        os.utime(path, (1.7e9, 1.7e9))
+        assert [row[:2] for row in rows(merged(path)[0])] == list(zip(levels, names, strict=True))
+
+
+def test_a_replaced_tar_file_of_the_same_size_and_time_is_read_anew(tmp_path):
+    path = tmp_path / "x.tar"
+    sizes = set()
+    for label in (3, 4):
+        write_tar(path, [("0.png", png(9)), ("0.cls", str(label).encode())])
+        os.utime(path, (1.7e9, 1.7e9))
+        sizes.add(path.stat().st_size)
+        options = {"image_column": "png", "label_column": "cls"}
+        assert [row[1] for row in rows(merged(path, **options)[0])] == [str(label)]
+    assert len(sizes) == 1
+
+
+@BOTH
+def test_a_dataset_that_was_saved_to_disk(tmp_path, streaming):
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    images = [{"bytes": png(level), "path": None} for level in (1, 2)]
+    Dataset.from_dict({"image": images, "label": [1, 0]}, features).save_to_disk(tmp_path / "s")
+    assert rows(merged(tmp_path / "s", streaming=streaming)[0]) == [(1, "dog", 0), (2, "cat", 1)]
+
+
+@BOTH
+def test_a_metadata_file_gives_the_labels(tmp_path, streaming):
+    table = b"file_name,kind\nb.png,dog\na.png,cat\n"
+    folder = write_folder(
+        tmp_path / "mon", {"a.png": png(1), "b.png": png(2), "metadata.csv": table}
     )
-    arrival = load_arrival([folder], config, root=tmp_path)
-    assert arrival.dataset.features["label"].names == ["cat", "dog"]
-    assert (levels(arrival), named(arrival)) == ([1], ["cat"])
-    assert arrival.skipped == (f"mon:{1 - ids(arrival)[0]}",)
+    dataset, _ = merged(folder, label_column="kind", streaming=streaming)
+    assert rows(dataset) == [(1, "cat", 0), (2, "dog", 1)]
 
 
-def test_loose_images_are_no_arrival(tmp_path):
-    folder = write_folder(tmp_path / "cats", {"a.png": png(1)})
-    with pytest.raises(
-        ValueError, match=r"cats cannot be read: images must be in class folders.*a\.png"
-    ):
-        load_arrival([folder], DataConfig(**FILES), root=tmp_path)
-
-
-@pytest.fixture
-def with_corrupt_images(tmp_path):
-    """Two shards of 4 and 3 rows; rows 1 and 3 of the first and 0 of the second are corrupt."""
-    rows = [png(0), broken(1), png(2), b"no image"]
-    first = write_parquet(tmp_path / "mon.parquet", rows, [0, 1, 0, None])
-    return [first, write_parquet(tmp_path / "tue.parquet", [b"", png(5), png(6)], [0, 1, 1])]
+def test_what_is_left_out_of_a_folder_is_kept_in_mind(tmp_path):
+    folder = class_folders(tmp_path / "mon", count=2)
+    (folder / "cat" / "x.jpg.part").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"mon: 1 of 5 .*cat/x\.jpg\.part.*allow_missing=True"):
+        open_shard(folder, "mon", Reading())
+    shard = open_shard(folder, "mon", Reading(allow_missing=True))
+    assert shard.left_out == ("cat/x.jpg.part (still being written)",)
+    assert shard.num_rows == 4
 
 
 @BOTH
-def test_a_corrupt_image_is_named(tmp_path, with_corrupt_images, streaming):
-    config = DataConfig(streaming=streaming, **FILES)
-    with pytest.raises(ValueError, match=r"mon\.parquet:1 is a corrupt image, one of 2 in mon"):
-        load_arrival(with_corrupt_images, config, root=tmp_path)
+def test_large_integers_make_no_more_classes_than_occur(tmp_path, streaming):
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        [png(1), png(2), png(3)],
+        [10**9, 3001, 10**9],
+        label=Value("int64"),
+    )
+    dataset, _ = merged(path, streaming=streaming)
+    assert label_names(dataset) == ["3001", "1000000000"]
+    assert [row[1] for row in rows(dataset)] == ["1000000000", "3001", "1000000000"]
 
 
-def test_corrupt_images_are_skipped_alike_streamed_or_not(tmp_path, with_corrupt_images):
-    arrivals = [
-        load_arrival(
-            with_corrupt_images,
-            DataConfig(streaming=streaming, on_bad_example="skip", **FILES),
-            root=tmp_path,
-        )
-        for streaming in (False, True)
+@BOTH
+def test_spellings_of_one_class_are_one(tmp_path, streaming):
+    names = ["caf\u00e9", "cafe\u0301 ", "dog"]
+    path = write_parquet(tmp_path / "a.parquet", [png(n) for n in range(3)], [0, 1, 2], names)
+    dataset, _ = merged(path, streaming=streaming)
+    assert [row[1] for row in rows(dataset)] == ["caf\u00e9", "caf\u00e9", "dog"]
+    texts = write_parquet(
+        tmp_path / "b.parquet", [png(n) for n in range(3)], [*names], label=Value("string")
+    )
+    assert [row[1] for row in rows(merged(texts, streaming=streaming)[0])] == [
+        "caf\u00e9",
+        "caf\u00e9",
+        "dog",
     ]
-    for arrival in arrivals:
-        assert arrival.skipped == ("mon.parquet:1", "mon.parquet:3", "tue.parquet:0")
-        assert arrival.num_examples == 4
-        assert levels(arrival) == [0, 2, 5, 6]
-        assert ids(arrival) == [0, 2, 5, 6]
-        assert named(arrival) == ["cat", "cat", "dog", "dog"]
-    assert arrivals[0].fingerprint == arrivals[1].fingerprint
 
 
-@BOTH
-def test_known_corrupt_images_are_not_decoded_again(
-    tmp_path, with_corrupt_images, streaming, monkeypatch
-):
-    config = DataConfig(streaming=streaming, on_bad_example="skip", **FILES)
-    first = load_arrival(with_corrupt_images, config, root=tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(PILImage, "open", None)
-        again = load_arrival(with_corrupt_images, config, root=tmp_path, skip=first.skipped)
-    assert (again.skipped, again.fingerprint) == (first.skipped, first.fingerprint)
-    assert ids(again) == ids(first)
-    for entry in ("wed.parquet:0", "mon.parquet", "mon.parquet:-1", "mon.parquet:4"):
-        with pytest.raises(ValueError, match="skip must name rows of"):
-            load_arrival(with_corrupt_images, config, root=tmp_path, skip=[entry])
+def test_a_class_that_a_shard_does_not_have_is_not_guessed(tmp_path):
+    one = write_parquet(tmp_path / "1.parquet", [png(1)], [0], ["cat"])
+    # An index beyond the shard's own names must not become a name of another shard.
+    two = write_parquet(tmp_path / "2.parquet", [png(2)], [-1], ["dog"])
+    dataset, _ = merged(one, two)
+    assert dataset["label"][:] == [0, -1]
 
 
-def test_a_shuffled_stream_keeps_ids_with_their_images(tmp_path, with_corrupt_images):
-    folder = write_folder(tmp_path / "x", {f"{n % 2}/{n}.png": png(n) for n in range(6)})
-    config = DataConfig(streaming=True, on_bad_example="skip", **FILES)
-    # The ids that each level has: of the folder, even numbers come first.
-    expected = {0: 0, 2: 1, 4: 2, 1: 3, 3: 4, 5: 5}
-    arrival = load_arrival([folder], config, root=tmp_path)
-    for part in (arrival.dataset, arrival.dataset.shuffle(seed=1, buffer_size=3)):
-        found = {int(np.asarray(row["image"])[0, 0]): row["example_id"] for row in part}
-        assert found == expected
-    rows = load_arrival(with_corrupt_images, config, root=tmp_path).dataset
-    for part in (rows.shuffle(seed=1, buffer_size=2), rows.skip(1)):
-        assert all(np.asarray(row["image"])[0, 0] == row["example_id"] for row in part)
-
-
-@BOTH
-def test_nothing_left_is_refused(tmp_path, streaming):
-    path = write_parquet(tmp_path / "a.parquet", [b"x"], [0])
-    config = DataConfig(streaming=streaming, on_bad_example="skip", **FILES)
-    with pytest.raises(ValueError, match=r"\['a.parquet'\] hold no example, 1 skipped"):
-        load_arrival([path], config, root=tmp_path)
-
-
-def test_files_are_checked(tmp_path):
-    config = DataConfig(**FILES)
-    path = write_parquet(tmp_path / "a.parquet", [png(0)], [0])
-    with pytest.raises(ValueError, match="files must name at least one shard"):
-        load_arrival([], config, root=tmp_path)
-    with pytest.raises(ValueError, match="and none twice"):
-        load_arrival([path, path], config, root=tmp_path)
-    with pytest.raises(ValueError, match="root must be a folder above"):
-        load_arrival([path], config, root=tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"a\.txt cannot be read: a shard must be a folder or"):
-        load_arrival([tmp_path / "a.txt"], config, root=tmp_path)
-    with pytest.raises(ValueError, match=r"b\.parquet cannot be read"):
-        load_arrival([tmp_path / "b.parquet"], config, root=tmp_path)
-
-
-@BOTH
-@pytest.mark.parametrize("label", [None, -1])
-def test_a_missing_label_is_named(tmp_path, streaming, label):
-    path = write_parquet(tmp_path / "a.parquet", [png(0), png(1)], [0, label])
-    with pytest.raises(ValueError, match=rf"a\.parquet:1 has no label among its .* got {label}"):
-        load_arrival([path], DataConfig(streaming=streaming, **FILES), root=tmp_path)
-
-
-@BOTH
-def test_a_change_of_columns_between_shards_is_refused(tmp_path, streaming):
-    config = DataConfig(streaming=streaming, **FILES)
-    sound = write_parquet(tmp_path / "a.parquet", [png(0)], [0])
-    text = write_parquet(tmp_path / "b.parquet", [png(0)], ["cat"], label=Value("string"))
-    with pytest.raises(ValueError, match=r"b\.parquet: column 'label' holds strings, but class la"):
-        load_arrival([sound, text], config, root=tmp_path)
-    raw = write_parquet(tmp_path / "c.parquet", [png(0)], [0], image=Value("binary"))
-    assert levels(load_arrival([raw], config, root=tmp_path)) == [0]
-    with pytest.raises(ValueError, match=r"c\.parquet: column 'image' holds Value, but Image in a"):
-        load_arrival([sound, raw], config, root=tmp_path)
-    other = tmp_path / "d.parquet"
-    Dataset.from_dict({"image": [0], "fine": [0]}).to_parquet(other)
-    with pytest.raises(ValueError, match=r"d\.parquet cannot be read: label_column 'label' is not"):
-        load_arrival([sound, other], config, root=tmp_path)
-
-
-@BOTH
-def test_a_truncated_parquet_file_is_named(tmp_path, streaming):
-    path = write_parquet(tmp_path / "a.parquet", [png(0)] * 5, [0] * 5)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read") as raised:
-        load_arrival([path], DataConfig(streaming=streaming, **FILES), root=tmp_path)
-    assert raised.value.__cause__ is not None
-
-
-@BOTH
-@pytest.mark.parametrize("cut", [0, 100, 512 * 20, 512 * 40, 512 * 40 + 600])
-def test_a_truncated_tar_file_is_named(tmp_path, streaming, cut):
-    members = [(f"{n:02}.{kind}", b"7") for n in range(12) for kind in ("png", "cls")]
-    path = write_tar(tmp_path / "a.tar", members)
-    # A member takes two blocks of 512 bytes: some cuts fall between two members.
-    path.write_bytes(path.read_bytes()[:cut])
-    columns = {"image_column_name": "png", "label_column_name": "cls"}
-    config = DataConfig(streaming=streaming, **columns, **FILES)
-    with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
-        load_arrival([path], config, root=tmp_path)
-
-
-@BOTH
-def test_a_late_defect_of_a_tar_file_is_named(tmp_path, streaming):
-    members = [(f"{n:02}.{kind}", b"7") for n in range(12) for kind in ("png", "cls")]
-    path = write_tar(tmp_path / "a.tar", [*members, ("12.png", b"7"), ("12.cls", b"seven")])
-    columns = {"image_column_name": "png", "label_column_name": "cls"}
-    config = DataConfig(streaming=streaming, on_bad_example="skip", **columns, **FILES)
-    with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
-        load_arrival([path], config, root=tmp_path)
+def test_kinds_of_shards(tmp_path):
+    assert shard_kind(Path("a.TAR.GZ")) == "webdataset"
+    assert shard_kind(Path("a.parquet")) == "parquet"
+    assert shard_kind(Path("a.tar.zst")) is None
+    assert shard_kind(tmp_path) == "folder of images"

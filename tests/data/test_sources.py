@@ -2,11 +2,15 @@ import tarfile
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from helpers import png, write_parquet
+from image_files import class_folders, write_folder
 from PIL import Image as PILImage
 
 import hf_dash
-from hf_dash.data.sources import is_local
+from hf_dash.data.sources import canonical, find_source, is_local
+
+PNG = png(7)
 
 
 def gray(level):
@@ -86,7 +90,7 @@ def _labeled(tmp_path, labels, kind):
 
 
 def test_integer_and_text_labels_get_names(tmp_path):
-    assert hf_dash.data.label_names(_labeled(tmp_path, [0, 2], "int32")) == ["0", "1", "2"]
+    assert hf_dash.data.label_names(_labeled(tmp_path, [0, 2], "int32")) == ["0", "2"]
     words = tmp_path / "words"
     words.mkdir()
     assert hf_dash.data.label_names(_labeled(words, ["dog", "cat"], "string")) == ["cat", "dog"]
@@ -229,3 +233,142 @@ def test_ids_are_positions_whatever_the_shards(digits, seed):
     assert ids != sorted(ids)
     assert max(ids) < 40  # what lies beyond the buffer was not read
     assert arrived["label"][:] == [digits["label"][index] for index in ids]
+
+
+def splits_of(name):
+    source = find_source(str(name))
+    return {split: list(shards or ()) for split, shards in source.splits.items()}
+
+
+def test_names_of_shards_make_splits(tmp_path):
+    write_folder(
+        tmp_path / "d",
+        {
+            "data/train-00000-of-00002.parquet": b"",
+            "data/train-00001-of-00002.parquet": b"",
+            "data/my_test.parquet": b"",
+            "val/0.parquet": b"",
+        },
+    )
+    assert splits_of(tmp_path / "d") == {
+        "train": [f"d/data/train-0000{n}-of-00002.parquet" for n in (0, 1)],
+        "test": ["d/data/my_test.parquet"],
+        "validation": ["d/val/0.parquet"],
+    }
+    write_folder(tmp_path / "own", {"gold-00000-of-00001.parquet": b""})
+    assert splits_of(tmp_path / "own") == {"gold": ["own/gold-00000-of-00001.parquet"]}
+    write_folder(tmp_path / "none", {"monday.parquet": b"", "tuesday.parquet": b""})
+    assert splits_of(tmp_path / "none") == {
+        "train": ["none/monday.parquet", "none/tuesday.parquet"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train.parquet", "monday.parquet"], "d/monday.parquet belong to none of"),
+        (["train-test.parquet"], "'train-test.parquet' must name one split"),
+        (["train/cat/a.png", "cat/a.png"], "folders of splits or of classes.*train.*cat"),
+        (["train/a.png", "test/b.png"], "their images are not in class folders"),
+        (["readme.txt"], "holds no image, parquet file or tar file"),
+    ],
+)
+def test_what_belongs_to_no_split_is_refused(tmp_path, files, message):
+    write_folder(tmp_path / "d", {name: PNG if name.endswith("png") else b"" for name in files})
+    with pytest.raises(ValueError, match=message):
+        find_source(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("extra", ["stray.png", "more.zip", "later.parquet.part"])
+def test_files_beside_splits_and_shards_are_not_left_out_in_silence(tmp_path, extra):
+    class_folders(tmp_path / "images" / "train", count=1)
+    class_folders(tmp_path / "images" / "test", count=1)
+    (tmp_path / "images" / extra).write_bytes(PNG)
+    with pytest.raises(ValueError, match=f"{extra} belong to none .*allow_missing=True"):
+        hf_dash.load_images(str(tmp_path / "images"))
+    assert len(hf_dash.load_images(str(tmp_path / "images"), allow_missing=True)) == 2
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    class_folders(tmp_path / "vehicles", classes=("plane", "test", "train"), count=2)
+    dataset = hf_dash.load_images(str(tmp_path / "vehicles"))
+    assert hf_dash.data.label_names(dataset) == ["plane", "test", "train"]
+    assert len(dataset) == 6
+
+
+@pytest.mark.parametrize("name", ["[2026] tuesday", "a*b", "what?", "über {x}", "train"])
+def test_a_path_that_exists_is_not_a_pattern(tmp_path, name):
+    class_folders(tmp_path / name, count=1)
+    assert len(hf_dash.load_images(str(tmp_path / name))) == 2
+    write_parquet(tmp_path / f"{name}.parquet", [PNG], [0])
+    assert len(hf_dash.load_images(str(tmp_path / f"{name}.parquet"))) == 1
+
+
+def test_a_pattern_may_match_folders(tmp_path):
+    for day in ("day-1", "day-2"):
+        class_folders(tmp_path / day, count=1)
+    assert len(hf_dash.load_images(str(tmp_path / "day-*"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.parquet", "does not exist"),
+        ("./missing", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("user/data", "'user/data' is not on this machine and cannot be read"),
+        ("nothing-*", "must match shards of one kind"),
+    ],
+)
+def test_a_name_of_nothing_is_named(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        hf_dash.load_images(name)
+
+
+def test_an_archive_of_images_has_to_be_unpacked(tmp_path):
+    (tmp_path / "cats.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"cats\.zip' is neither a folder nor .* unpack"):
+        hf_dash.load_images(str(tmp_path / "cats.zip"))
+
+
+def test_splits_go_by_several_names(tmp_path):
+    for split in ("training", "dev"):
+        class_folders(tmp_path / "d" / split, count=len(split))
+    for wanted, count in (("train", 16), ("training", 16), ("validation", 6), ("val", 6)):
+        assert len(hf_dash.load_images(str(tmp_path / "d"), split=wanted)) == count
+    with pytest.raises(ValueError, match=r"split must be one of \['dev', 'training'\].* 'test'"):
+        hf_dash.load_images(str(tmp_path / "d"), split="test")
+    assert [canonical(name) for name in ("Valid", "evaluation", "gold")] == [
+        "validation",
+        "test",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_saved_to_disk(tmp_path, digits, digits_test, streaming):
+    parts = {"train": digits.select(range(5)), "test": digits_test.select(range(3))}
+    DatasetDict(parts).save_to_disk(tmp_path / "both")
+    parts["train"].save_to_disk(tmp_path / "one")
+    for name, split in (("both", "train"), ("both", "test"), ("one", "train")):
+        loaded = hf_dash.load_images(str(tmp_path / name), split=split, streaming=streaming)
+        assert [row["label"] for row in loaded] == parts[split]["label"][:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_one_class_has_labels(tmp_path, streaming):
+    class_folders(tmp_path / "in", classes=("cat",), count=3)
+    dataset = hf_dash.load_images(str(tmp_path / "in"), streaming=streaming)
+    assert hf_dash.data.label_names(dataset) == ["cat"]
+    assert [row["label"] for row in dataset] == [0, 0, 0]
+
+
+def test_shards_of_a_folder_may_know_classes_in_another_order(tmp_path):
+    for name, names in (("a", ("cat", "dog")), ("b", ("dog", "cat"))):
+        write_parquet(tmp_path / f"{name}.parquet", [PNG], [0], names)
+    dataset = hf_dash.load_images(str(tmp_path))
+    assert [hf_dash.data.label_names(dataset)[label] for label in dataset["label"]] == [
+        "cat",
+        "dog",
+    ]

@@ -45,7 +45,7 @@ def test_every_epoch_holds_every_example_in_a_seeded_new_order(num_workers, num_
     loader = StreamLoader(arrivals, 4, seed=5, **options)
     first, second = list(loader), list(loader)
     for epoch in (first, second):
-        assert [len(batch["labels"]) for batch in epoch] == [4, 4, 4, 4, 4, 2]
+        assert [len(batch["labels"]) for batch in epoch] == [3, 4, 4, 3, 4, 4]
         assert sorted(flat(epoch)) == list(range(22))
         for batch in epoch:
             assert batch["labels"].dtype == torch.int64
@@ -182,7 +182,7 @@ def test_uneven_processes_cut_equally_many_batches():
     # By hand: the largest has ⌈11 / 4⌉ = 3 batches, so the one of 7 cuts 2 + 2 + 3.
     assert _batch_sizes([7, 11], 0, 4) == [2, 2, 3]
     assert _batch_sizes([7, 11], 1, 4) == [3, 4, 4]
-    assert _batch_sizes([9, 9], 1, 4) == [4, 4, 1]
+    assert _batch_sizes([9, 9], 1, 4) == [3, 3, 3]
     with pytest.raises(ValueError, match=r"each of the 3 batches, got \[2, 11\] examples"):
         _batch_sizes([2, 11], 0, 4)
 

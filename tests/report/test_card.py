@@ -314,7 +314,7 @@ def test_cost_and_data_are_those_recorded(small_model):
     rows = rows_of(small_model, records=[record(**files)])
     assert rows["images read"] == ["not recorded"] * 2
     assert rows["revision"] == ["none given"]
-    assert (rows["new files"], rows["corrupt, left out"]) == (
+    assert (rows["new files"], rows["left out"]) == (
         ["monday.parquet"],
         ["monday.parquet:3"],
     )

@@ -4,7 +4,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from helpers import same_state, state_of
+from helpers import heard, same_state, state_of
 
 import hf_dash
 from hf_dash._version import library_versions
@@ -318,3 +318,28 @@ def test_a_run_from_a_checkpoint_records_it(two_rounds, accelerator, tmp_path):
     assert (first.parent, first.parent_sha256) == ("lite", checkpoint.sha256)
     assert (second.parent, second.parent_sha256) == (first.folder, None)
     assert seen == [checkpoint]
+
+
+def test_rare_classes_can_count_as_much_as_others(small_model, two_rounds, accelerator):
+    losses = []
+
+    def start(model, context):
+        losses.append(context.loss_fn)
+
+    history = hf_dash.History(None, {})
+    training = dataclasses.replace(TRAINING, max_epochs=1, class_weights="balanced")
+    one = hf_dash.runs.Run("mine", 0, history, accelerator, training=training)
+    hf_dash.run_rounds(small_model, two_rounds, two_rounds[0].new, start, one)
+    labels = [example["labels"] for example in two_rounds[1].examples]
+    counts = np.bincount(labels, minlength=10)
+    # By scikit-learn's formula for class_weight="balanced".
+    assert losses[0].weights.tolist() == pytest.approx((len(labels) / (10 * counts)).tolist())
+
+
+def test_a_round_is_told_in_one_line(small_model, two_rounds, accelerator):
+    with heard() as lines:
+        records = run(small_model, two_rounds, lambda model, context: None, accelerator)
+    assert len(lines) == 2
+    last = records[1]
+    assert lines[1].startswith("mine, seed 0, round 2: 120 images (60 new), accuracy ")
+    assert f" {100 * last.accuracy:.2f} %, {last.steps} steps, {last.seconds:.1f} s" in lines[1]

@@ -58,7 +58,7 @@ def test_folders_are_train_and_held_out_images(folders, streaming):
         streaming=streaming,
     ).load()
     (train,) = loaded.arrivals
-    assert [len(list(train.dataset)), len(loaded.held_out)] == [12, 8]
+    assert [len(list(train.dataset)), len(loaded.held_out_images)] == [12, 8]
     assert loaded.label_names() == ("3", "7")
     assert loaded.held_out_split == "validation"
 
@@ -76,10 +76,14 @@ def test_a_share_of_every_arrival_is_held_out_and_stays_so(folders, digits, tmp_
     second = DataTrainingArguments(
         dataset_name=tuesday, seen_dataset_names=[monday], train_val_split=0.25
     ).load()
-    assert [len(part.dataset) for part in second.arrivals] == [30, 45]
-    assert [len(first.held_out), len(second.held_out)] == [10, 25]
-    earlier, later = ({*stored(part.held_out)} for part in (first, second))
+    trained = [{*stored(part.dataset)} for part in (*first.arrivals, *second.arrivals)]
+    earlier, later = ({*stored(part.held_out_images)} for part in (first, second))
     assert earlier < later
+    assert trained[0] == trained[1]
+    assert not later & (trained[1] | trained[2])
+    # Every image is in one of the parts; a quarter is held out, give or take three deviations.
+    assert len(trained[1]) + len(trained[2]) + len(later) == 100
+    assert 12 <= len(later) <= 38
     assert second.held_out_split == "25% of train"
 
 
@@ -89,11 +93,11 @@ def test_a_stream_cannot_be_cut(folders):
 
 
 def test_the_datasets_own_split_is_held_out(folders, tmp_path):
-    assert len(DataTrainingArguments(dataset_name="digits").load().held_out) == 360
+    assert len(DataTrainingArguments(dataset_name="digits").load().held_out_images) == 360
     for target, source in (("train", "train"), ("validation", "held_out")):
         shutil.copytree(folders / source, tmp_path / "both" / target)
     loaded = DataTrainingArguments(dataset_name=str(tmp_path / "both")).load()
-    assert (len(loaded.arrivals[0].dataset), len(loaded.held_out)) == (12, 8)
+    assert (len(loaded.arrivals[0].dataset), len(loaded.held_out_images)) == (12, 8)
     assert loaded.held_out_split == "validation"
     with pytest.raises(ValueError, match="test_split must differ from train_split, got 'test'"):
         DataTrainingArguments(dataset_name="digits", train_split="test").load()
@@ -105,7 +109,7 @@ def test_samples_are_limited_without_losing_classes(streaming):
         dataset_name="digits", max_train_samples=60, max_eval_samples=30, streaming=streaming
     ).load()
     train = list(loaded.arrivals[0].dataset)
-    assert [len(train), len(loaded.held_out)] == [60, 30]
+    assert [len(train), len(loaded.held_out_images)] == [60, 30]
     assert len({example["label"] for example in train}) == 10
     assert [e["label"] for e in loaded.arrivals[0].dataset] == [e["label"] for e in train]
 

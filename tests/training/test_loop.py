@@ -9,6 +9,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_dash import TrainingConfig
 from hf_dash.data import RandomCropFlip, train_batches
+from hf_dash.method.loss import WeightedLoss
 from hf_dash.models import black_pixel
 from hf_dash.training import train_round
 
@@ -340,3 +341,18 @@ def test_channels_last_differs_by_rounding_alone(two_rounds, small_model, accele
     assert not same_state(trained[True], trained[False])
     for name, tensor in trained[False].items():
         torch.testing.assert_close(trained[True][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_of_ones_own_takes_the_place_of_the_models(accelerator):
+    torch.manual_seed(0)
+    model, plain = Table(), Table()
+    plain.load_state_dict(model.state_dict())
+    images, labels = torch.randn(4, 2), torch.tensor([0, 0, 0, 1])
+    batch = {"pixel_values": images, "labels": labels}
+    weights = torch.tensor([2 / 3, 2.0])
+    config = TrainingConfig(learning_rate=0.1, momentum=0.0, max_epochs=1, **QUIET)
+    train_round(model, [batch], config, accelerator, loss=WeightedLoss(weights))
+    rows = nn.functional.cross_entropy(plain.linear(images), labels, reduction="none")
+    (weights[labels] * rows).mean().backward()
+    expected = plain.linear.weight - 0.1 * plain.linear.weight.grad
+    assert torch.allclose(model.linear.weight, expected, atol=1e-6)

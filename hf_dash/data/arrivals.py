@@ -1,0 +1,364 @@
+"""What arrives together: new shards that appear in a directory, or any other set of shards.
+
+Flow: a directory or a glob → shards in the order of their names → those not seen before → opened,
+put together and read once → one ``Arrival`` without corrupt images, with a fingerprint of its
+content.
+"""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from hf_dash.data.columns import AnyDataset
+from hf_dash.data.config import DataConfig
+from hf_dash.data.examples import ImageExamples, Transform
+from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
+from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
+from hf_dash.data.streams import StreamedImages
+from hf_dash.data.survey import Survey, drop_rows, survey_rows
+from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+AnyImages = ImageExamples | StreamedImages
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One round's new images as one dataset.
+
+    Args:
+        files: names of the shards below the root, oldest first; empty if no shards arrive.
+        dataset: with the columns ``image``, ``label`` (``ClassLabel``) and ``example_id`` (int64):
+            the example's position over the shards of this arrival, counted from 0 and including
+            skipped ones, so that it never changes. An ``IterableDataset`` if streamed.
+        num_examples: number of examples in ``dataset``; None for a stream not counted yet.
+        skipped: images left out: corrupt ones as ``"monday.parquet:17"`` or, in a folder, by their
+            path; others with the reason.
+        fingerprint: of ``dataset``, see ``hf_dash.data.columns.fingerprint``; None if not computed
+            yet.
+        types: types of the source's two columns.
+        names: of the rows, by ``example_id``.
+        survey: of the examples in ``dataset``; None if they have not been read yet.
+
+    Example:
+        >>> import hf_dash
+        >>> digits = hf_dash.load_images("digits", split="test")
+        >>> hf_dash.data.Arrival(files=(), dataset=digits, num_examples=len(digits)).num_examples
+        360
+    """
+
+    files: tuple[str, ...]
+    dataset: AnyDataset
+    num_examples: int | None
+    skipped: tuple[str, ...] = ()
+    fingerprint: str | None = None
+    types: Mapping[str, str] = field(default_factory=dict)
+    names: RowNames | None = None
+    survey: Survey | None = None
+
+    def examples(
+        self,
+        transform: Transform,
+        label_ids: Sequence[int] | None = None,
+        *,
+        cache: bool = False,
+        label_noise: float = 0.0,
+        noise_seed: int = 0,
+    ) -> AnyImages:
+        """Return the images as model inputs.
+
+        Args:
+            transform: from a PIL image to a tensor.
+            label_ids: see :class:`~hf_dash.data.examples.ImageExamples`.
+            cache: keep decoded images in memory.
+            label_noise: see :class:`~hf_dash.data.examples.ImageExamples`; streams take none.
+            noise_seed: see :class:`~hf_dash.data.examples.ImageExamples`.
+
+        Raises:
+            ValueError: an image has a mode that the transform does not take, or ``label_noise`` is
+                set for a stream.
+        """
+        self.check_mode(transform)
+        if isinstance(self.dataset, Dataset):
+            return ImageExamples(
+                self.dataset,
+                transform,
+                in_memory=cache,
+                label_ids=label_ids,
+                label_noise=label_noise,
+                noise_seed=noise_seed,
+                fingerprint=self.fingerprint,
+            )
+        if label_noise:
+            raise ValueError(f"label_noise must be 0 for streams, got {label_noise!r}")
+        return StreamedImages(
+            self.dataset,
+            transform,
+            num_examples=self.num_examples,
+            label_ids=label_ids,
+            cache=cache,
+            fingerprint=self.fingerprint,
+            labels=None if self.survey is None else self.survey.labels.tolist(),
+        )
+
+    def check_mode(self, transform: Transform) -> None:
+        """Check that a transform takes the images, if it can tell, as ``image_transform``'s can.
+
+        Raises:
+            ValueError: it does not; the message names an image.
+        """
+        check = getattr(transform, "check_mode", None)
+        if check is None or self.survey is None or self.names is None:
+            return
+        for mode, example_id in self.survey.modes.items():
+            try:
+                check(mode)
+            except ValueError as error:
+                raise ValueError(f"{self.names.name(example_id)}: {error}") from error
+
+    def without(self, example_ids: frozenset[int]) -> "Arrival":
+        """Return a surveyed arrival without some of its examples."""
+        if not example_ids or self.survey is None:
+            return self
+        ids = self.survey.example_ids
+        kept = self.survey.of(ids[~np.isin(ids, list(example_ids))])
+        return replace(
+            self,
+            dataset=drop_rows(self.dataset, example_ids),
+            num_examples=len(kept.example_ids),
+            fingerprint=None,
+            survey=kept,
+        )
+
+
+class EmptyArrivalError(ValueError):
+    """An arrival does not hold any example."""
+
+
+def arrive(
+    shards: Sequence[Shard],
+    config: DataConfig,
+    *,
+    skip: Sequence[str] | None = None,
+    files: Sequence[str] = (),
+) -> Arrival:
+    """Put shards together, read them once, and leave corrupt images out.
+
+    Raises:
+        ValueError: see :func:`load_arrival`.
+    """
+    dataset, names = merge_shards(shards)
+    arrival = Arrival(tuple(files), dataset, None, types=shards[0].types, names=names)
+    known = None if skip is None else names.find(skip)
+    left_out = [f"{shard.name}/{entry}" for shard in shards for entry in shard.left_out]
+    arrival = read_once(arrival, config, known_bad=known)
+    if arrival.num_examples == 0:
+        raise EmptyArrivalError(
+            f"{list(names.shards)} hold no example, {len(arrival.skipped)} skipped"
+        )
+    return replace(arrival, skipped=(*arrival.skipped, *left_out))
+
+
+def read_once(
+    arrival: Arrival, config: DataConfig, *, known_bad: frozenset[int] | None = None
+) -> Arrival:
+    """Read all images of an arrival once, and leave corrupt ones out.
+
+    Raises:
+        ValueError: see :func:`load_arrival`.
+    """
+    names = arrival.names or RowNames(("the images",), (0,), (None,))
+    survey = survey_rows(
+        arrival.dataset,
+        names,
+        on_bad_example=config.on_bad_example,
+        known_bad=known_bad,
+        by_pixels=config.compare_images_by == "pixels",
+    )
+    return replace(
+        arrival,
+        dataset=drop_rows(arrival.dataset, frozenset(survey.bad)),
+        num_examples=len(survey.example_ids) - len(survey.bad),
+        skipped=tuple(names.name(example_id) for example_id in sorted(survey.bad)),
+        fingerprint=survey.fingerprint,
+        names=names,
+        survey=survey.good,
+    )
+
+
+def load_arrival(
+    files: Sequence[Path],
+    config: DataConfig,
+    *,
+    root: str | Path,
+    skip: Sequence[str] | None = None,
+) -> Arrival:
+    """Load new shards as one arrival.
+
+    Every image is read and decoded once to find corrupt ones, unless ``skip`` lists them. Labels
+    without names are read once more. Only labels and a number per image stay in memory.
+
+    Args:
+        files: shards of one kind, oldest first; see :func:`list_arrivals`.
+        config: columns, image mode, streaming and what to do about corrupt images.
+        root: directory that shard names are relative to.
+        skip: corrupt images from an earlier ``Arrival.skipped`` of the same shards.
+
+    Returns:
+        The arrival. Labels are merged by name: its classes are those of all shards, in the order
+        in which they first appear.
+
+    Raises:
+        ValueError: a shard cannot be read, lacks a column, or has other column types than the
+            first; an image is corrupt and ``config.on_bad_example`` is ``"error"``; an example has
+            no label; ``skip`` lists a row that does not exist; no example is left.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import hf_dash
+        >>> digits = hf_dash.load_images("digits", split="test").select(range(20))
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = digits.to_parquet(f"{folder}/monday.parquet")
+        ...     shards = hf_dash.data.list_arrivals(folder)
+        ...     arrival = hf_dash.data.load_arrival(shards, hf_dash.DataConfig(), root=folder)
+        >>> arrival.files, arrival.num_examples
+        (('monday.parquet',), 20)
+    """
+    names = [_name(Path(file), Path(root)) for file in files]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"files must name at least one shard, and none twice, got {names}")
+    shards = [
+        open_shard(Path(file), name, config.reading)
+        for file, name in zip(files, names, strict=True)
+    ]
+    return arrive(shards, config, skip=skip, files=names)
+
+
+def arrivals_root(pattern: str) -> Path:
+    """Return the directory that shard names are relative to: the pattern's part before any glob."""
+    path = Path(pattern)
+    if path.is_dir():
+        return path
+    if path.exists():  # whatever its name looks like
+        return path.parent
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return Path(*fixed) if len(fixed) < len(path.parts) else path.parent
+
+
+def list_arrivals(pattern: str, *, allow_missing: bool = False) -> list[Path]:
+    """List the shards that have arrived, in the order of their names.
+
+    Args:
+        pattern: a directory whose parquet files, webdataset ``.tar`` or ``.tar.gz`` files or
+            subfolders (each with one folder per class) are the shards, or a glob of them. Names
+            that start with ``.`` or ``_`` or end in ``.tmp``, ``.part`` or ``.crdownload`` are
+            ignored, because they are still being written. Names sort as text: ``day-10`` before
+            ``day-9``.
+        allow_missing: go on although a directory holds images or archives that are not shards.
+
+    Raises:
+        ValueError: nothing matches, shards of several kinds match, one contains another, or a
+            directory holds images or archives that are not shards.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import hf_dash
+        >>> with TemporaryDirectory() as folder:
+        ...     (Path(folder) / "tuesday.parquet").touch()
+        ...     (Path(folder) / "monday.parquet").touch()
+        ...     [shard.name for shard in hf_dash.data.list_arrivals(folder)]
+        ['monday.parquet', 'tuesday.parquet']
+    """
+    shards = _find(pattern)
+    if not shards:
+        raise ValueError(f"no parquet file, tar file or folder of images matches {pattern!r}")
+    kinds = {shard_kind(path): path.name for path in shards}
+    if len(kinds) > 1:
+        raise ValueError(f"{pattern!r} must match shards of one kind, got {kinds}")
+    for path in shards:
+        if set(path.parents) & set(shards):
+            raise ValueError(f"{pattern!r} must not match {path}, which is inside another match")
+    _check_others(pattern, shards, allow_missing)
+    return shards
+
+
+def _check_others(pattern: str, shards: Sequence[Path], allow_missing: bool) -> None:
+    """Name what lies in the directory, looks like data, and is not among the shards."""
+    if not Path(pattern).is_dir():
+        return
+    others = [
+        path.name
+        for path in sorted(set(Path(pattern).iterdir()) - set(shards))
+        if not is_hidden(path.name)
+        and (not path.exists() or path.name.lower().endswith(PACKED) or is_image(path))
+    ]
+    if not others:
+        return
+    message = f"{pattern!r} holds {others[:5]}, which are not shards: {' or '.join(LOADERS)}"
+    if not allow_missing:
+        raise ValueError(f"{message}, or a folder of images; allow_missing=True leaves them out")
+    if is_main_process():
+        logger.warning(message)
+
+
+def _find(pattern: str) -> list[Path]:
+    root = arrivals_root(pattern)
+    path = Path(pattern)
+    if path.is_dir():
+        matches = list(path.iterdir())
+    elif path.exists():
+        matches = [path]
+    else:
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    shards = {_name(match, root): match for match in matches}
+    return [
+        shards[name]
+        for name in sorted(shards)
+        if shard_kind(shards[name]) and shards[name].exists() and not is_hidden(name)
+    ]
+
+
+def is_hidden(name: str) -> bool:
+    """Check whether a path is hidden or still being written, as its name says."""
+    return any(part.startswith((".", "_")) for part in name.split("/")) or name.lower().endswith(
+        TEMPORARY_SUFFIXES
+    )
+
+
+def _name(path: Path, root: Path) -> str:
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError as error:
+        raise ValueError(f"root must be a folder above {path}, got {root}") from error
+
+
+def new_arrivals(pattern: str, seen: Sequence[str], *, allow_missing: bool = False) -> list[Path]:
+    """List the shards that no earlier round has seen, in the order of their names.
+
+    Args:
+        pattern: see :func:`list_arrivals`.
+        seen: names of the shards of earlier rounds, as in ``Arrival.files``: relative to
+            :func:`arrivals_root`, with forward slashes.
+        allow_missing: see :func:`list_arrivals`.
+
+    Returns:
+        The new shards; an empty list if there are none.
+
+    Raises:
+        ValueError: a seen shard has disappeared; or see :func:`list_arrivals`.
+    """
+    root = arrivals_root(pattern)
+    shards = {_name(path, root): path for path in _find(pattern)}
+    gone = [name for name in seen if name not in shards]
+    if gone:
+        raise ValueError(f"shards of earlier rounds have disappeared from {root}: {gone}")
+    listed = list_arrivals(pattern, allow_missing=allow_missing)
+    return [path for path in listed if _name(path, root) not in set(seen)]

@@ -1,0 +1,643 @@
+"""What users' folders and files are like: one trait each, built small, and what is right for it.
+
+``build(path, first)`` writes images whose numbers begin with ``first`` and returns the name to give
+to a recipe. Each recipe then either reads exactly the images and classes named here, or ends with
+an error that says what is wrong.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from image_files import class_folders, encoded, photo, write_folder, write_tar
+from PIL import Image as PILImage
+
+import hf_dash
+
+RECIPES = ("continual", "retrain", "promote")
+
+TWO = ("cat", "dog")
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One trait.
+
+    Args:
+        name: in the table.
+        build: see above.
+        count: images that are to be read; None where an error is right.
+        classes: their names.
+        says: part of the error's last line, where an error is right.
+        flags: that the trait needs.
+        parent: classes of the model to continue with.
+        held_out: how the held-out images are built; None as the others, with other images.
+        own: recipes for which something else is right, with its count or error.
+    """
+
+    name: str
+    build: Callable[[Path, int], str]
+    count: int | None = 12
+    classes: Sequence[str] = TWO
+    says: str = ""
+    flags: Sequence[str] = ()
+    parent: Sequence[str] = TWO
+    held_out: Callable[[Path, int], str] | None = None
+    own: dict[str, "int | str | None"] = field(default_factory=dict)
+
+
+def folders(*, classes=TWO, count=6, end="png", change=None):
+    """Class folders, changed by a function of the folder and the first number."""
+
+    def build(path, first):
+        class_folders(path, classes, count, first, end)
+        if change is not None:
+            change(path, first)
+        return str(path)
+
+    return build
+
+
+def add(files):
+    """Add files to class folders."""
+    return folders(change=lambda path, first: write_folder(path, files))
+
+
+def replace_one(form, end, convert=None, **options):
+    """Store the first cat in another way."""
+
+    def change(path, first):
+        (path / "cat" / f"a_{first:03d}.png").unlink()
+        image = photo(0, first)
+        image = image if convert is None else convert(image)
+        (path / "cat" / f"odd.{end}").write_bytes(encoded(image, form, **options))
+
+    return folders(change=change)
+
+
+def link_a_class(path, first):
+    pool = class_folders(path.with_name(f"{path.name}_pool"), ("owl",), 6, first)
+    (path / "owl").symlink_to(pool / "owl")
+
+
+def link_an_image(path, first):
+    pool = class_folders(path.with_name(f"{path.name}_pool"), ("cat",), 1, first + 20)
+    (path / "cat" / "link.png").symlink_to(next(pool.glob("cat/*")))
+
+
+def rename_by(function):
+    def change(path, first):
+        for number, file in enumerate(sorted(path.glob("*/*.png"))):
+            file.rename(file.with_name(function(number, file)))
+
+    return folders(change=change)
+
+
+def nested(path, first):
+    for place in ("left", "right"):
+        class_folders(path / "cat", (place,), 3, first + 10 * (place == "right"))
+        class_folders(path / "dog", (place,), 3, first + 20 + 10 * (place == "right"))
+    return str(path)
+
+
+def in_a_folder_called(name):
+    return lambda path, first: str(class_folders(path / name, TWO, 6, first))
+
+
+def described(table, *, missing=False):
+    def build(path, first):
+        rows = [
+            {"file_name": f"{number}.png", "kind": TWO[number % 2]}
+            for number in range(12 + missing)
+        ]
+        files = {f"{n}.png": encoded(photo(n % 2, first + n)) for n in range(12)}
+        if table == "metadata.csv":
+            text = "file_name,kind\n" + "".join(f"{r['file_name']},{r['kind']}\n" for r in rows)
+        else:
+            text = "\n".join(json.dumps(row) for row in rows)
+        return str(write_folder(path, {**files, table: text.encode()}))
+
+    return build
+
+
+def split_folders(train, held_out):
+    def build(path, first):
+        class_folders(path / train, TWO, 6, first)
+        class_folders(path / held_out, TWO, 3, first + 300)
+        return str(path)
+
+    return build
+
+
+def table_of(
+    labels=(0, 1) * 6,
+    feature=None,
+    *,
+    columns=("image", "label"),
+    images=None,
+    raw=False,
+    name="day.parquet",
+    change=None,
+):
+    """A parquet file of twelve images."""
+
+    def build(path, first):
+        path.mkdir(parents=True, exist_ok=True)
+        contents = [encoded(photo(n % 2, first + n)) for n in range(len(labels))]
+        rows = contents if raw else [{"bytes": content, "path": None} for content in contents]
+        for number, value in (images or {}).items():
+            rows[number] = value
+        kind = Value("binary") if raw else Image()
+        features = Features(
+            dict(zip(columns, (kind, feature or ClassLabel(names=TWO)), strict=True))
+        )
+        data = dict(zip(columns, (rows, list(labels)), strict=True))
+        Dataset.from_dict(data, features=features).to_parquet(path / name)
+        if change is not None:
+            change(path / name)
+        return str(path / name)
+
+    return build
+
+
+def cut(lost):
+    return lambda path: path.write_bytes(path.read_bytes()[:-lost])
+
+
+def two_tables(first_names, second_names, files=("a.parquet", "b.parquet")):
+    def build(path, first):
+        for number, (file, names) in enumerate(
+            zip(files, (first_names, second_names), strict=True)
+        ):
+            labels = [names.index(TWO[n % 2]) for n in range(6)]
+            feature = ClassLabel(names=names)
+            table_of(labels, feature, name=file)(path, first + 20 * number)
+        return str(path)
+
+    return build
+
+
+def tables_by_split(path, first):
+    table_of(name="train-00000-of-00001.parquet")(path, first)
+    table_of((0, 1) * 3, name="valid-00000-of-00001.parquet")(path, first + 100)
+    return str(path)
+
+
+def replaced_table(path, first):
+    table_of((0,) * 10, ClassLabel(names=["owl"]))(path, first + 200)
+    os.utime(path / "day.parquet", (1.7e9, 1.7e9))
+    hf_dash.load_images(str(path / "day.parquet"))
+    name = table_of()(path, first)
+    os.utime(name, (1.7e9, 1.7e9))
+    return name
+
+
+def archive(end="tar", mode="w", *, label="cls", lost=0, without=None):
+    """A webdataset of twelve images."""
+
+    def build(path, first):
+        members = []
+        for n in range(12):
+            members.append((f"{n:03d}.png", encoded(photo(n % 2, first + n))))
+            text = TWO[n % 2] if label == "txt" else str(n % 2)
+            if n != without:
+                members.append((f"{n:03d}.{label}", text.encode()))
+        write_tar(path / f"day.{end}", members, mode)
+        if lost:
+            cut(lost)(path / f"day.{end}")
+        return str(path / f"day.{end}")
+
+    return build
+
+
+def saved(path, first):
+    name = table_of()(path / "table", first)
+    Dataset.from_parquet(name).save_to_disk(path / "saved")
+    return str(path / "saved")
+
+
+def saved_splits(path, first):
+    train = Dataset.from_parquet(table_of()(path / "1", first))
+    held_out = Dataset.from_parquet(table_of((0, 1) * 3)(path / "2", first + 100))
+    DatasetDict({"train": train, "test": held_out}).save_to_disk(path / "saved")
+    return str(path / "saved")
+
+
+def truncated_photo(path, first):
+    buffer = io.BytesIO()
+    photo(0, first + 90, size=(200, 200)).save(buffer, "JPEG")
+    (path / "cat" / "broken photo.jpg").write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+
+
+def copy_of_the_first(path, first):
+    """Held-out images with one that is trained on, whatever its number is here."""
+    class_folders(path, TWO, 3, first)
+    photo(0, 0).save(path / "cat" / "copy.png")
+    return str(path)
+
+
+def copy_in_another_format(path, first):
+    class_folders(path, TWO, 3, first)
+    photo(0, 0).save(path / "cat" / "copy.bmp")
+    return str(path)
+
+
+def nothing(path, first):
+    return str(path / "missing")
+
+
+def packed(path, first):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "cats.zip").write_bytes(b"PK\x03\x04")
+    return str(path / "cats.zip")
+
+
+DEEP = {
+    "16-bit gray PNG": (np.uint16, 30_000, "PNG", "png"),
+    "32-bit gray TIFF": (np.int32, 70_000, "TIFF", "tif"),
+    "float TIFF": (np.float32, 0.5, "TIFF", "tif"),
+}
+
+
+def deep(kind, value, form, end):
+    def convert(image):
+        return PILImage.fromarray(np.full((36, 40), value, dtype=kind))
+
+    return replace_one(form, end, convert)
+
+
+RGB = ("--image_mode", "RGB")
+
+NFD = "cafe\u0301"
+
+FOLDERS = [
+    Trait("class folders", folders()),
+    Trait("a linked class folder", folders(change=link_a_class), 18, (*TWO, "owl")),
+    Trait("a linked image", folders(change=link_an_image), 13),
+    Trait(
+        "a loop of links",
+        folders(change=lambda path, first: (path / "cat" / "up").symlink_to(path)),
+        None,
+        says="link to a folder above it",
+    ),
+    Trait(
+        "a link to nothing",
+        folders(change=lambda path, first: (path / "cat" / "x.png").symlink_to(path / "none")),
+        None,
+        says="cat/x.png (a link to nothing)",
+    ),
+    Trait(
+        "files called train-… and test-…",
+        rename_by(lambda n, f: f"{('train', 'test')[n % 2]}-{n}.png"),
+    ),
+    Trait("[2026] tuesday", in_a_folder_called("[2026] tuesday")),
+    Trait("a folder called *?", in_a_folder_called("a*b?")),
+    Trait("a folder called über {x} ☕", in_a_folder_called("über {x} ☕")),
+    Trait("suffixes in capitals", rename_by(lambda n, f: f"{f.stem}.PNG")),
+    Trait("files without a suffix", rename_by(lambda n, f: f.stem)),
+    Trait("spaces and brackets in names of files", rename_by(lambda n, f: f"a [{n}] (1).png")),
+    Trait("one class only", folders(classes=("cat",), count=12), classes=("cat",)),
+    Trait(
+        "an empty class folder",
+        folders(change=lambda path, first: (path / "owl").mkdir()),
+        None,
+        says="class folder owl",
+    ),
+    Trait(
+        "hidden files and folders",
+        add({".DS_Store": b"x", ".ipynb_checkpoints/cat.png": b"x", "cat/._a.png": b"x"}),
+    ),
+    Trait("__MACOSX beside the classes", add({"__MACOSX/cat/._a.png": b"x"})),
+    Trait("text files among images", add({"labels.txt": b"x", "cat/Thumbs.db": b"x"})),
+    Trait(
+        "an image outside of class folders",
+        add({"x.png": encoded(photo(0, 999))}),
+        None,
+        says="x.png (not in a class folder)",
+    ),
+    Trait(
+        "images without class folders",
+        lambda path, first: str(write_folder(path, {"a.png": encoded(photo(0, first))})),
+        None,
+        says="images must be in class folders, but 'a.png'",
+    ),
+    Trait("class/camera/image", nested, None, says="class_folder='first' makes the classes"),
+    Trait("class/camera/image, --class_folder first", nested, flags=("--class_folder", "first")),
+    Trait(
+        "class/camera/image, --class_folder last",
+        nested,
+        classes=("left", "right"),
+        parent=("left", "right"),
+        flags=("--class_folder", "last"),
+    ),
+    Trait(
+        "an archive among images",
+        add({"cat/more.zip": b"x"}),
+        None,
+        says="cat/more.zip (not unpacked)",
+    ),
+    Trait(
+        "an image still being written",
+        add({"cat/x.jpg.part": b"x"}),
+        None,
+        says="still being written",
+    ),
+    Trait(
+        "the same, --allow_missing",
+        add({"cat/x.jpg.part": b"x"}),
+        flags=("--allow_missing",),
+    ),
+    Trait("blanks around names of classes", folders(classes=(" cat", "dog ")), classes=TWO),
+    Trait(
+        "names of classes in NFD",
+        folders(classes=(NFD, "dog")),
+        classes=("caf\u00e9", "dog"),
+        parent=("caf\u00e9", "dog"),
+    ),
+    Trait(
+        "names that differ by case", folders(classes=("cat", "Cat")), None, says="'Cat' and 'cat'"
+    ),
+    Trait(
+        "names that differ by blanks",
+        folders(classes=("big cat", "bigcat")),
+        None,
+        says="'big cat' and 'bigcat'",
+    ),
+    Trait("metadata.csv", described("metadata.csv"), flags=("--label_column_name", "kind")),
+    Trait("metadata.jsonl", described("metadata.jsonl"), flags=("--label_column_name", "kind")),
+    Trait(
+        "metadata.csv that names a missing image",
+        described("metadata.csv", missing=True),
+        None,
+        says="names '12.png', which does not exist",
+        flags=("--label_column_name", "kind"),
+    ),
+    Trait("a name of nothing", nothing, None, says="does not exist"),
+    Trait("a zip file", packed, None, says="unpack an archive first"),
+    Trait(
+        "a last batch of one image",
+        folders(change=lambda path, first: photo(0, first + 60).save(path / "cat" / "z.png")),
+        13,
+    ),
+    Trait("streaming class folders", folders(), flags=("--streaming",)),
+    Trait(
+        "corrupt and --on_bad_example skip, streaming",
+        folders(change=truncated_photo),
+        flags=("--on_bad_example", "skip", "--streaming"),
+    ),
+]
+
+PIXELS = [
+    Trait("JPEG and PNG side by side", replace_one("JPEG", "jpeg")),
+    Trait("WebP", folders(end="webp")),
+    Trait("AVIF", folders(end="avif")),
+    Trait("TIFF", folders(end="tiff")),
+    Trait("BMP and GIF", replace_one("GIF", "gif", lambda image: image.quantize()), flags=RGB),
+    Trait("HEIC", add({"cat/x.heic": b"x"}), None, says="needs the plug-in pillow-heif"),
+    Trait("JPEG XL", add({"cat/x.jxl": b"x"}), None, says="needs the plug-in pillow-jxl-plugin"),
+    Trait("camera raw", add({"cat/x.CR2": b"x"}), None, says="needs the plug-in rawpy"),
+    *(
+        Trait(f"{name}, --image_mode RGB", deep(*how), None, says="has more than 8 bits", flags=RGB)
+        for name, how in DEEP.items()
+    ),
+    Trait(
+        "gray among color",
+        replace_one("PNG", "png", lambda i: i.convert("L")),
+        None,
+        says="cat/odd.png: image mode is 'L'",
+    ),
+    Trait("gray, --image_mode RGB", replace_one("PNG", "png", lambda i: i.convert("L")), flags=RGB),
+    Trait(
+        "palette, --image_mode RGB", replace_one("PNG", "png", lambda i: i.quantize()), flags=RGB
+    ),
+    Trait(
+        "transparent, --image_mode RGB",
+        replace_one("PNG", "png", lambda i: i.convert("RGBA")),
+        flags=RGB,
+    ),
+    Trait("gray and transparent", replace_one("PNG", "png", lambda i: i.convert("LA")), flags=RGB),
+    Trait(
+        "CMYK, --image_mode RGB", replace_one("JPEG", "jpg", lambda i: i.convert("CMYK")), flags=RGB
+    ),
+    Trait(
+        "turned by EXIF",
+        replace_one(
+            "JPEG",
+            "jpg",
+            exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+        ),
+    ),
+    Trait(
+        "animated", replace_one("GIF", "gif", save_all=True, append_images=[photo(1, 5)]), flags=RGB
+    ),
+    Trait(
+        "half a JPEG",
+        folders(change=truncated_photo),
+        None,
+        says="cat/broken photo.jpg is a corrupt image",
+    ),
+    Trait(
+        "half a JPEG, --on_bad_example skip",
+        folders(change=truncated_photo),
+        flags=("--on_bad_example", "skip"),
+    ),
+    Trait(
+        "an empty file called .jpg",
+        add({"cat/x.jpg": b""}),
+        None,
+        says="cat/x.jpg is a corrupt image",
+    ),
+    Trait(
+        "a text called .png", add({"cat/x.png": b"text"}), None, says="cat/x.png is a corrupt image"
+    ),
+]
+
+PNG_CLS = ("--image_column_name", "png", "--label_column_name", "cls")
+
+FILES = [
+    Trait("parquet with ClassLabel", table_of()),
+    Trait("parquet, streaming", table_of(), flags=("--streaming",)),
+    Trait("parquet with text labels", table_of(TWO * 6, Value("string"))),
+    Trait("parquet with labels in large_string", table_of(TWO * 6, Value("large_string"))),
+    Trait(
+        "parquet with integers, for a parent with names",
+        table_of((0, 1) * 6, Value("int64")),
+        classes=("0", "1"),
+        own={
+            "retrain": "integer labels need names",
+            "promote": "integer labels need names",
+        },
+    ),
+    Trait(
+        "parquet with product ids",
+        table_of((3001, 9002) * 6, Value("int64")),
+        classes=("3001", "9002"),
+        parent=("3001", "9002"),
+    ),
+    Trait(
+        "parquet with a label of a billion",
+        table_of((7, 10**9) * 6, Value("int64")),
+        classes=("7", "1000000000"),
+        parent=("7", "1000000000"),
+    ),
+    Trait(
+        "parquet with a label missing",
+        table_of((0, 1) * 5 + (0, None)),
+        None,
+        says="day.parquet:11 has no label",
+    ),
+    Trait(
+        "parquet with an empty text label",
+        table_of(TWO * 5 + ("cat", " "), Value("string")),
+        None,
+        says="day.parquet:11 has no label",
+    ),
+    Trait(
+        "parquet with an image missing",
+        table_of(images={3: None}),
+        None,
+        says="day.parquet:3 is a corrupt image",
+    ),
+    Trait("parquet with images as bytes", table_of(raw=True)),
+    Trait(
+        "parquet with columns of other names",
+        table_of(columns=("img", "fine_label")),
+        flags=("--image_column_name", "img", "--label_column_name", "fine_label"),
+    ),
+    Trait(
+        "parquet without the column",
+        table_of(columns=("image", "kind")),
+        None,
+        says="label_column 'label' is not a column",
+    ),
+    Trait(
+        "parquet with float labels",
+        table_of((0.0, 1.0) * 6, Value("float32")),
+        None,
+        says="label_column must hold ClassLabel",
+    ),
+    Trait(
+        "parquet that was cut off",
+        table_of(change=cut(100)),
+        None,
+        says="day.parquet cannot be read",
+    ),
+    Trait("parquet without rows", table_of(()), None, says="hold no example"),
+    Trait("parquet replaced with its time stamp kept", replaced_table),
+    Trait(
+        "classes in another order in the second file", two_tables(("cat", "dog"), ("dog", "cat"))
+    ),
+    Trait(
+        "files of a folder named train and valid",
+        tables_by_split,
+        held_out=tables_by_split,
+        own={"promote": 6},
+    ),
+    Trait(
+        "one of two files named train",
+        two_tables(TWO, TWO, ("train.parquet", "more.parquet")),
+        None,
+        says="must name the split of every shard or of none",
+    ),
+    Trait("tar", archive(), classes=("0", "1"), parent=("0", "1"), flags=PNG_CLS),
+    Trait(
+        "tar, streaming",
+        archive(),
+        classes=("0", "1"),
+        parent=("0", "1"),
+        flags=(*PNG_CLS, "--streaming"),
+    ),
+    Trait(
+        "tar with text labels",
+        archive(label="txt"),
+        flags=("--image_column_name", "png", "--label_column_name", "txt"),
+    ),
+    Trait(
+        "tar.gz", archive("tar.gz", "w:gz"), classes=("0", "1"), parent=("0", "1"), flags=PNG_CLS
+    ),
+    Trait("tgz", archive("tgz", "w:gz"), classes=("0", "1"), parent=("0", "1"), flags=PNG_CLS),
+    Trait(
+        "tar that was cut off",
+        archive(lost=600),
+        None,
+        says="day.tar cannot be read",
+        flags=PNG_CLS,
+    ),
+    Trait(
+        "tar.gz that was cut off",
+        archive("tar.gz", "w:gz", lost=600),
+        None,
+        says="day.tar.gz cannot be read",
+        flags=PNG_CLS,
+    ),
+    Trait("tar with a label missing", archive(without=11), None, says="day.tar", flags=PNG_CLS),
+    Trait("written by save_to_disk", saved),
+    Trait(
+        "several splits written by save_to_disk",
+        saved_splits,
+        held_out=saved_splits,
+        own={"promote": 6},
+    ),
+]
+
+SPLITS = [
+    *(
+        Trait(
+            f"folders called train and {name}",
+            split_folders("train", name),
+            held_out=split_folders("train", name),
+            own={"promote": 6},
+        )
+        for name in ("val", "valid", "dev", "validation", "test")
+    ),
+    Trait(
+        "held-out images among those to train on",
+        folders(),
+        None,
+        says="1 of 7 held-out images are among those",
+        held_out=copy_of_the_first,
+        own={"promote": 7},
+    ),
+    Trait(
+        "the same, --allow_overlap",
+        folders(),
+        held_out=copy_of_the_first,
+        flags=("--allow_overlap",),
+        own={"promote": 7},
+    ),
+    Trait(
+        "one of them in another format",
+        folders(),
+        None,
+        says="1 of 7 held-out images",
+        held_out=copy_in_another_format,
+        flags=("--compare_images_by", "pixels"),
+        own={"promote": 7},
+    ),
+    Trait(
+        "a class that only held-out images have",
+        folders(),
+        classes=TWO,
+        held_out=folders(classes=("cat", "owl"), count=3),
+        own={"retrain": "labels ['owl'] of the held-out images", "promote": 6},
+    ),
+    Trait(
+        "no class in common with the parent",
+        folders(classes=("owl", "fox")),
+        classes=("owl", "fox"),
+        own={"retrain": "must share a class with its parent", "promote": "must share a class"},
+    ),
+    Trait(
+        "a parent without names of classes",
+        folders(),
+        parent=("LABEL_0", "LABEL_1"),
+        own={"retrain": "classes have no names", "promote": "classes have no names"},
+    ),
+]
+
+TRAITS = [*FOLDERS, *PIXELS, *FILES, *SPLITS]
