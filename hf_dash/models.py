@@ -100,9 +100,7 @@ def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path
 
 # The PIL mode for each number of channels, as timm's transforms read images.
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-# Sizes of a wide and a high image, which an image processor has to make equal.
-PROBES = ((64, 48), (48, 80))
+WIDE_AND_HIGH = ((64, 48), (48, 80))
 
 
 def create_model(
@@ -358,12 +356,9 @@ def load_model(
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a PIL image to a tensor [channels, height, width], for images of one mode.
+    """From a PIL image of one mode to a tensor [channels, height, width].
 
-    Args:
-        apply: the transform itself.
-        mode: the PIL mode it takes; None takes any.
-        takes: the same in words, for errors.
+    ``mode`` None takes any; ``takes`` says the same in words, for errors.
     """
 
     apply: Callable[[Image.Image], Tensor]
@@ -418,7 +413,7 @@ def image_transform(model: PreTrainedModel, image_processor: Any | None = None) 
         return pixels
 
     if getattr(image_processor, "do_resize", True):
-        wide, high = (tuple(processed(Image.new("RGB", size)).shape) for size in PROBES)
+        wide, high = (tuple(processed(Image.new("RGB", size)).shape) for size in WIDE_AND_HIGH)
         if wide != high:
             raise ValueError(
                 f"image_processor must give every image the same size, but"

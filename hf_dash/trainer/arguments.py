@@ -161,7 +161,7 @@ class DataTrainingArguments(DataConfig):
 
 
 @dataclass
-class RoundTrainingArguments(TrainingArguments):  # type: ignore[misc]
+class RoundTrainingArguments(TrainingArguments):
     """``TrainingArguments`` that remember whether only evaluation was asked for.
 
     ``TrainingArguments`` sets ``do_eval`` wherever ``eval_strategy`` evaluates, so afterwards
@@ -185,7 +185,7 @@ class RoundTrainingArguments(TrainingArguments):  # type: ignore[misc]
                 f" {self.label_smoothing_factor!r}"
             )
         self.only_evaluate = self.do_eval and not self.do_train
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @documented

@@ -24,7 +24,7 @@ from hf_dash.method.batches import derive_max_steps
 from hf_dash.method.loss import WeightedLoss
 
 
-class RoundTrainer(Trainer):  # type: ignore[misc]
+class RoundTrainer(Trainer):
     """A ``Trainer`` over the images of a round.
 
     Args:
@@ -72,22 +72,21 @@ class RoundTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> "DataLoader[Any]":
         """Return the training batches of this process, prepared by Accelerate."""
         args, num_processes = self.args, self.accelerator.num_processes
-        options = {
+        images: Any = self.train_dataset
+        options: dict[str, Any] = {
             "num_workers": args.dataloader_num_workers,
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
         }
         size = args.train_batch_size
         if self.round.streams:
-            chunks = DataLoader(
-                self.train_dataset, batch_size=size, collate_fn=self.data_collator, **options
-            )
+            chunks = DataLoader(images, batch_size=size, collate_fn=self.data_collator, **options)
             sizes = step_sizes(self.round.num_total, size, num_processes)
             loader: DataLoader[Any] = DataLoader(EvenStream(chunks, sizes), batch_size=None)
         else:
-            sampler = EvenBatchSampler(RandomSampler(self.train_dataset), size, num_processes)
+            sampler = EvenBatchSampler(RandomSampler(images), size, num_processes)
             loader = DataLoader(
-                self.train_dataset,
+                images,
                 batch_sampler=sampler,
                 collate_fn=self.data_collator,
                 pin_memory=args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
