@@ -563,7 +563,7 @@ FILES = [
     Trait("tgz", archive("tgz", "w:gz"), classes=("0", "1"), parent=("0", "1"), flags=PNG_CLS),
     Trait(
         "tar that was cut off",
-        archive(lost=600),
+        archive(lost=20_000),
         None,
         says="day.tar cannot be read",
         flags=PNG_CLS,

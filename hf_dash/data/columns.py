@@ -138,17 +138,19 @@ def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
         texts = [str(value) for value in values]
     if kind == "integers" and values and values[0] < 0:
         raise ValueError(f"labels must not be negative, got {values[0]}")
-    names = _merge_names(texts)
+    names = _merge_names([text for text in texts if normalized(text)])
     if kind == "strings":
         names = sorted(names)
     if kind == "class labels" and names == texts:
         return dataset
-    ids = {value: names.index(normalized(text)) for value, text in zip(values, texts, strict=True)}
+    # Blank text is not a label.
+    pairs = [(value, normalized(text)) for value, text in zip(values, texts, strict=True)]
+    ids = {value: names.index(name) for value, name in pairs if name}
     in_place = kind == "strings" and names == texts
     if in_place:
         # datasets 4.0 encodes only this kind of text.
         dataset = dataset.cast_column("label", Value("string"))
-    if in_place or all(value == index for value, index in ids.items()):
+    if in_place or list(ids.items()) == [(value, value) for value in range(len(values))]:
         return dataset.cast_column("label", ClassLabel(names=names))
     return relabeled(dataset, ids, names)
 
@@ -198,13 +200,13 @@ def label_kind(feature: Any) -> str:
 
 
 def _label_values(dataset: AnyDataset) -> list[Any]:
-    """Return the labels that occur, sorted; reads a stream once. Blank text is not a label."""
+    """Return the labels that occur, sorted; reads a stream once."""
     if isinstance(dataset, Dataset):
         values: Iterable[Any] = dataset.unique("label")
     else:
         batches = dataset.select_columns(["label"]).iter(batch_size=BATCH_SIZE)
         values = {label for batch in batches for label in batch["label"]}
-    return sorted(v for v in values if v is not None and normalized(str(v)))
+    return sorted(value for value in values if value is not None)
 
 
 def label_names(dataset: AnyDataset) -> list[str]:

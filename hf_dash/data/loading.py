@@ -21,9 +21,10 @@ from hf_dash.data.arrivals import (
     new_arrivals,
     read_once,
 )
-from hf_dash.data.columns import AnyDataset
+from hf_dash.data.columns import AnyDataset, label_names
 from hf_dash.data.config import DataConfig
 from hf_dash.data.held_out import drop_repeated, hold_out
+from hf_dash.data.names import check_spelling
 from hf_dash.data.order import BUFFER_SIZE, cut_arrivals, first_examples, in_arrival_order
 from hf_dash.data.schedule import Schedule
 from hf_dash.data.shards import check_types, merge_shards
@@ -266,6 +267,7 @@ def load_held_out(data: DataConfig, access: Access = ANONYMOUS) -> Arrival:
         held_out = arrive(shards, data)
     else:
         _, (held_out,) = _hold_out([arrive(data.open_train(access=access), data)], data)
+    check_spelling(label_names(held_out.dataset))
     return _in_fixed_order(_limited(held_out, data.max_eval_samples))
 
 

@@ -126,3 +126,13 @@ def test_a_fingerprint_needs_images_and_class_labels():
     features = Features({"image": Value("int64"), "label": ClassLabel(names=["a"])})
     with pytest.raises(TypeError, match="image must hold images, got int"):
         fingerprint(Dataset.from_dict({"image": [0], "label": [0]}, features=features))
+
+
+@BOTH
+def test_blank_text_is_not_a_label(streaming):
+    source = labeled(["dog", " ", "cat", None], Value("string"), streaming)
+    dataset = standard_columns(source, Reading())
+    assert label_names(dataset) == ["cat", "dog"]
+    assert [row["label"] for row in dataset] == [1, None, 0, None]
+    named = labeled([0, 1, 0], ClassLabel(names=["cat", ""]), streaming)
+    assert [row["label"] for row in standard_columns(named, Reading())] == [0, None, 0]

@@ -69,7 +69,7 @@ def found(trait, recipe, folder, done):
     right = wanted(trait, recipe)
     last = (done.stderr.strip().splitlines() or [""])[-1]
     if isinstance(right, str):
-        clear = done.returncode and last.startswith("ValueError: ") and right in last
+        clear = done.returncode and "Error: " in last and right in last
         return "clear error" if clear else f"rc {done.returncode}: {last}"
     if done.returncode:
         return f"rc {done.returncode}: {last}"
