@@ -113,7 +113,7 @@ class Source:
         split = self.split(split)
         if self.left_out:
             self._check_left_out(options.allow_missing)
-        shards = self.splits[split]
+        shards = self.splits.get(split)
         if shards is not None:
             return [open_shard(path, name, options) for name, path in shards.items()]
         label = f"{self.name}[{split}]"
