@@ -377,10 +377,10 @@ class ImageTransform:
     def check_mode(self, mode: str) -> None:
         """Refuse another mode, instead of converting images silently."""
         if self.mode is not None and mode != self.mode:
-            raise ValueError(
-                f"image mode is {mode!r}, but {self.takes}; load images with"
-                f" image_mode={self.mode!r}, or create the model with other in_chans"
-            )
+            hint = f"load images with image_mode={self.mode!r}, or create a model of other in_chans"
+            if mode[0] in "IF":  # which Pillow converts by clipping
+                hint = "scale it to 8 bits first"
+            raise ValueError(f"image mode is {mode!r}, but {self.takes}; {hint}")
 
 
 def image_transform(model: PreTrainedModel, image_processor: Any | None = None) -> ImageTransform:

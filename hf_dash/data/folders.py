@@ -19,6 +19,7 @@ import pyarrow.parquet
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
+from hf_dash.data.names import shown
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
@@ -47,7 +48,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files named in a message.
 SHOWN = 5
 
-Kind = Literal["folder", "file", "broken link"]
+Kind = Literal["folder", "file", "broken link", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class FolderImages:
         rows: for each image, its class as ``"label"``, or the columns of a metadata file.
         left_out: image files that are not among them, and why.
         empty: class folders without a readable image.
+        hidden: folders and images whose names begin with a dot; they do not count as missing.
     """
 
     images: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
 
     def check(self, name: str, *, allow_missing: bool) -> None:
         """Say what is left out of the folder ``name``.
@@ -73,6 +76,8 @@ class FolderImages:
             ValueError: that is a whole class, an archive, or more than 1 % of the images, and
                 ``allow_missing`` is not set.
         """
+        if self.hidden and is_main_process():
+            logger.info("%s: hidden, and not read: %s", name, shown(self.hidden))
         if not self.left_out and not self.empty:
             return
         total = len(self.images) + len(self.left_out)
@@ -105,10 +110,12 @@ def find_images(folder: Path, class_folder: str | None = None) -> FolderImages:
             ``class_folder`` is None, a link leads back to a folder above it, or a metadata file is
             wrong.
     """
-    images, metadata, tops = [], [], []
+    images, metadata, tops, hidden = [], [], [], []
     left_out: dict[str, str] = {}
     for name, kind in walk(folder):
-        if kind == "folder":
+        if kind == "hidden":
+            hidden += [name] if _holds_images(folder / name) else []
+        elif kind == "folder":
             tops += [name] if "/" not in name else []
         elif PurePosixPath(name).name in METADATA:
             metadata.append(name)
@@ -127,7 +134,13 @@ def find_images(folder: Path, class_folder: str | None = None) -> FolderImages:
     rows = tuple({"label": _class_of(name, kept, class_folder)} for name in kept)
     filled = {name.partition("/")[0] for name in kept}
     empty = tuple(name for name in tops if name not in filled)
-    return FolderImages(tuple(kept), rows, left_out, empty)
+    return FolderImages(tuple(kept), rows, left_out, empty, tuple(hidden))
+
+
+def _holds_images(path: Path) -> bool:
+    """Check whether something hidden may be missed: a folder or an image, not what macOS adds."""
+    added = path.name.startswith("._") or path.name == "__MACOSX"
+    return not added and (path.is_dir() or is_image(path))
 
 
 def _class_of(name: str, images: Sequence[str], class_folder: str | None) -> str:
@@ -182,7 +195,7 @@ def _read_metadata(path: Path, name: str) -> list[dict[str, Any]]:
 def walk(folder: Path) -> Iterator[tuple[str, Kind]]:
     """Yield the paths below a folder in the order of their names, links followed.
 
-    Hidden files and folders (their names begin with a dot) and ``__MACOSX`` are passed over.
+    Nothing below what is hidden (its name begins with a dot, or is ``__MACOSX``) is yielded.
 
     Raises:
         ValueError: a link leads back to a folder above it.
@@ -196,10 +209,10 @@ def walk(folder: Path) -> Iterator[tuple[str, Kind]]:
         with os.scandir(place) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
         for entry in found:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
             name = prefix + entry.name
-            if entry.is_dir():
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                yield name, "hidden"
+            elif entry.is_dir():
                 yield name, "folder"
                 yield from visit(f"{name}/", above | {real})
             else:

@@ -227,6 +227,13 @@ def round_schedule(
     Raises:
         ValueError: a stream has no images held out, nothing is new, or see
             :meth:`Schedule.checked`.
+
+    Example:
+        >>> import hf_dash
+        >>> data = hf_dash.DataConfig("digits", test_split="test", max_train_samples=100)
+        >>> schedule = hf_dash.data.round_schedule(data)
+        >>> schedule.arrivals[-1].num_examples, schedule.held_out_split
+        (100, 'test')
     """
     split, held_out_shards = data.open_held_out(access)
     if not held_out_shards:

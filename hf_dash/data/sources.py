@@ -234,7 +234,7 @@ def _shards_source(name: str, path: Path) -> Source:
     for file, kind in walk(path):
         if kind == "file" and loader_of(file):
             by_split.setdefault(_split_of(file), {})[f"{_own_name(path)}/{file}"] = path / file
-        elif kind != "folder" and (unreadable(file, kind) or is_image(path / file)):
+        elif kind not in ("folder", "hidden") and (unreadable(file, kind) or is_image(path / file)):
             left_out.append(file)
     unnamed = by_split.pop(None, {})
     if unnamed and by_split:
@@ -277,7 +277,9 @@ def _images_source(name: str, path: Path) -> Source:
     for file, kind in walk(path):
         top, *below = file.split("/")
         described = PurePosixPath(file).name in METADATA
-        if kind == "folder" or not (described or is_image(path / file) or unreadable(file, kind)):
+        if kind in ("folder", "hidden") or not (
+            described or is_image(path / file) or unreadable(file, kind)
+        ):
             continue
         if below:
             depths[top] = max(depths.get(top, 0), 2 if described else len(below))

@@ -170,6 +170,11 @@ class RoundTrainingArguments(TrainingArguments):
     Raises:
         ValueError: ``class_weights`` is neither ``"balanced"`` nor None, or comes with label
             smoothing.
+
+    Example:
+        >>> from hf_dash.trainer import RoundTrainingArguments
+        >>> RoundTrainingArguments("out", do_eval=True, eval_strategy="epoch").only_evaluate
+        True
     """
 
     class_weights: str | None = field(

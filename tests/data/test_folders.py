@@ -86,10 +86,16 @@ def test_other_files_are_no_images_and_not_missed(tmp_path, name):
 
 def test_what_is_hidden_is_passed_over(tmp_path):
     folder = class_folders(tmp_path / "in", count=1)
-    for name in (".ipynb_checkpoints/a.png", "cat/._a.png", "__MACOSX/cat/a.png", ".DS_Store"):
+    for name in (".ipynb_checkpoints/a.png", "cat/._a.png", "__MACOSX/cat/a.png"):
         write_folder(folder, {name: png(1)})
     found = find_images(folder)
+    write_folder(folder, {"cat/.b.png": png(2), ".DS_Store": b"x"})
+    found = find_images(folder)
     assert (len(found.images), found.left_out, found.empty) == (2, {}, ())
+    assert found.hidden == (".ipynb_checkpoints", "cat/.b.png")
+    with heard() as lines:
+        found.check("in", allow_missing=False)
+    assert lines == ["in: hidden, and not read: .ipynb_checkpoints, cat/.b.png"]
 
 
 @pytest.mark.parametrize(
