@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from datasets import ClassLabel, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from helpers import (
     EveryLayer,
     make_tiny_timm,
@@ -316,6 +316,32 @@ def load_stream(case, folder, rank, world):
     write(result, case, rank, folder)
 
 
+def deal_out(case, folder, rank):
+    """Two epochs of a round's Trainer over 13 numbered images, in batches of at most 4."""
+    numbers = IterableDataset.from_generator(
+        generate,
+        features=Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])}),
+        gen_kwargs={"ranges": [(0, 13)]},
+    )
+    if case == "dealt_map":
+        arrival = hf_dash.data.ImageExamples(
+            Dataset.from_list(list(numbers), numbers.features), as_tensor
+        )
+    else:
+        arrival = hf_dash.data.StreamedImages(numbers, as_tensor, num_examples=13)
+    args = TrainingArguments(
+        f"{folder}/{case}{rank}", per_device_train_batch_size=4, report_to="none", use_cpu=True
+    )
+    round_ = hf_dash.Round(1, (arrival,))
+    trainer = hf_dash.trainer.RoundTrainer(make_tiny_timm(), args, round_)
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        epochs.append([batch["pixel_values"].flatten().tolist() for batch in loader])
+    write(epochs, case, rank, folder)
+
+
 def go_through_rounds(folder, accelerator):
     """One round, then a second in another call; return the records and the final weights."""
     digits = hf_dash.load_images("digits")
@@ -382,6 +408,8 @@ def main():
             ]
             result = {"world": accelerator.num_processes, "weights": weights}
             write(result, case, accelerator.process_index, folder)
+        elif case.startswith("dealt"):
+            deal_out(case, folder, accelerator.process_index)
         elif case.startswith("stream"):
             load_stream(case, folder, accelerator.process_index, accelerator.num_processes)
         else:

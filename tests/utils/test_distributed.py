@@ -43,7 +43,7 @@ TWO = [
 TWO_ONLY = ["memorization", "predict", "sam", "rounds", "accuracy_bound", "accuracy_unbound"]
 
 
-TWO_ONLY += ["undisturbed", "undisturbed_stream"]
+TWO_ONLY += ["undisturbed", "undisturbed_stream", "dealt_map", "dealt_stream"]
 
 
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
@@ -178,6 +178,20 @@ def test_several_processes_measure_memorization_as_one_does(results, accelerator
 
 def test_all_processes_get_all_predictions_in_order(results):
     assert results[2]["predict"] == [[list(range(11)), list(range(-1, 10))]] * 2
+
+
+@pytest.mark.parametrize("case", ["dealt_map", "dealt_stream"])
+def test_two_processes_get_even_batches_of_a_round(results, case):
+    first, second = results[2][case]
+    for epochs in zip(first, second, strict=True):
+        sizes = [[len(batch) for batch in batches] for batches in epochs]
+        assert len(sizes[0]) == len(sizes[1]) == 2  # 13 images in steps of 2 × 4
+        assert max(map(max, sizes)) - min(map(min, sizes)) <= 1
+        dealt = sorted(number for batches in epochs for batch in batches for number in batch)
+        # Of a stream Accelerate completes the last step, by an image of the first.
+        assert sorted(set(dealt)) == list(range(13))
+        assert len(dealt) == (13 if case == "dealt_map" else 14)
+    assert first[0] != first[1]
 
 
 def test_processes_share_one_ledger(results):
