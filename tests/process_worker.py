@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from helpers import (
     EveryLayer,
     make_tiny_timm,
     nearby_state,
+    png,
     random_pairs,
     same_state,
     state_of,
@@ -316,19 +317,20 @@ def load_stream(case, folder, rank, world):
     write(result, case, rank, folder)
 
 
+def level(image):
+    return torch.tensor([float(image.getpixel((0, 0)))])
+
+
 def deal_out(case, folder, rank):
     """Two epochs of a round's Trainer over 13 numbered images, in batches of at most 4."""
-    numbers = IterableDataset.from_generator(
-        generate,
-        features=Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])}),
-        gen_kwargs={"ranges": [(0, 13)]},
-    )
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(13)], "label": [0] * 13}
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    images = Dataset.from_dict(rows, features=features)
     if case == "dealt_map":
-        arrival = hf_dash.data.ImageExamples(
-            Dataset.from_list(list(numbers), numbers.features), as_tensor
-        )
+        arrival = hf_dash.data.ImageExamples(images, level)
     else:
-        arrival = hf_dash.data.StreamedImages(numbers, as_tensor, num_examples=13)
+        stream = images.to_iterable_dataset()
+        arrival = hf_dash.data.StreamedImages(stream, level, num_examples=13)
     args = TrainingArguments(
         f"{folder}/{case}{rank}", per_device_train_batch_size=4, report_to="none", use_cpu=True
     )

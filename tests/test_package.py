@@ -104,7 +104,7 @@ MOVED = {
     "StreamLoader": "hf_dash.data.StreamLoader",
     "paired_table": "hf_dash.report.paired_table",
     "grow_head": "hf_dash.models.grow_head",
-    "new_arrivals": "hf_dash.data.shards.new_arrivals",
+    "new_arrivals": "hf_dash.data.arrivals.new_arrivals",
 }
 
 

@@ -103,6 +103,7 @@ def try_all(trait, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_trait_is_read_right_or_refused_clearly(tmp_path):
     rows = []
     for number, trait in enumerate(TRAITS):
