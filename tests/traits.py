@@ -176,7 +176,7 @@ FOLDERS = [
         flags=("--label_column_name", "kind"),
     ),
     Trait("a name of nothing", nothing, None, says="does not exist"),
-    Trait("a zip file", packed, None, says="unpack an archive first"),
+    Trait("a zip file", packed, None, says="an archive has to be unpacked"),
     Trait(
         "a last batch of one image",
         folders(change=lambda path, first: photo(0, first + 60).save(path / "cat" / "z.png")),

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from hf_dash.data.columns import AnyDataset
+from hf_dash.data.columns import AnyDataset, label_names
 from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
+from hf_dash.data.names import shown
 from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
 from hf_dash.data.streams import StreamedImages
 from hf_dash.data.survey import Survey, drop_rows, survey_rows
@@ -182,6 +183,7 @@ def read_once(
         known_bad=known_bad,
         by_pixels=config.compare_images_by == "pixels",
     )
+    _say_lost_classes(arrival, survey, names)
     return replace(
         arrival,
         dataset=drop_rows(arrival.dataset, frozenset(survey.bad)),
@@ -191,6 +193,14 @@ def read_once(
         names=names,
         survey=survey.good,
     )
+
+
+def _say_lost_classes(arrival: Arrival, survey: Survey, names: RowNames) -> None:
+    """Name the classes of which corrupt images leave nothing."""
+    found, left = ({*part.labels.tolist()} for part in (survey, survey.good))
+    lost = [label_names(arrival.dataset)[label] for label in sorted(found - left) if label >= 0]
+    if lost and is_main_process():
+        logger.warning("%s: no image is left of the classes %s", names.shards[0], shown(lost))
 
 
 def load_arrival(

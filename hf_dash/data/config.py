@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import FASHION_MNIST
+from hf_dash.data.names import canonical
 from hf_dash.data.shards import Shard, merge_shards
 from hf_dash.data.sources import (
     ANONYMOUS,
     Access,
     Source,
-    canonical,
     find_source,
     first_of,
     folder_source,

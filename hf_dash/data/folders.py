@@ -19,7 +19,7 @@ import pyarrow.parquet
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from hf_dash.data.names import shown
+from hf_dash.data.names import canonical, shown
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
@@ -147,9 +147,10 @@ def _class_of(name: str, images: Sequence[str], class_folder: str | None) -> str
     folders = name.split("/")[:-1]
     if len(folders) > 1 and class_folder is None:
         firsts, lasts = (sorted({n.split("/")[place] for n in images})[:3] for place in (0, -2))
+        splits = "; dataset_name finds splits" if all(map(canonical, firsts)) else ""
         raise ValueError(
             f"images must lie in one class folder, but {name!r} lies in several:"
-            f" class_folder='first' makes the classes {firsts}, 'last' makes {lasts}"
+            f" class_folder='first' makes the classes {firsts}, 'last' makes {lasts}{splits}"
         )
     return folders[0 if class_folder == "first" else -1]
 

@@ -1,4 +1,4 @@
-"""Names of classes: the same name however it was typed, and arrivals that fit their parent.
+"""Names of classes and splits: the same name however it was typed.
 
 Flow: names as folders, columns and configs spell them → normalized → refused where two differ only
 in a way that no reader sees, or where an arrival has nothing in common with its parent.
@@ -13,11 +13,24 @@ from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+# The names by which splits go, after the one that they are known by here.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
 # What transformers calls the classes of a model without names.
 _NAMELESS = re.compile(r"LABEL_\d+")
 
 # Names listed in a message.
 SHOWN = 10
+
+
+def canonical(split: str) -> str | None:
+    """Return the name by which a split is known here: ``"train"``, ``"validation"``, ``"test"``."""
+    names = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
+    return names.get(split.lower())
 
 
 def normalized(name: str) -> str:

@@ -19,7 +19,7 @@ from datasets import get_dataset_split_names, load_dataset
 from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import EMBEDDED, FASHION_MNIST
 from hf_dash.data.folders import METADATA, is_image, unreadable, walk
-from hf_dash.data.names import shown
+from hf_dash.data.names import canonical, shown
 from hf_dash.data.shards import (
     Shard,
     is_saved,
@@ -34,13 +34,6 @@ from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-# The names by which splits go, after the one that they are known by here.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 # Splits of shards that are named like ``name-00000-of-00010.parquet``.
 _NUMBERED = re.compile(r"(.+)-\d+-of-\d+")
@@ -202,7 +195,7 @@ def _file_source(name: str, paths: Sequence[Path]) -> Source:
         raise ValueError(f"{name!r} must match shards of one kind, got {sorted(kinds)}")
     if kinds == {"None"}:
         raise ValueError(
-            f"{name!r} is neither a folder nor a parquet or tar file; unpack an archive first"
+            f"{name!r} is neither a folder nor a parquet or tar file; an archive has to be unpacked"
         )
     names = [_own_name(path) for path in paths]
     labels = names if len(set(names)) == len(names) else [path.as_posix() for path in paths]
@@ -301,12 +294,6 @@ def _images_source(name: str, path: Path) -> Source:
         )
     splits = {top: {f"{_own_name(path)}/{top}": path / top} for top in deep}
     return Source(name, splits, left_out=tuple(left_out))
-
-
-def canonical(split: str) -> str | None:
-    """Return the name by which a split is known here: ``"train"``, ``"validation"``, ``"test"``."""
-    names = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
-    return names.get(split.lower())
 
 
 def load_images(

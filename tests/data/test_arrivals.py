@@ -154,7 +154,9 @@ def test_a_folder_whose_labels_are_in_a_metadata_file(tmp_path, streaming):
     config = DataConfig(
         streaming=streaming, label_column_name="kind", on_bad_example="skip", **FILES
     )
-    arrival = load_arrival([folder], config, root=tmp_path)
+    with heard() as lines:
+        arrival = load_arrival([folder], config, root=tmp_path)
+    assert lines == ["mon: no image is left of the classes dog"]
     assert arrival.dataset.features["label"].names == ["cat", "dog"]
     assert (levels(arrival), named(arrival)) == ([1], ["cat"])
     assert arrival.skipped == ("mon/b.png",)

@@ -3,7 +3,7 @@ import unicodedata
 import pytest
 from helpers import heard
 
-from hf_dash.data.names import check_shared, check_spelling, normalized, shown
+from hf_dash.data.names import canonical, check_shared, check_spelling, normalized, shown
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
@@ -52,3 +52,8 @@ def test_the_usual_reasons_are_told(known, arriving, hint):
 def test_many_names_are_cut_short():
     assert shown(["a", "b"]) == "a, b"
     assert shown([str(n) for n in range(1000)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … (1,000 in all)"
+
+
+def test_splits_go_by_several_names():
+    found = [canonical(name) for name in ("training", "Valid", "dev", "evaluation", "gold", "cat")]
+    assert found == ["train", "validation", "validation", "test", None, None]
