@@ -397,7 +397,7 @@ SPLITS = [
         "held-out images among those to train on",
         folders(),
         None,
-        says="1 of 7 held-out images are among those",
+        says="1 of 7 held-out images are also training images",
         held_out=copy_of_the_first,
         own={"promote": 7},
     ),

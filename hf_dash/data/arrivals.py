@@ -271,7 +271,7 @@ def list_arrivals(pattern: str, *, allow_missing: bool = False) -> list[Path]:
             that start with ``.`` or ``_`` or end in ``.tmp``, ``.part`` or ``.crdownload`` are
             ignored, because they are still being written. Names sort as text: ``day-10`` before
             ``day-9``.
-        allow_missing: go on although a directory holds images or archives that are not shards.
+        allow_missing: continue although a directory holds images or archives that are not shards.
 
     Raises:
         ValueError: nothing matches, shards of several kinds match, one contains another, or a

@@ -42,7 +42,7 @@ class Reading:
         streaming: read through an ``IterableDataset``.
         class_folder: which folder names the class of an image that lies more than one folder
             deep: ``"first"`` or ``"last"``; None refuses such images.
-        allow_missing: go on although a class or more than 1 % of the images cannot be read.
+        allow_missing: continue although a class or more than 1 % of the images cannot be read.
     """
 
     image_column: str = "image"

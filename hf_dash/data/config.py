@@ -67,11 +67,11 @@ class DataConfig:
             appear.
         files_per_round: New shards per round, at least 1; all by default. Only if shards arrive.
         on_bad_example: ``error`` stops at a corrupt image, ``skip`` leaves it out and lists it.
-        compare_images_by: ``bytes`` or ``pixels``: how held-out images are looked for among those
-            to train on. Pixels find an image that was stored again in another format.
-        allow_missing: Go on although a class or more than 1 % of the images cannot be read.
-        allow_overlap: Go on although held-out images are among those to train on; recorded.
-        allow_disjoint_classes: Go on although an arrival shares no class with its parent.
+        compare_images_by: ``bytes`` or ``pixels``: how held-out and training images are compared.
+            Pixels find an image that was stored again in another format.
+        allow_missing: Continue although a class or more than 1 % of the images cannot be read.
+        allow_overlap: Continue although held-out images are also training images; recorded.
+        allow_disjoint_classes: Continue although an arrival shares no class with its parent.
 
     Raises:
         TypeError: a field has the wrong type.

@@ -91,7 +91,7 @@ class FolderImages:
         packed = any(path.lower().endswith(PACKED) for path in self.left_out)
         many = len(self.left_out) > MISSING_SHARE * total
         if (self.empty or packed or many) and not allow_missing:
-            raise ValueError(f"{message}; allow_missing=True goes on without them")
+            raise ValueError(f"{message}; allow_missing=True continues without them")
         if is_main_process():
             logger.warning(message)
 

@@ -52,12 +52,12 @@ def hold_out(arrival: Arrival, share: float) -> tuple[Arrival, Arrival | None]:
 def check_overlap(
     arrivals: Sequence[Arrival], held_out: Arrival, *, allow_overlap: bool = False
 ) -> int:
-    """Check that no held-out image is among those to train on.
+    """Check that no held-out image is also a training image.
 
     Args:
         arrivals: read once.
         held_out: read once.
-        allow_overlap: say it and go on.
+        allow_overlap: warn and continue.
 
     Returns:
         The number of held-out images that are.
@@ -81,11 +81,11 @@ def check_overlap(
     if count == 0:
         return 0
     message = (
-        f"{count:,} of {len(both):,} held-out images are among those to train on:"
+        f"{count:,} of {len(both):,} held-out images are also training images:"
         f" {', '.join(pairs[:SHOWN])}{', …' if count > SHOWN else ''}"
     )
     if not allow_overlap:
-        raise ValueError(f"{message}; allow_overlap=True goes on and records it")
+        raise ValueError(f"{message}; allow_overlap=True continues and records it")
     if is_main_process():
         logger.warning(message)
     return count

@@ -45,8 +45,8 @@ def load_schedules(
 ) -> list[Schedule]:
     """Return one schedule per seed; if shards arrive, all seeds share one.
 
-    All images that are used are read once: corrupt ones are refused or left out, and so are
-    held-out images among those to train on.
+    All images that are used are read once: corrupt ones are refused or left out, and held-out
+    images that are also training images are refused.
 
     Args:
         data: where the images come from and how they arrive.

@@ -64,7 +64,7 @@ def check_shared(
         known: names of the classes of the parent.
         arriving: names of the classes that arrive.
         what: the arrival, for the message.
-        allow_disjoint: say it and go on.
+        allow_disjoint: warn and continue.
 
     Raises:
         ValueError: it has none, and that is not allowed.

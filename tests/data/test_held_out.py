@@ -63,7 +63,9 @@ def overlapping(tmp_path):
 
 def test_held_out_images_among_those_to_train_on_are_counted_and_named(overlapping):
     arrivals, held_out = overlapping
-    with pytest.raises(ValueError, match="2 of 3 held-out images are among those") as raised:
+    with pytest.raises(
+        ValueError, match="2 of 3 held-out images are also training images"
+    ) as raised:
         check_overlap(arrivals, held_out)
     assert "h.parquet:2 = 1.parquet:2" in str(raised.value)
     assert "h.parquet:1 = 2.parquet:2" in str(raised.value)

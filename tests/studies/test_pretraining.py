@@ -4,7 +4,7 @@ from helpers import record, same_state, state_of
 from safetensors.torch import load_file
 
 import hf_dash
-from hf_dash.data.schedule import cut_schedule
+from hf_dash.data.loading import cut_schedule
 from hf_dash.studies.pretraining import pretrained_epochs, records_by_length
 
 TRAINING = hf_dash.TrainingConfig(max_epochs=2, train_batch_size=30, disable_tqdm=True)
