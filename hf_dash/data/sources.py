@@ -328,7 +328,7 @@ def load_images(
         image_mode: PIL mode to convert every image to, such as ``"RGB"``; None leaves them alone.
         class_folder: ``"first"`` or ``"last"``: which folder names the class of an image that lies
             several folders deep.
-        allow_missing: continue although a class or more than 1 % of a folder's images cannot be read.
+        allow_missing: continue although a class or more than 1 % of the images cannot be read.
         token: access token for a private Hub dataset.
         config_name: configuration of a Hub dataset.
         cache_dir: where downloads are kept.
