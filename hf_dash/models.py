@@ -123,6 +123,10 @@ def create_model(
     Raises:
         ValueError: timm does not know the architecture, label names are missing or repeated, or
             ``model_args`` holds ``num_classes``.
+
+    Example:
+        >>> create_model("test_resnet", label_names=["cat", "dog"], image_size=32).config.id2label
+        {0: 'cat', 1: 'dog'}
     """
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -225,7 +229,6 @@ def grow_head(
         NotImplementedError: the architecture's classifier does not have one row per class.
 
     Example:
-        >>> from hf_dash.models import create_model, grow_head, model_labels
         >>> model = create_model("test_resnet", label_names=["cat", "dog"])
         >>> grown, rows = grow_head(model, ["owl"], seed=0)
         >>> model_labels(grown), {name: len(fresh) for name, fresh in rows.items()}
@@ -395,8 +398,6 @@ def image_transform(model: PreTrainedModel, image_processor: Any | None = None) 
             images of different sizes.
 
     Example:
-        >>> from PIL import Image
-        >>> from hf_dash.models import create_model, image_transform
         >>> model = create_model("test_resnet", label_names=["cat", "dog"], image_size=32)
         >>> image_transform(model)(Image.new("RGB", (100, 80))).shape
         torch.Size([3, 32, 32])

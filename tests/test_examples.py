@@ -13,13 +13,18 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Packages in which every public name has its example; the others have some.
 FINISHED = {
     "data",
+    "hub",
     "history",
     "method",
     "models",
+    "pretrained",
+    "report",
+    "runs",
     "starts",
     "studies",
     "trainer",
     "training",
+    "utils",
 }
 
 

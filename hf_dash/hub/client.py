@@ -37,7 +37,13 @@ Result = TypeVar("Result")
 
 
 class HubError(RuntimeError):
-    """The Hub was not reached, or refused; the message says why and holds no token."""
+    """The Hub was not reached, or refused; the message says why and holds no token.
+
+    Example:
+        >>> import hf_dash
+        >>> issubclass(hf_dash.hub.HubError, RuntimeError)
+        True
+    """
 
 
 def check_repo_id(name: str, repo_id: str) -> None:

@@ -31,6 +31,11 @@ class Parent:
         records: of the rounds behind it, oldest first; none where it has no history.
         repo_id: on the Hub; None for a local folder.
         commit: the exact one on the Hub; None for a local folder.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.hub.Parent("model", []).repo_id is None
+        True
     """
 
     name: str
@@ -64,6 +69,15 @@ def find_parent(
         ValueError: there is no such folder and it can be no id; its weights are not safetensors;
             or its history is damaged.
         HubError: the Hub was not reached, or has no such revision.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hf_dash.save_model(model, folder)
+        ...     hf_dash.hub.find_parent(folder).records
+        []
     """
     commit, folder = None, Path(name_or_path)
     if not folder.is_dir():
@@ -107,6 +121,11 @@ def rebuild_chain(
     Raises:
         ValueError: an id is none; a round is missing, or two of them contradict each other.
         HubError: the Hub was not reached, or has no such revision.
+
+    Example:
+        >>> import hf_dash
+        >>> [str(one) for one in hf_dash.hub.rebuild_chain("user/model")]  # doctest: +SKIP
+        ['round 1: user/model at round-001 (…)', 'round 2: user/model at main (…)']
     """
     check_repo_id("hub_model_id", hub_model_id)
     chain: list[HubRound] = []

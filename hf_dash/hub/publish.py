@@ -115,6 +115,13 @@ class HubRound:
         commit: the exact one, 40 hexadecimal digits.
         revision: how else it is called: its tag, branch or pull request (``refs/pr/1``).
         record: what the history of this commit says of its newest round.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> print(hf_dash.hub.HubRound("user/model", "0" * 40, "round-001", record))
+        round 1: user/model at round-001 (0000000000000000000000000000000000000000)
     """
 
     repo_id: str
@@ -154,6 +161,11 @@ def push_round(
         ValueError: the folder is not whole, or an argument can be no id, branch or token.
         HubError: the Hub was not reached or refused, or holds this round with other files, or a
             later one.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.push_round("runs/next_round", "user/model").revision  # doctest: +SKIP
+        'round-002'
     """
     folder = Path(folder)
     check_repo_id("hub_model_id", hub_model_id)
@@ -233,6 +245,11 @@ def promote_on_hub(
     Raises:
         ValueError: an argument can be no id.
         HubError: the Hub was not reached or refused, or holds other weights there.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.hub.promote_on_hub("user/model", "challenger").revision  # doctest: +SKIP
+        'main'
     """
     check_repo_id("hub_model_id", hub_model_id)
     api = client(token)

@@ -29,6 +29,12 @@ class HubArguments:
 
     Raises:
         ValueError: an id, a branch or a token can be none; the Hub is not asked for that.
+
+    Example:
+        >>> import hf_dash
+        >>> hub = hf_dash.hub.HubArguments(push_to_hub=True, hub_model_id="user/model")
+        >>> hub.push_to_hub, hub.hub_token
+        (True, None)
     """
 
     push_to_hub: bool = field(default=False, metadata={"help": "Push finished rounds."})
@@ -112,6 +118,11 @@ def push_folder(
 
     Raises:
         ValueError: the folder is not whole.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.hub.push_folder(hf_dash.hub.HubArguments(), "runs/next_round") is None
+        True
     """
     if not hub.push_to_hub:
         return None
@@ -155,6 +166,11 @@ def push_rounds(hub: HubArguments, output_dir: str | Path, chain: Chain) -> HubR
 
     Returns:
         The newest round on the Hub; None where nothing was asked for, or the Hub failed.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.hub.push_rounds(hf_dash.hub.HubArguments(), "runs/x", None) is None
+        True
     """
     if not hub.push_to_hub:
         return None
@@ -217,6 +233,12 @@ def push_promotion(
 
     Returns:
         The round on the Hub; None where nothing was asked for, or the Hub failed.
+
+    Example:
+        >>> import hf_dash
+        >>> hub, folder = hf_dash.hub.HubArguments(), "rounds/001/dash_seed0"
+        >>> hf_dash.hub.push_promotion(hub, "runs/x", folder, "first champion") is None
+        True
     """
     if not hub.push_to_hub:
         return None

@@ -2,11 +2,11 @@ from .card import CardData as CardData
 from .card import CardInfo as CardInfo
 from .card import card_info as card_info
 from .card import write_card as write_card
+from .csv_files import add_series as add_series
+from .csv_files import read_series as read_series
 from .evidence import Evidence as Evidence
-from .evidence import add_series as add_series
 from .evidence import evidence_digest as evidence_digest
 from .evidence import read_evidence as read_evidence
-from .evidence import read_series as read_series
 from .evidence import read_settings as read_settings
 from .evidence import write_evidence as write_evidence
 from .experiments import grounds_table as grounds_table

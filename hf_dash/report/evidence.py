@@ -3,23 +3,21 @@
 Flow: history → ``rounds.csv`` (one row per record), ``per_class.csv``, ``factors.csv`` (one row per
 shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what many records have
 in common, each value once) → the same records, so that every table and figure works on them.
-The learning framework's simulations become one row per series.
 Differs from ``history.json``: that file belongs to a run, which appends to it and checks its
 digest; this folder is for readers and diffs, and a sixth of the size. Seconds are rounded to
 ``SECONDS_DIGITS`` decimals and factors to ``FACTOR_DIGITS``; everything else is exact. Promotions
 are not kept.
 """
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from hf_dash.history import History, RoundRecord, starts_of
+from hf_dash.report.csv_files import cell_of, read_csv, read_wide, write_csv, write_wide
 from hf_dash.utils.files import write_text
 
 SECONDS_DIGITS = 5
@@ -42,14 +40,10 @@ COLUMNS = KEY | {
     "parent": str,
     "weights_sha256": str,
 }
-MAY_BE_EMPTY = {"train_accuracy", "converged", "images_read", "parent", "weights_sha256"}
 # Of a shrink. A tensor's own numbers share a cell: the mean and the largest factor, how many of its
 # vectors have λ, and the smallest factor where none has.
 SHRINK = {"num_batches": int, "num_images": int, "seconds": float}
 MEASUREMENT = KEY | {"when": str}
-# Of the learning framework: a row per point as a run writes it, a row per series as committed.
-POINT = dict.fromkeys(("setting", "start", "seed", "experiment"), str)
-SERIES = dict.fromkeys(("setting", "start", "seed", "number"), str)
 
 # What settings.json holds of the records, of their shrinks, and of the images trained on. The last
 # are by seed and number of images, as "1/2000".
@@ -128,9 +122,9 @@ def write_evidence(
     if base is not None:
         settings = {"like": {"folder": like, **there}, **_less(settings, base.settings)}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
-    _write_wide(folder / "per_class.csv", KEY, {_key(r): r.per_class_accuracy for r in own})
-    _write_wide(folder / "measurements.csv", MEASUREMENT, _measurements_of(own))
+    write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
+    write_wide(folder / "per_class.csv", KEY, {_key(r): r.per_class_accuracy for r in own})
+    write_wide(folder / "measurements.csv", MEASUREMENT, _measurements_of(own))
     _write_factors(folder / "factors.csv", own)
     said = {part: value for part, value in settings.items() if value}
     write_text(folder / "settings.json", json.dumps(said, indent=1, ensure_ascii=False) + "\n")
@@ -212,37 +206,14 @@ def evidence_digest(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def add_series(source: str | Path, path: str | Path) -> None:
-    """Add series of numbers to a CSV file with one row per series; numbers it has are replaced.
-
-    Args:
-        source: a CSV file with one row per point, as ``write_simulations`` writes it.
-        path: of the file to add to, or to write.
-    """
-    series = _read_wide(Path(path), SERIES, str)
-    for point, numbers in _read_csv(Path(source), POINT, str):
-        *key, experiment = point.values()
-        for name, text in numbers.items():
-            series.setdefault((*key, name), {})[experiment] = text
-    _write_wide(Path(path), SERIES, series)
-
-
-def read_series(path: str | Path) -> dict[tuple[str, ...], dict[str, list[float]]]:
-    """Return, by setting, start and seed, the series that :func:`add_series` wrote, by name."""
-    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for (*key, name), numbers in _read_wide(Path(path), SERIES).items():
-        found.setdefault(tuple(key), {})[name] = list(numbers.values())
-    return found
-
-
 def _read_records(folder: Path, settings: Mapping[str, Any]) -> list[RoundRecord]:
-    per_class = _read_wide(folder / "per_class.csv", KEY)
+    per_class = read_wide(folder / "per_class.csv", KEY)
     measured: dict[Key, dict[str, dict[str, float]]] = {}
-    for (*key, when), numbers in _read_wide(folder / "measurements.csv", MEASUREMENT).items():
+    for (*key, when), numbers in read_wide(folder / "measurements.csv", MEASUREMENT).items():
         measured.setdefault((key[0], key[1], key[2]), {})[when] = numbers
     shrinks = _read_factors(folder / "factors.csv", settings["shrinks"])
     records = []
-    for row, _ in _read_csv(folder / "rounds.csv", COLUMNS):
+    for row, _ in read_csv(folder / "rounds.csv", COLUMNS):
         own = (row["start"], row["seed"], row.pop("round"))
         images = f"{row['seed']}/{row['num_total']}"
         records.append(
@@ -371,81 +342,7 @@ def _cells(record: RoundRecord) -> dict[str, str]:
     values = {name: getattr(record, name, record.round_index) for name in COLUMNS}
     for name in ("start_seconds", "train_seconds"):
         values[name] = round(values[name], SECONDS_DIGITS)
-    return {name: _text(value) for name, value in values.items()}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(float(value)).removesuffix(".0")
-    return "" if value is None else str(value)
-
-
-def _value(text: str, kind: type, where: str) -> Any:
-    try:
-        return {"True": True, "False": False}[text] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {text!r}") from None
-
-
-def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
-def _read_csv(
-    path: Path, columns: Mapping[str, type], more: type | None = None
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Give each row's named columns, and its further ones that are not empty.
-
-    Args:
-        path: of the file.
-        columns: types of the first columns, by name.
-        more: type of further columns, whatever their names; None where there must be none.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.reader(file)
-        header = next(lines, [])
-        if list(columns) != (header if more is None else header[: len(columns)]):
-            raise ValueError(f"{path} must have the columns {', '.join(columns)}, got {header}")
-        for row in lines:
-            where = f"{path}, line {lines.line_num}"
-            if len(row) != len(header):
-                raise ValueError(f"{where} must have {len(header)} cells, got {len(row)}")
-            named = {
-                name: None
-                if name in MAY_BE_EMPTY and not text
-                else _value(text, kind, f"{where}, {name}")
-                for (name, kind), text in zip(columns.items(), row, strict=False)
-            }
-            others = zip(header[len(columns) :], row[len(columns) :], strict=True)
-            yield (
-                named,
-                {n: _value(t, more, f"{where}, {n}") for n, t in others if more and t},
-            )
-
-
-def _write_wide(
-    path: Path, columns: Iterable[str], rows: Mapping[tuple[Any, ...], Mapping[str, Any]]
-) -> None:
-    """Write numbers by name, a column each; no file where there are none."""
-    names = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
-    if not names:
-        path.unlink(missing_ok=True)
-        return
-    body = [
-        [*map(_text, key), *(_text(numbers.get(name)) for name in names)]
-        for key, numbers in rows.items()
-    ]
-    _write_csv(path, [*columns, *names], body)
-
-
-def _read_wide(
-    path: Path, columns: Mapping[str, type], kind: type = float
-) -> dict[tuple[Any, ...], dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    return {tuple(key.values()): numbers for key, numbers in _read_csv(path, columns, kind)}
+    return {name: cell_of(value) for name, value in values.items()}
 
 
 def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
@@ -453,17 +350,17 @@ def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
     for record in records:
         if record.shrink:
             tensors = {tensor["name"]: _factors(tensor) for tensor in record.shrink["tensors"]}
-            seconds = _text(round(record.shrink["seconds"], SECONDS_DIGITS))
+            seconds = cell_of(round(record.shrink["seconds"], SECONDS_DIGITS))
             counts = (record.shrink["num_batches"], record.shrink["num_images"])
             row = (*_key(record), *counts, seconds)
             rows[row] = tensors
-    _write_wide(path, KEY | SHRINK, rows)
+    write_wide(path, KEY | SHRINK, rows)
 
 
 def _factors(tensor: Mapping[str, Any]) -> str:
     at_lam = round(tensor["share_at_lam"] * tensor["num_vectors"])
     mean, high, low = (
-        _text(round(tensor[f"{which}_factor"], FACTOR_DIGITS)) for which in ("mean", "max", "min")
+        cell_of(round(tensor[f"{which}_factor"], FACTOR_DIGITS)) for which in ("mean", "max", "min")
     )
     return f"{mean} {high} {at_lam}" if at_lam else f"{mean} {high} {at_lam} {low}"
 
@@ -482,7 +379,7 @@ def _tensor(name: str, num_vectors: int, cell: str, lam: float) -> dict[str, Any
 
 def _read_factors(path: Path, facts: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
     shrinks = {}
-    for row, cells in _read_csv(path, KEY | SHRINK, str) if path.is_file() else ():
+    for row, cells in read_csv(path, KEY | SHRINK, str) if path.is_file() else ():
         key = (row.pop("start"), row.pop("seed"), row.pop("round"))
         own = {name: _look_up(facts[name], key) for name in OF_SHRINKS}
         num_vectors, lam = own.pop("num_vectors"), own["config"]["lam"]

@@ -51,7 +51,7 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
 
     Accuracies of the last round differ in points, its steps by their ratio, as in ``paired_table``;
     one seed has no interval. The seeds counted are those shared with cold. The start's own
-    variants, such as ``"dash+lam=0.1"``, are no rivals.
+    variants, such as ``"dash+lam=0.1"``, are not rivals.
 
     Args:
         folders: as :func:`write_evidence` wrote them. ``about["ground"]`` says what is special in
@@ -60,6 +60,18 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
 
     Raises:
         ValueError: an experiment has no such start, or none named ``"cold"`` or ``"warm"``.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> ends = {"cold": 0.5, "warm": 0.4, "dash": 0.6, "fire": 0.55}
+        >>> rest = {"per_class_accuracy": {}, "train_accuracy": 1.0, "converged": True, "epochs": 3}
+        >>> rest |= {"steps": 30, "start_seconds": 0.5, "train_seconds": 2.0}
+        >>> records = [RoundRecord(s, 0, 1, 10, 10, a, **rest) for s, a in ends.items()]
+        >>> about = {"ground": "an example", "network": "tiny"}
+        >>> hf_dash.report.write_evidence(hf_dash.History(None, {}, records), "tiny", about=about)
+        >>> print(hf_dash.report.grounds_table(["tiny"]).splitlines()[0])
+        | ground ... |
     """
     rows = []
     for folder in map(Path, folders):

@@ -206,6 +206,22 @@ def trainer_record(
     Raises:
         FileNotFoundError: the start is DASH, and the output directory holds no
             ``dash_report.json``.
+
+    Example:
+        >>> import hf_dash
+        >>> from transformers import Trainer, TrainingArguments
+        >>> digits = hf_dash.load_images("digits").select(range(8))
+        >>> names = hf_dash.data.label_names(digits)
+        >>> model = hf_dash.create_model("test_resnet", label_names=names, image_size=32)
+        >>> (round_,) = hf_dash.data.cut_rounds(digits, 1, hf_dash.models.image_transform(model))
+        >>> args = TrainingArguments("out", report_to="none", use_cpu=True)
+        >>> trainer = Trainer(model, args, train_dataset=round_.examples)
+        >>> trainer.state.epoch, trainer.state.global_step = 1.0, 1  # as if it had trained
+        >>> metrics = {"accuracy": 0.5, "per_class_accuracy": {}}
+        >>> hf_dash.report.trainer_record(
+        ...     trainer, round_, metrics, train_seconds=2.0, parent="lite0", start="warm"
+        ... ).steps
+        1
     """
     shrink = None
     if is_dash(start):

@@ -106,6 +106,21 @@ def promote(
         ValueError: a folder is not that of a recorded round below the output directory, or its
             model is gone; challenger and champion are the same; the two models do not read the
             same examples; or a run is at work there.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> record = RoundRecord("dash", 0, 1, 10, 10, 0.5, {}, 1.0, True, 3, 30, 0.5, 2.0)
+        >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
+        >>> examples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     hf_dash.History(Path(run) / "history.json", {}).append(record)
+        ...     hf_dash.save_model(model, Path(run) / record.folder)
+        ...     hf_dash.promote(run, record.folder, examples).reason
+        'first champion'
     """
     rules = rules or PromotionRules()
     shown = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
@@ -167,6 +182,13 @@ def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") ->
         TypeError: the folder is not given as text.
         ValueError: there is no champion to go back from; the folder is not that of such a round,
             or its model is gone; or a run is at work there.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.rollback("no/run", "rounds/001/dash_seed0")
+        Traceback (most recent call last):
+            ...
+        ValueError: output_dir must hold the history.json of a run, got 'no/run'
     """
     with one_writer(output_dir):
         return _rollback(_read_history(output_dir), output_dir, to, reason)
