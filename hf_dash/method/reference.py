@@ -179,6 +179,8 @@ def reference_tensors(model: nn.Module) -> dict[str, Tensor]:
             ]
         elif isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             wanted = ["weight", "bias"]
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            wanted = [local for local, _ in module.named_parameters(recurse=False)]
         else:
             continue
         for local in wanted:
@@ -195,7 +197,7 @@ def _vectors(
     module: nn.Module, name: str, theta: Tensor, grouping: str
 ) -> tuple[int, Callable[[int], Any]]:
     """Return how many vectors a tensor has, and where in it the n-th of them is."""
-    if name.endswith("bias"):
+    if theta.ndim == 1:  # a bias
         return 1, lambda n: ...
     if not isinstance(module, CONVOLUTIONS):
         return theta.shape[0], lambda n: n
