@@ -48,7 +48,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files named in a message.
 SHOWN = 5
 
-Kind = Literal["folder", "file", "broken link", "hidden"]
+Kind = Literal["folder", "file", "broken link", "no file", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,15 @@ def walk(folder: Path) -> Iterator[tuple[str, Kind]]:
                 yield name, "folder"
                 yield from visit(f"{name}/", above | {real})
             else:
-                yield name, "file" if entry.is_file() else "broken link"
+                yield name, _kind_of(entry)
 
     yield from visit("", frozenset())
+
+
+def _kind_of(entry: "os.DirEntry[str]") -> Kind:
+    if entry.is_file():
+        return "file"
+    return "broken link" if entry.is_symlink() else "no file"
 
 
 def is_image(path: Path) -> bool:
@@ -243,6 +249,8 @@ def unreadable(name: str, kind: Kind) -> str | None:
     path = PurePosixPath(name.lower())
     if kind == "broken link":
         return "a link to nothing"
+    if kind == "no file":
+        return "a pipe, socket or device"
     if path.suffix in TEMPORARY_SUFFIXES:
         return "still being written"
     if path.suffix in PACKED:

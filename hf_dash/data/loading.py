@@ -102,13 +102,15 @@ def _ordered(
 def _read_orders(arriving: Arrival, ordered: Sequence[Dataset], data: DataConfig) -> list[Arrival]:
     """Read the examples of several orders of one dataset, each once."""
     if data.streaming:
-        return [read_once(replace(arriving, dataset=order), data) for order in ordered]
+        read = [read_once(replace(arriving, dataset=order), data) for order in ordered]
+        return [drop_repeated([arrival])[0] for arrival in read]
     whole = arriving
     if whole.survey is None:
         used = np.unique(np.concatenate([order["example_id"][:] for order in ordered]))
         ids = np.array(arriving.dataset["example_id"][:])
         part = arriving.dataset.select(np.flatnonzero(np.isin(ids, used)))
         whole = read_once(replace(arriving, dataset=part), data)
+    (whole,) = drop_repeated([whole])
     assert whole.survey is not None
     arrivals = []
     for order in ordered:

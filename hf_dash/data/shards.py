@@ -200,15 +200,15 @@ def _load_file(path: Path, kind: str, streaming: bool) -> AnyDataset:
         stream = load_dataset(kind, data_files=files, split="train", streaming=True)
         return Dataset.from_dict({name: [] for name in stream.features}, features=stream.features)
     # The name becomes part of the cache's key, which otherwise is a path and a time stamp.
-    key = None if streaming else _content_key(path, kind)
+    key = None if streaming else content_key(path, footer_only=kind == "parquet")
     return load_dataset(kind, key, data_files=files, split="train", streaming=streaming)
 
 
-def _content_key(path: Path, kind: str) -> str:
-    """Return a key that changes with a file's content: of a parquet file with size and footer."""
+def content_key(path: Path, *, footer_only: bool = False) -> str:
+    """Return a key that changes with a file's content, or with the size and footer of parquet."""
     digest = hashlib.sha256(str(path.stat().st_size).encode())
     with path.open("rb") as file:
-        if kind == "parquet":
+        if footer_only:
             file.seek(-8, 2)
             footer = int.from_bytes(file.read(4), "little")
             file.seek(-8 - footer, 2)

@@ -10,6 +10,7 @@ has class names.
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ from hf_dash.data.folders import METADATA, is_image, unreadable, walk
 from hf_dash.data.names import canonical, shown
 from hf_dash.data.shards import (
     Shard,
+    content_key,
     is_saved,
     loader_of,
     merge_shards,
@@ -108,7 +110,8 @@ class Source:
             self._check_left_out(options.allow_missing)
         shards = self.splits.get(split)
         if shards is not None:
-            return [open_shard(path, name, options) for name, path in shards.items()]
+            own = without_copies(shards)
+            return [open_shard(path, name, options) for name, path in own.items()]
         label = f"{self.name}[{split}]"
         if self.name in EMBEDDED:
             images = EMBEDDED[self.name](split)
@@ -132,6 +135,19 @@ class Source:
             raise ValueError(f"{message}; allow_missing=True leaves them out")
         if is_main_process():
             logger.warning(message)
+
+
+def without_copies(shards: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the shards without those that are the same file or folder as an earlier one."""
+    sizes = Counter(path.stat().st_size for path in shards.values())
+    first: dict[str, str] = {}
+    for name, path in shards.items():
+        key = str(path.resolve())
+        if path.is_file() and sizes[path.stat().st_size] > 1:
+            key = content_key(path)
+        if first.setdefault(key, name) != name and is_main_process():
+            logger.warning("%s is the same as %s: counted once", name, first[key])
+    return {name: shards[name] for name in first.values()}
 
 
 def find_source(

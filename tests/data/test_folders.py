@@ -54,10 +54,24 @@ def test_a_loop_of_links_is_an_error(tmp_path):
         find_images(folder)
 
 
+def test_links_between_two_folders_are_a_loop(tmp_path):
+    folder = class_folders(tmp_path / "in", count=1)
+    (folder / "cat" / "x").symlink_to(folder / "dog")
+    (folder / "dog" / "y").symlink_to(folder / "cat")
+    with pytest.raises(ValueError, match="'cat/x/y' is a link to a folder above it"):
+        find_images(folder)
+
+
 def test_a_link_to_nothing_is_named(tmp_path):
     folder = class_folders(tmp_path / "in", count=1)
     (folder / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert find_images(folder).left_out == {"cat/gone.png": "a link to nothing"}
+
+
+def test_what_is_not_a_file_is_named(tmp_path):
+    folder = class_folders(tmp_path / "in", count=1)
+    os.mkfifo(folder / "cat" / "pipe.png")
+    assert find_images(folder).left_out == {"cat/pipe.png": "a pipe, socket or device"}
 
 
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP", "PPM", "TGA"]

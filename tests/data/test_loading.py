@@ -325,6 +325,34 @@ def test_a_copy_of_a_shard_makes_no_round(incoming, caplog):
     assert [a.files for a in schedule.arrivals][:2] == [("1.parquet",), ("4.parquet",)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("per_round", [None, 3])
+def test_a_copy_of_a_file_counts_once_in_one_dataset(tmp_path, streaming, per_round):
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "a.parquet", [png(n) for n in range(6)], [0, 1] * 3)
+    (tmp_path / "in" / "b.parquet").write_bytes((tmp_path / "in" / "a.parquet").read_bytes())
+    (tmp_path / "in" / "c.parquet").symlink_to(tmp_path / "in" / "a.parquet")
+    write_parquet(tmp_path / "held.parquet", [png(20), png(21)], [0, 1])
+    held_out = str(tmp_path / "held.parquet")
+    data = DataConfig(str(tmp_path / "in"), test_dataset_name=held_out, streaming=streaming)
+    with heard() as lines:
+        (schedule,) = load_schedules(data, [0], 2, per_round, [])
+    assert set.union(*files_of(schedule)) == {f"in/a.parquet:{n}" for n in range(6)}
+    copies = [f"in/{name}.parquet is the same as in/a.parquet: counted once" for name in "bc"]
+    assert [line for line in lines if "counted once" in line] == copies
+
+
+def test_a_copy_of_a_folder_counts_once_in_one_dataset(tmp_path):
+    for day in ("monday", "tuesday"):
+        class_folders(tmp_path / day, count=3)
+    class_folders(tmp_path / "held", count=1, first=50)
+    data = DataConfig(str(tmp_path / "*day"), validation_dir=str(tmp_path / "held"))
+    with heard() as lines:
+        (schedule,) = load_schedules(data, [0], 2, None, [])
+    assert sum(arrival.num_examples for arrival in schedule.arrivals) == 6
+    assert lines == ["tuesday has the same images as monday: counted once"]
+
+
 def test_an_arrival_given_as_seen_and_new_counts_once(tmp_path):
     for day, first in (("monday", 0), ("tuesday", 20)):
         class_folders(tmp_path / day, count=3, first=first)
