@@ -6,7 +6,9 @@ Launch:  accelerate launch --num_cpu_threads_per_process 1 recipes/benchmarks/la
 Per seed one network is trained on the first images; then, for rounds of several sizes, DASH and
 training to 99.9 % continue from it, with the batches of an epoch cut in three ways: even sizes, as
 hf_dash cuts them; what is left over in a last batch, as a DataLoader and the authors do; or that
-dropped. A line of CSV per training, to output_dir/last_batch.csv, where finished ones are kept.
+dropped, if anything is. Images are halved to 16 px, so that a training takes less than a minute of
+one core; the last feature map is then one pixel, as the default network's is at 32 px. A line of CSV
+per training, to output_dir/last_batch.csv, where finished ones are kept.
 """
 
 import copy
@@ -43,6 +45,7 @@ class Arguments:
         default_factory=lambda: [4992, 5000, 5001], metadata={"help": "Images of the rounds."}
     )
     num_test: int = field(default=2000, metadata={"help": "Held-out images."})
+    image_size: int = 16
     architecture: str = "resnet10t"
     model_args: str = json.dumps(NETWORK)
 
@@ -80,7 +83,7 @@ def main():
             args.architecture,
             label_names=hf_dash.data.label_names(train),
             model_args=json.loads(args.model_args),
-            image_size=32,
+            image_size=args.image_size,
             seed=seed,
         )
         transform = hf_dash.models.image_transform(model)
@@ -93,7 +96,8 @@ def main():
         for round_ in rounds:
             for way in ("even", "left over", "dropped"):
                 key = str(seed), str(round_.num_total), way
-                if key in done:
+                left = round_.num_total % size
+                if key in done or (way == "dropped" and not left):
                     continue
                 own = copy.deepcopy(model)
                 hf_dash.find_start("dash")(own, hf_dash.StartContext(round_, seed))
@@ -101,7 +105,6 @@ def main():
                 batches = cut(round_, way, size, seed)
                 result = hf_dash.training.train_round(own, batches, training, accelerator)
                 accuracy = hf_dash.training.evaluate_model(own, test, accelerator)["accuracy"]
-                left = round_.num_total % size
                 row = [*key, left, result.steps, result.epochs, result.converged, accuracy]
                 with path.open("a", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerow(row)
