@@ -6,6 +6,7 @@ Each returns the name to give to a recipe. Images of another first number are ot
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
@@ -54,6 +55,11 @@ def link_a_class(path, first):
 def link_an_image(path, first):
     pool = class_folders(path.with_name(f"{path.name}_pool"), ("cat",), 1, first + 20)
     (path / "cat" / "link.png").symlink_to(next(pool.glob("cat/*")))
+
+
+def link_each_other(path, first):
+    (path / "cat" / "x").symlink_to(path / "dog")
+    (path / "dog" / "y").symlink_to(path / "cat")
 
 
 def rename_by(function):
@@ -148,6 +154,12 @@ def two_tables(first_names, second_names, files=("a.parquet", "b.parquet")):
     return build
 
 
+def table_and_copy(path, first):
+    name = table_of()(path, first)
+    shutil.copy(name, path / "copy.parquet")
+    return str(path)
+
+
 def tables_by_split(path, first):
     table_of(name="train-00000-of-00001.parquet")(path, first)
     table_of((0, 1) * 3, name="valid-00000-of-00001.parquet")(path, first + 100)
@@ -185,6 +197,12 @@ def saved(path, first):
     name = table_of()(path / "table", first)
     Dataset.from_parquet(name).save_to_disk(path / "saved")
     return str(path / "saved")
+
+
+def saved_without_its_data(path, first):
+    name = saved(path, first)
+    next((path / "saved").glob("*.arrow")).unlink()
+    return name
 
 
 def saved_splits(path, first):
@@ -231,7 +249,14 @@ DEEP = {
 
 
 def deep(kind, value, form, end):
-    def convert(image):
-        return PILImage.fromarray(np.full((36, 40), value, dtype=kind))
+    return replace_one(form, end, lambda image: deep_image(kind, value))
 
-    return replace_one(form, end, convert)
+
+def deep_image(kind, value):
+    return PILImage.fromarray(np.full((36, 40), value, dtype=kind))
+
+
+def deep_photo(name):
+    """One of these images as a table holds it."""
+    kind, value, form, _ = DEEP[name]
+    return {"bytes": encoded(deep_image(kind, value), form), "path": None}

@@ -4,6 +4,7 @@ Each recipe either reads exactly the images and classes named here, or ends with
 what is wrong.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,13 @@ from trait_builders import (
     copy_of_the_first,
     cut,
     deep,
+    deep_photo,
     described,
     folders,
     in_a_folder_called,
     link_a_class,
     link_an_image,
+    link_each_other,
     nested,
     nothing,
     packed,
@@ -32,7 +35,9 @@ from trait_builders import (
     replaced_table,
     saved,
     saved_splits,
+    saved_without_its_data,
     split_folders,
+    table_and_copy,
     table_of,
     tables_by_split,
     truncated_photo,
@@ -82,6 +87,12 @@ FOLDERS = [
         folders(change=lambda path, first: (path / "cat" / "up").symlink_to(path)),
         None,
         says="link to a folder above it",
+    ),
+    Trait(
+        "links between two folders",
+        folders(change=link_each_other),
+        None,
+        says="'cat/x/y' is a link to a folder above it",
     ),
     Trait(
         "a link to nothing",
@@ -174,6 +185,12 @@ FOLDERS = [
         None,
         says="names '12.png', which does not exist",
         flags=("--label_column_name", "kind"),
+    ),
+    Trait(
+        "a pipe among images",
+        folders(change=lambda path, first: os.mkfifo(path / "cat" / "x.png")),
+        None,
+        says="cat/x.png (a pipe, socket or device)",
     ),
     Trait("a name of nothing", nothing, None, says="does not exist"),
     Trait("a zip file", packed, None, says="an archive has to be unpacked"),
@@ -327,6 +344,14 @@ FILES = [
     ),
     Trait("parquet without rows", table_of(()), None, says="hold no example"),
     Trait("parquet replaced with its time stamp kept", replaced_table),
+    Trait("a file and its copy", table_and_copy),
+    Trait(
+        "parquet with a float TIFF",
+        table_of(images={3: deep_photo("float TIFF")}),
+        None,
+        says="day.parquet:3 has more than 8 bits",
+        flags=RGB,
+    ),
     Trait(
         "classes in another order in the second file", two_tables(("cat", "dog"), ("dog", "cat"))
     ),
@@ -376,8 +401,15 @@ FILES = [
     Trait("tar with a label missing", archive(without=11), None, says="day.tar", flags=PNG_CLS),
     Trait("written by save_to_disk", saved),
     Trait(
+        "written by save_to_disk, a file missing",
+        saved_without_its_data,
+        None,
+        says="saved cannot be read",
+    ),
+    Trait(
         "several splits written by save_to_disk",
         saved_splits,
+        saved_without_its_data,
         held_out=saved_splits,
         own={"promote": 6},
     ),

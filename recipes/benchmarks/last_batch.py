@@ -7,8 +7,8 @@ Per seed one network is trained on the first images; then, for rounds of several
 training to 99.9 % continue from it, with the batches of an epoch cut in three ways: even sizes, as
 hf_dash cuts them; what is left over in a last batch, as a DataLoader and the authors do; or that
 dropped, if anything is. Images are halved to 16 px, so that a training takes less than a minute of
-one core; the last feature map is then one pixel, as the default network's is at 32 px. A line of CSV
-per training, to output_dir/last_batch.csv, where finished ones are kept.
+one core; the last feature map is then one pixel, as the default network's is at 32 px.
+Each training adds a line to output_dir/last_batch.csv; finished ones are not repeated.
 """
 
 import copy

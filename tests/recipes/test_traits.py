@@ -1,13 +1,12 @@
 """What users' folders are like × the recipes that read them: right, or a clear error.
 
-The table in ``traits.csv`` is written by ``python -m pytest -m slow tests/recipes/test_traits.py``
-with ``WRITE_TRAITS=1`` in the environment; without it the test compares.
+``python -m pytest -m slow tests/recipes/test_traits.py`` writes the table in
+``recipes/results/traits`` with ``WRITE_TRAITS=1`` in the environment; without it, it compares.
 """
 
 import csv
 import json
 import os
-from pathlib import Path
 
 import pytest
 from children import Child, join, run_script
@@ -16,7 +15,7 @@ from traits import RECIPES, TRAITS
 
 import hf_dash
 
-TABLE = Path(__file__).with_name("traits.csv")
+TABLE = REPOSITORY / "recipes" / "results" / "traits" / "traits.csv"
 
 SCRIPTS = {
     "continual": "continual_rounds.py",
