@@ -7,12 +7,12 @@ Launch:  accelerate launch recipes/continual_rounds.py
              --dataset_name 'incoming/*.parquet' --test_dataset_name held_out.parquet
 
 Every start sees the same rounds in the same order and shares its first round's initial weights per
-seed. The same command continues where it was stopped or killed, and with files that have arrived
-since. With --push_to_hub --hub_model_id user/name every round of one start goes to the Hub. With
---model_name_or_path (a model folder or Hub id; with --pretrained a timm name) round 1 begins from
-that checkpoint, cold means the checkpoint again, and DASH shrinks towards it. Flags: those below,
-and the fields of hf_dash's CheckpointArguments, DataConfig, TrainingConfig, DashConfig,
-StartsConfig and HubArguments.
+seed. The last line says which start to use; recommendation.json holds the same. The same command
+continues where it was stopped or killed, and with files that have arrived since. With --push_to_hub
+--hub_model_id user/name every round of one start goes to the Hub. With --model_name_or_path (a
+model folder or Hub id; with --pretrained a timm name) round 1 begins from that checkpoint, cold
+means the checkpoint again, and DASH shrinks towards it. Flags: those below, and the fields of the
+classes that main lists.
 """
 
 import json
@@ -34,14 +34,12 @@ class RunArguments:
         default_factory=lambda: ["cold", "warm", "dash"],
         metadata={"help": "Starts to compare, or 'all'."},
     )
-    seeds: str = field(
-        default="1", metadata={"help": "3 for the seeds 0, 1 and 2; 1-5 for these five."}
-    )
-    num_rounds: int = field(default=5, metadata={"help": "Rounds one dataset is cut into."})
+    seeds: str = field(default="1", metadata={"help": "3 for seeds 0, 1 and 2; 1-5 for these."})
+    num_rounds: int = field(default=6, metadata={"help": "Rounds one dataset is cut into."})
     examples_per_round: int | None = field(
         default=None, metadata={"help": "Examples in one arrival; by default all are dealt out."}
     )
-    architecture: str = field(default="test_resnet", metadata={"help": "A name timm knows."})
+    architecture: str | None = field(default=None, metadata={"help": "timm's; or a small ResNet."})
     model_args: str = field(default="{}", metadata={"help": "For timm.create_model, as JSON."})
     image_size: int = field(default=32, metadata={"help": "Height and width of the model's input."})
     export_start: str | None = field(
@@ -56,6 +54,8 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.architecture is None and self.model_args == "{}":
+            self.architecture, self.model_args = hf_dash.models.SMALL_RESNET
         if self.starts == ["all"]:
             self.starts = list(hf_dash.STARTS)
         self.export_start = self.export_start or self.starts[-1]
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def compare(accelerator, run, source, data, training, dash, start_config, hub) -> None:
-    output_dir, first_seed = Path(run.output_dir), run.seed_range[0]
+    output_dir, exported = Path(run.output_dir), (run.export_start, run.seed_range[0])
     groups = run, source, data, training, dash, start_config
     settings = {name: value for group in groups for name, value in asdict(group).items()}
     history = hf_dash.history.open_history(
@@ -130,7 +130,7 @@ def compare(accelerator, run, source, data, training, dash, start_config, hub) -
                 checkpoint=checkpoint,
             )
             model = hf_dash.run_rounds(create(), rounds, held_out, hf_dash.find_start(start), one)
-            if accelerator.is_main_process and (start, seed) == (run.export_start, first_seed):
+            if accelerator.is_main_process and (start, seed) == exported:
                 images = hf_dash.report.CardData(
                     data.source, schedule.held_out_split, len(held_out), data.dataset_revision
                 )

@@ -96,7 +96,7 @@ class TrainingConfig:
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
-    train_batch_size: int = 32
+    train_batch_size: int = 128
     max_epochs: int = 100
     accuracy_threshold: float | None = 0.999
     disable_tqdm: bool = False

@@ -17,7 +17,6 @@ def test_the_plain_preset():
     assert changed(TrainingConfig(training_preset="plain")) == {
         "training_preset": "plain",
         "learning_rate": 1e-3,
-        "train_batch_size": 128,
     }
 
 
@@ -26,7 +25,6 @@ def test_the_state_of_the_art_preset():
         "training_preset": "sota",
         "learning_rate": 0.1,
         "weight_decay": 5e-4,
-        "train_batch_size": 128,
         "augment": True,
         "lr_milestones": [60, 120, 160, 200],
         "warmup_epochs": 1,
