@@ -92,8 +92,8 @@ def open_base(
     Raises:
         TypeError: ``base`` is none of these, or holds something else than tensors.
         ValueError: the checkpoint holds less than half of the weights that shrink, or one of
-            another shape, so that it is of another architecture; it is quantized; its weights are
-            not safetensors, damaged or not there.
+            another shape, so that it is of another architecture; it is quantized or on the meta
+            device; its weights are not safetensors, damaged or not there.
     """
     if base is None or (isinstance(base, str) and base == ZERO):
         yield None
@@ -120,6 +120,8 @@ def _of_state_dict(state: Mapping[str, Any]) -> _Source:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"base must hold tensors alone, got {type(tensor).__name__} {name!r}")
+        if tensor.is_meta:
+            raise ValueError(f"base must hold values, got {name!r} on the device 'meta'")
 
     def read(name: str, rows: slice) -> Tensor:
         tensor: Tensor = state[name].detach()

@@ -11,6 +11,8 @@ from .evidence import read_settings as read_settings
 from .evidence import write_evidence as write_evidence
 from .experiments import grounds_table as grounds_table
 from .experiments import setup_text as setup_text
+from .experiments import verdict_text as verdict_text
+from .experiments import verdicts_table as verdicts_table
 from .export import Chain as Chain
 from .export import trainer_record as trainer_record
 from .export import training_settings as training_settings
@@ -20,6 +22,7 @@ from .markdown import markdown_table as markdown_table
 from .pages import render_page as render_page
 from .paired import PairedDifference as PairedDifference
 from .paired import join_histories as join_histories
+from .paired import order_table as order_table
 from .paired import paired_difference as paired_difference
 from .paired import paired_table as paired_table
 from .paired import price_table as price_table

@@ -10,8 +10,12 @@ from pathlib import Path
 from hf_dash.history import RoundRecord
 from hf_dash.report.evidence import read_evidence, read_settings
 from hf_dash.report.markdown import MISSING, Markdown, escape_markdown, markdown_table
-from hf_dash.report.paired import paired_difference
-from hf_dash.report.tables import Run
+from hf_dash.report.paired import PairedDifference, paired_difference
+from hf_dash.report.tables import Run, mean_accuracy
+from hf_dash.report.verdict import start_verdict
+
+# Points below warm that do not count as harm.
+HARMLESS = 1.0
 
 
 def setup_text(folder: str | Path) -> Markdown:
@@ -99,6 +103,72 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
         rows.append([ground, about["network"], str(len(seeds)), *points, steps])
     header = ["ground", "network", "seeds", f"{start} vs. cold", "vs. warm", "vs. best rival"]
     return markdown_table([*header, "steps vs. cold"], rows)
+
+
+def verdicts_table(folders: Sequence[str | Path], start: str = "dash") -> Markdown:
+    """Return one row per experiment: does a start harm, and what does the verdict say.
+
+    Accuracies are means of rounds ≥ 2 and differ in points, paired over seeds, with 95 % intervals.
+    A start is "never more than 1 point below warm" if even the lower end of its interval is no
+    lower than −1; "on average" if only its mean is.
+
+    Args:
+        folders: as :func:`write_evidence` wrote them, each with the start, cold and warm.
+        start: name of the start.
+
+    Raises:
+        ValueError: an experiment lacks a start, or has fewer than two seeds.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> ends = {"cold": 0.5, "warm": 0.5, "dash": 0.4}
+        >>> records = [
+        ...     RoundRecord(start, seed, index, 8, 8, accuracy, {}, 1.0, True, 3, 30, 0.0, 1.0)
+        ...     for start, accuracy in ends.items() for seed in (0, 1, 2) for index in (1, 2)
+        ... ]
+        >>> about = {"ground": "an example", "network": "tiny"}
+        >>> hf_dash.report.write_evidence(hf_dash.History(None, {}, records), "tiny", about=about)
+        >>> table = hf_dash.report.verdicts_table(["tiny"])
+        >>> [cell.strip() for cell in table.splitlines()[-1].split("|")][5:7]
+        ['no', 'cold']
+    """
+    rows = []
+    for folder in map(Path, folders):
+        evidence = read_evidence(folder)
+        verdict = start_verdict(evidence.records)
+        warm, own = (
+            paired_difference(evidence.records, one, other, mean_accuracy)
+            for one, other in (("warm", "cold"), (start, "warm"))
+        )
+        below = "never" if own.low >= -HARMLESS else "on average" if own.mean >= -HARMLESS else "no"
+        link = f"[{folder.name}]({folder.name}/README.md)"
+        ground = Markdown(f"{link}: {escape_markdown(evidence.settings['about']['ground'])}")
+        rows.append([ground, str(own.num_seeds), _points(warm), _points(own), below, verdict.start])
+    header = ["ground", "seeds", "warm vs. cold", f"{start} vs. warm"]
+    return markdown_table([*header, "no more than 1 point below warm", "verdict"], rows)
+
+
+def verdict_text(folder: str | Path) -> Markdown:
+    """Return the verdict on an experiment, as continual_rounds.py prints it.
+
+    Example:
+        >>> import hf_dash
+        >>> from hf_dash.history import RoundRecord
+        >>> records = [
+        ...     RoundRecord(start, 0, index, 8, 8, 0.5, {}, 1.0, True, 3, 30, 0.0, 1.0)
+        ...     for start in ("cold", "warm") for index in (1, 2)
+        ... ]
+        >>> hf_dash.report.write_evidence(hf_dash.History(None, {}, records), "two")
+        >>> hf_dash.report.verdict_text("two")[:30]
+        '> warm: +0.0 points vs. cold i'
+    """
+    sentence = start_verdict(read_evidence(folder).records).sentence
+    return Markdown(f"> {escape_markdown(sentence)}")
+
+
+def _points(difference: PairedDifference) -> str:
+    return f"{difference.mean:+.1f} ({difference.low:+.1f} … {difference.high:+.1f})"
 
 
 def _versus(

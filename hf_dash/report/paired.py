@@ -12,12 +12,13 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history, starts_of
-from hf_dash.report.markdown import MISSING, markdown_table
+from hf_dash.report.markdown import MISSING, Markdown, escape_markdown, markdown_table
 from hf_dash.report.tables import Run, mean_accuracy, mean_steps
 from hf_dash.utils.checks import check_confidence
 
@@ -189,6 +190,44 @@ def paired_table(records: Sequence[RoundRecord], baseline: str, *, confidence: f
             f" two seeds in common, got {starts_of(records)}"
         )
     return markdown_table(header, rows)
+
+
+def order_table(records: Sequence[RoundRecord], starts: Sequence[str]) -> Markdown:
+    """Return the mean accuracy of rounds ≥ 2 per seed, and how often the starts are in order.
+
+    Args:
+        records: of these starts, among others; seeds in which one lacks a round are left out.
+        starts: names, from the least accurate to the most accurate; at least two.
+
+    Raises:
+        ValueError: fewer than two starts are named, or no seed has all rounds of all of them.
+
+    Example:
+        >>> from hf_dash.history import RoundRecord
+        >>> from hf_dash.report import order_table
+        >>> records = [
+        ...     RoundRecord(start, seed, 1, 8, 8, accuracy, {}, 1.0, True, 3, 30, 0, 1)
+        ...     for start, accuracy in {"cold": 0.5, "dash": 0.625}.items()
+        ...     for seed in (0, 1)
+        ... ]
+        >>> print(order_table(records, ["cold", "dash"]).splitlines()[-1])
+        cold < dash in 2 of 2 seeds
+    """
+    if len(starts) < 2:
+        raise ValueError(f"starts must name at least two, got {list(starts)}")
+    runs = {start: _finished(records, start) for start in starts}
+    seeds = sorted(set.intersection(*(set(own) for own in runs.values())))
+    if not seeds:
+        raise ValueError(f"records must hold all rounds of {list(starts)} in one seed, got none")
+    rows, count = [], 0
+    for seed in seeds:
+        means = [mean_accuracy(runs[start][seed]) for start in starts]
+        ordered = all(lower < higher for lower, higher in pairwise(means))
+        count += ordered
+        rows.append([str(seed), *(f"{mean:.2f} %" for mean in means), "yes" if ordered else "no"])
+    table = markdown_table(["seed", *starts, "in order"], rows)
+    order = " < ".join(map(escape_markdown, starts))
+    return Markdown(f"{table}\n\n{order} in {count} of {len(seeds)} seeds")
 
 
 def price_table(records: Sequence[RoundRecord], baseline: str) -> str:

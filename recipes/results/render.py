@@ -45,6 +45,10 @@ def of_records(function):
     return make
 
 
+def order_table(folders, starts):
+    return hf_dash.report.order_table(hf_dash.report.read_evidence(*folders).records, starts)
+
+
 def of_simulations(function):
     """Make a table or figure of the first seeds of some sizes, such as ``γ=25,50``."""
 
@@ -97,12 +101,15 @@ def plot_front(records, path):
 TABLES = {
     "csv": csv_table,
     "grounds": hf_dash.report.grounds_table,
+    "order": order_table,
     "paired": of_records(hf_dash.report.paired_table),
     "pretraining": of_records(hf_dash.studies.pretraining_table),
     "price": of_records(hf_dash.report.price_table),
     "setup": lambda folders: hf_dash.report.setup_text(*folders),
     "simulations": of_simulations(hf_dash.studies.simulations_table),
     "starts": of_records(hf_dash.report.starts_table),
+    "verdict": lambda folders: hf_dash.report.verdict_text(*folders),
+    "verdicts": hf_dash.report.verdicts_table,
 }
 FIGURES = {
     "factors": plot_factors,

@@ -158,9 +158,14 @@ def quantized(model):
     return {n: t.to(torch.int8) for n, t in model.state_dict().items()}
 
 
+def without_values(model):
+    return {n: t.to("meta") for n, t in model.state_dict().items()}
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (without_values, ValueError, "'conv.weight' on the device 'meta'"),
         (other_width, ValueError, "'conv.weight' has the shape"),
         (quantized, ValueError, "'conv.weight' of torch.int8"),
         (lambda model: {"encoder.weight": torch.ones(3)}, ValueError, "holds 0 of the"),
@@ -173,7 +178,16 @@ def quantized(model):
             "names one tensor twice",
         ),
     ],
-    ids=["other width", "quantized", "other names", "empty", "a number", "no tensors", "twice"],
+    ids=[
+        "no values",
+        "other width",
+        "quantized",
+        "other names",
+        "empty",
+        "a number",
+        "no tensors",
+        "twice",
+    ],
 )
 def test_a_bad_base_changes_nothing(every_layer, make, error, message):
     before = state_of(every_layer)

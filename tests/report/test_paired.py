@@ -5,7 +5,13 @@ from helpers import record
 
 from hf_dash import History
 from hf_dash.history import write_history
-from hf_dash.report import join_histories, paired_difference, paired_table, price_table
+from hf_dash.report import (
+    join_histories,
+    order_table,
+    paired_difference,
+    paired_table,
+    price_table,
+)
 
 
 def runs(start, accuracies, steps=((10, 20),)):
@@ -115,6 +121,26 @@ def test_the_price_is_counted_until_the_goal():
     assert row(table, "cold")[2:6] == ["2", "20", "30", "100%"]
     assert row(table, "early")[2:] == ["1", "10", "3", "10%", "2", "50%", "300", "10%"]
     assert row(table, "never")[2:] == ["never", *["–"] * 7]
+
+
+def test_the_order_of_starts_is_counted_by_seed():
+    low = runs("low", [(0.3, 0.4), (0.3, 0.5), (0.9, 0.5)])
+    high = runs("high", [(0.3, 0.5), (0.3, 0.5), (0.2, 0.6), (0.3, 0.9)])
+    *table, _, count = order_table([*low, *high, *COLD], ["low", "high"]).splitlines()
+    # Round 1 does not count, a tie is not in order, and seed 3 has one start only.
+    assert [[cell.strip() for cell in line.strip("| ").split("|")] for line in table[2:]] == [
+        ["0", "40.00 %", "50.00 %", "yes"],
+        ["1", "50.00 %", "50.00 %", "no"],
+        ["2", "50.00 %", "60.00 %", "yes"],
+    ]
+    assert count.replace("\\", "") == "low < high in 2 of 3 seeds"
+
+
+def test_an_order_needs_two_starts_and_a_whole_seed():
+    with pytest.raises(ValueError, match=r"starts must name at least two, got \['cold'\]"):
+        order_table(COLD, ["cold"])
+    with pytest.raises(ValueError, match=r"all rounds of \['cold', 'warm'\]"):
+        order_table(COLD, ["cold", "warm"])
 
 
 def test_a_price_needs_a_finished_baseline():
