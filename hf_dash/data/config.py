@@ -81,7 +81,7 @@ class DataConfig:
         >>> import hf_dash
         >>> config = hf_dash.DataConfig("fashion_mnist")
         >>> len(config.load_train()), len(config.load_held_out())
-        (1500, 3500)
+        (1200, 3800)
     """
 
     dataset_name: str | None = FASHION_MNIST
