@@ -38,15 +38,6 @@ logger = get_logger(__name__)
 
 NAMES = ("model.safetensors", "model.safetensors.index.json")
 
-# timm's name and arguments, as JSON, of a ResNet with 77,158 weights for ten classes. It trains in
-# seconds on a CPU, and all its 3×3 kernels see more than one position of a 32×32 image. Its narrow
-# stem makes it slow to fit, so that a warm start harms on few images already.
-SMALL_RESNET = (
-    "resnet10t",
-    '{"layers": [1, 1, 1, 0], "channels": [16, 32, 64, 64], "stem_width": 4, "stem_type": "deep",'
-    ' "zero_init_last": false}',
-)
-
 
 def require_safetensors(
     name_or_path: str,

@@ -55,7 +55,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         if self.architecture is None and self.model_args == "{}":
-            self.architecture, self.model_args = hf_dash.models.SMALL_RESNET
+            self.architecture, self.model_args = hf_dash.data.embedded.SMALL_RESNET
         if self.starts == ["all"]:
             self.starts = list(hf_dash.STARTS)
         self.export_start = self.export_start or self.starts[-1]
