@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hf_dash.history import read_history
 from hf_dash.method.base import open_base
@@ -31,6 +32,8 @@ ADVICE = (
 )
 # Weights nearer to a checkpoint than this share of its norm are taken to come from it.
 NEAR = 0.5
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,32 @@ def find_origin(model: nn.Module) -> Origin:
     return _suspected(model)
 
 
+def is_fresh(model: nn.Module) -> bool:
+    """Tell a model whose norms, all of them trained, are at their first values: 1 (or 0), and 0.
+
+    Args:
+        model: unwrapped.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NORMS)]
+    pairs = [(norm.weight, norm.bias) for norm in norms if norm.weight is not None]
+    if not pairs or any(not weight.requires_grad for weight, _ in pairs):
+        return False
+    return all(filled_with(weight, 1.0) or filled_with(weight, 0.0) for weight, _ in pairs) and all(
+        bias is None or filled_with(bias, 0.0) for _, bias in pairs
+    )
+
+
+def filled_with(tensor: Tensor, value: float) -> bool:
+    """Tell whether every element of a tensor is exactly ``value``."""
+    return isinstance(tensor, Tensor) and bool((tensor.detach() == value).all())
+
+
 def with_origin(config: DashConfig, model: nn.Module) -> DashConfig:
     """Return settings whose base is where the model began, if they name none and a record does.
 
     Where nothing is recorded and something suggests that the weights are pretrained, a warning says
-    what a shrink towards zero would do, and the way out. Adapters of PEFT began at zero.
+    what a shrink towards zero would do, and the way out. Adapters of PEFT began at zero, and fresh
+    weights are not pretrained, whatever folder they were loaded from.
 
     Args:
         config: ``base`` None asks; anything else stays.
@@ -90,7 +114,7 @@ def with_origin(config: DashConfig, model: nn.Module) -> DashConfig:
         return config
     origin = find_origin(model)
     if origin.base is None:
-        if origin.reason:
+        if origin.reason and not is_fresh(model):
             logger.warning("DASH: the model may be pretrained: %s. %s.", origin.reason, ADVICE)
         return config
     if origin.base != ZERO:

@@ -7,10 +7,9 @@ Differs from guessing: a sign counts only where training cannot have left it.
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
+from hf_dash.method.origin import filled_with, is_fresh
 from hf_dash.method.wrappers import plain_name
 from hf_dash.utils.logging import get_logger
 
@@ -18,8 +17,6 @@ logger = get_logger(__name__)
 
 # Written to the model's config, so that a saved model carries it: "shrunk", then "trained".
 MARK = "hf_dash_state"
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def mark_model(model: nn.Module, state: str) -> None:
@@ -56,7 +53,7 @@ def objection(model: nn.Module) -> str:
         )
     if mark == "trained":
         return ""
-    if _is_fresh(model):
+    if is_fresh(model):
         return "the model has never been trained, so there is nothing to forget"
     head = _new_head(model)
     if head:
@@ -65,17 +62,6 @@ def objection(model: nn.Module) -> str:
             " fine-tune it first"
         )
     return ""
-
-
-def _is_fresh(model: nn.Module) -> bool:
-    """Tell a model whose norms, all of them trained, are at their first values: 1 (or 0), and 0."""
-    norms = [module for module in model.modules() if isinstance(module, _NORMS)]
-    pairs = [(norm.weight, norm.bias) for norm in norms if norm.weight is not None]
-    if not pairs or any(not weight.requires_grad for weight, _ in pairs):
-        return False
-    return all(_is(weight, 1.0) or _is(weight, 0.0) for weight, _ in pairs) and all(
-        bias is None or _is(bias, 0.0) for _, bias in pairs
-    )
 
 
 def _new_head(model: nn.Module) -> str:
@@ -88,10 +74,6 @@ def _new_head(model: nn.Module) -> str:
         if not isinstance(module, nn.Linear) or module.bias is None:
             continue
         loaded = getattr(module.weight, "_is_hf_initialized", False)
-        if not loaded and module.weight.requires_grad and _is(module.bias, 0.0):
+        if not loaded and module.weight.requires_grad and filled_with(module.bias, 0.0):
             return plain_name(f"{name}.weight")
     return ""
-
-
-def _is(tensor: Tensor, value: float) -> bool:
-    return bool((tensor.detach() == value).all()) if isinstance(tensor, torch.Tensor) else False

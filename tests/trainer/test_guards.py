@@ -1,5 +1,8 @@
 """What a model's weights tell of their past, before they are shrunk."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import heard, make_trainer, same_state, state_of, tiny_vit
@@ -84,3 +87,20 @@ def test_after_a_step_the_model_counts_as_trained(tmp_path, two_rounds):
     assert objection(trainer.model) == ""
     with pytest.raises(TypeError, match="strict must be True or False, got 1"):
         hf_dash.DashCallback(strict=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(tiny_vit, "never been trained"), (trained_vit, "may be pretrained")],
+)
+def test_a_model_from_a_folder_gets_the_one_warning_that_is_right(tmp_path, make, said):
+    make().save_pretrained(tmp_path / "model")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "model")
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(16)]
+    round_ = SimpleNamespace(examples=rows)
+    trainer = make_trainer(tmp_path, round_, [hf_dash.DashCallback()], max_steps=1)
+    trainer.model = trainer.model_wrapped = model
+    with heard(logging.WARNING) as messages:
+        trainer.train()
+    assert len(messages) == 1
+    assert said in messages[0]
