@@ -58,6 +58,8 @@ def shrink(case, accelerator, folder):
         batches = batches[1:]
     if "uneven_size" in case and rank == 1:
         batches[2] = tuple(part[1:] for part in batches[2])
+    if "uneven_labels" in case and rank == 1:
+        batches[2][1][0] = -100
     if "broken" in case and rank == 1:
         batches[2][0].fill_(float("nan"))
     prepared = accelerator.prepare(model) if "ddp" in case else model

@@ -1,14 +1,17 @@
 """What the callback costs in a Trainer, side by side in one run, decoding in workers included.
 
 Launch:  accelerate launch recipes/benchmarks/callback.py
-         accelerate launch recipes/benchmarks/callback.py --model resnet50 --image_size 128
+         accelerate launch recipes/benchmarks/callback.py --model resnet50 --batch_size 16
 
 (a) forward and backward of the K batches that the callback reads, from the same loader; (b) the
-whole of ``on_train_begin``. Every image is decoded from a JPEG by the loader's workers. The ways
-take turns; every repeat prints its ratio, the last line the medians.
+whole of ``on_train_begin``. Every image is decoded from a JPEG by the loader's workers. In a repeat
+(a) comes before and after (b), so that a machine that becomes slower does not count against one of
+them. On the CPU seconds are those that this process and its workers compute, on an accelerator
+those of the clock. Medians over the repeats; the lowest seconds are those with the least noise.
 """
 
 import io
+import os
 import statistics
 import tempfile
 import time
@@ -29,7 +32,7 @@ class Arguments:
     image_size: int = 64
     batch_size: int = 32
     workers: int = field(default=2, metadata={"help": "Processes that decode."})
-    repeats: int = 5
+    repeats: int = 10
 
 
 class Jpegs(torch.utils.data.Dataset):
@@ -51,24 +54,39 @@ class Jpegs(torch.utils.data.Dataset):
         return {"pixel_values": pil_to_tensor(image).float() / 255, "labels": index % 10}
 
 
-def bare_seconds(model, loader, args, newest):
+def clock(device):
+    """Return seconds; the workers' count where they have ended."""
+    if device.type == "cpu":
+        return sum(os.times()[:4])
+    hf_dash.utils.distributed.synchronize(device)
+    return time.perf_counter()
+
+
+def forward_and_backward(model, loader, args, newest):
     model.eval()
-    begun = time.perf_counter()
     for batch in hf_dash.trainer.batches.training_batches(loader, args, newest):
         inputs = {name: value.to(args.device) for name, value in batch.items()}
         model(**inputs).loss.backward()
         model.zero_grad(set_to_none=True)
-    hf_dash.utils.distributed.synchronize(args.device)
-    return time.perf_counter() - begun
+    model.train()
 
 
 class Timed(hf_dash.DashCallback):
-    def on_train_begin(self, args, state, control, *, train_dataloader, model, **kwargs):
-        kwargs["model"], newest = model, self.config.newest
-        self.bare = bare_seconds(model, train_dataloader, args, newest)
-        begun = time.perf_counter()
-        super().on_train_begin(args, state, control, train_dataloader=train_dataloader, **kwargs)
-        self.whole = time.perf_counter() - begun
+    """Measures its own hook, and the bare pass before and after it."""
+
+    def on_train_begin(self, args, state, control, *, model, train_dataloader, **kwargs):
+        def bare():
+            forward_and_backward(model, train_dataloader, args, self.config.newest)
+
+        def whole():
+            kwargs.update(model=model, train_dataloader=train_dataloader)
+            super(Timed, self).on_train_begin(args, state, control, **kwargs)
+
+        self.seconds = []
+        for way in (bare, whole, bare):
+            begun = clock(args.device)
+            way()
+            self.seconds.append(clock(args.device) - begun)
 
 
 class Stop(TrainerCallback):
@@ -79,6 +97,11 @@ class Stop(TrainerCallback):
 def measure(own, folder):
     names = [str(number) for number in range(10)]
     model = hf_dash.create_model(own.model, label_names=names, image_size=own.image_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                0.01
+            )  # trained networks have no norms of zero, whose gradients end there
     args = TrainingArguments(
         output_dir=folder,
         max_steps=1,
@@ -93,19 +116,23 @@ def measure(own, folder):
     callback = Timed(trainer=trainer)
     trainer.add_callback(callback)
     trainer.train()
-    return callback.bare, callback.whole
+    return callback.seconds
 
 
 def main():
     own = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
     with tempfile.TemporaryDirectory() as folder:
         measure(own, folder)  # warms up
-        rows = [measure(own, folder) for _ in range(own.repeats)]
-    for bare, whole in rows:
-        print(f"forward and backward {bare:.2f} s, hook {whole:.2f} s, ratio {whole / bare:.3f}")
-    ratios = [whole / bare for bare, whole in rows]
-    bare, whole = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"medians: {bare:.2f} s, {whole:.2f} s, ratio {statistics.median(ratios):.3f}")
+        before, whole, after = zip(*(measure(own, folder) for _ in range(own.repeats)), strict=True)
+    ratios = sorted(2 * b / (a + c) for a, b, c in zip(before, whole, after, strict=True))
+    lowest = min(*before, *after), min(whole)
+    row = [own.model, f"{own.batch_size} × {own.image_size}²", own.repeats]
+    row += [f"{seconds:.2f}" for seconds in lowest]
+    ends = (lowest[1] / lowest[0], statistics.median(ratios), ratios[0], ratios[-1])
+    row += [f"{ratio:.3f}" for ratio in ends]
+    header = ["network", "images", "repeats", "lowest (a), s", "lowest (b), s", "lowest b / a"]
+    header += ["median b / a", "from", "to"]
+    print(hf_dash.report.markdown_table(header, [row]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from torch.utils.data import default_collate
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     Trainer,
@@ -41,9 +44,35 @@ def together(rows):
     return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
 
 
-def detection():
+def yolos():
+    return YolosForObjectDetection(YolosConfig(**VIT, image_size=[16, 16], num_labels=3))
+
+
+def detr():
+    backbone = ResNetConfig(
+        embedding_size=4,
+        hidden_sizes=[4, 4],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
+    config = DetrConfig(
+        backbone_config=backbone,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        num_queries=3,
+        num_labels=3,
+    )
+    return DetrForObjectDetection(config)
+
+
+def detection(make_model):
     """Nested dicts of labels, as many boxes as there are."""
-    model = YolosForObjectDetection(YolosConfig(**VIT, image_size=[16, 16], num_labels=3))
     rows = [
         {
             "pixel_values": images(i),
@@ -59,7 +88,7 @@ def detection():
         pixels = torch.stack([row["pixel_values"] for row in rows])
         return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
 
-    return model, rows, collate
+    return make_model(), rows, collate
 
 
 def segmentation():
@@ -159,13 +188,14 @@ def two_heads():
 
 
 TASKS = {
-    "detection": detection,
+    "detection, YOLOS": lambda: detection(yolos),
+    "detection, DETR": lambda: detection(detr),
     "segmentation": segmentation,
     "contrast": contrast,
     "autoencoder": autoencoder,
     "masked images": masked_images,
     "regression of floats": lambda: regression(float),
-    "regression of integers": lambda: regression(lambda i: float(i % 5)),
+    "regression of integers": lambda: regression(lambda i: i % 5),
     "several labels": several_labels,
     "two heads": two_heads,
 }
