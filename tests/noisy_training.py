@@ -139,6 +139,28 @@ def make_trainer(folder, callbacks=(), data=None, trainer_class=Trainer, **optio
     )
 
 
+class Doubled:
+    """A loader around another."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield {**batch, "pixel_values": 2 * batch["pixel_values"]}
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        return Doubled(super().get_train_dataloader())
+
+
 TIMES = ("seconds", "runtime", "per_second")
 
 
@@ -166,6 +188,7 @@ def train(folder, dash, bound=False, **options):
 
 SETUPS = {
     "map-style": {},
+    "a loader around the loader": {"trainer_class": OwnLoader},
     "accumulation": {"gradient_accumulation_steps": 3},
     "workers": {"dataloader_num_workers": 2},
     "persistent workers": {

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_dash.method.shrink import HISTOGRAM_BINS, ShrinkReport, TensorReport
 from hf_dash.method.wrappers import base_name
+from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import write_text
 
 REPORT_NAME = "dash_report.json"
@@ -136,7 +137,8 @@ def _add_histogram(writer: object, tag: str, tensors: list[TensorReport], step: 
 
 def write_report(report: ShrinkReport, args: TrainingArguments, state: TrainerState) -> None:
     """Write ``dash_report.json`` into the output directory, by the main process."""
-    if state.is_world_process_zero:
+    # Under DeepSpeed on the CPU each process of a Trainer takes itself for the first one.
+    if state.is_world_process_zero and is_main_process():
         output_dir = Path(cast(str, args.output_dir))
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / REPORT_NAME, json.dumps(report.to_dict(), indent=1))

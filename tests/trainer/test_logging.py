@@ -112,10 +112,13 @@ def test_histograms_go_to_tensorboard():
     assert drawn["sum"] == pytest.approx(7.0)
 
 
-def test_only_the_main_process_writes_the_file(tmp_path):
+def test_only_the_main_process_writes_the_file(tmp_path, monkeypatch):
     report = report_of(tensor("conv.weight"))
     args = type("Args", (), {"output_dir": str(tmp_path / "new")})
     write_report(report, args, TrainerState(is_world_process_zero=False))
+    with monkeypatch.context() as second:  # a process that the Trainer takes for the first
+        second.setattr("hf_dash.trainer.logging.is_main_process", lambda: False)
+        write_report(report, args, TrainerState())
     assert not (tmp_path / "new").exists()
     write_report(report, args, TrainerState())
     assert json.loads((tmp_path / "new" / "dash_report.json").read_text()) == report.to_dict()

@@ -9,6 +9,9 @@ from helpers import REPOSITORY, same_state, state_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+# What those libraries warn of is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 def shown(heading):
     text = (REPOSITORY / "hf_dash" / "trainer" / "README.md").read_text()
