@@ -10,7 +10,7 @@ from pathlib import Path
 from hf_dash.history import RoundRecord
 from hf_dash.report.evidence import read_evidence, read_settings
 from hf_dash.report.markdown import MISSING, Markdown, escape_markdown, markdown_table
-from hf_dash.report.paired import PairedDifference, paired_difference
+from hf_dash.report.paired import PairedDifference, paired_difference, share_of_steps
 from hf_dash.report.tables import Run, mean_accuracy
 from hf_dash.report.verdict import start_verdict
 
@@ -106,11 +106,12 @@ def grounds_table(folders: Sequence[str | Path], start: str = "dash") -> Markdow
 
 
 def verdicts_table(folders: Sequence[str | Path], start: str = "dash") -> Markdown:
-    """Return one row per experiment: does a start harm, and what does the verdict say.
+    """Return one row per experiment: does a start harm, does it help, what does the verdict say.
 
     Accuracies are means of rounds ≥ 2 and differ in points, paired over seeds, with 95 % intervals.
-    A start is "never more than 1 point below warm" if even the lower end of its interval is no
-    lower than −1; "on average" if only its mean is.
+    "Within 1 point of warm" is "yes" if even the lower end of the interval is no lower than −1,
+    "on average" if the mean is, "no" otherwise. The steps are those until the start is within
+    1 point of what cold has in the end, as a share of cold's; "never" if it does not get there.
 
     Args:
         folders: as :func:`write_evidence` wrote them, each with the start, cold and warm.
@@ -141,12 +142,15 @@ def verdicts_table(folders: Sequence[str | Path], start: str = "dash") -> Markdo
             paired_difference(evidence.records, one, other, mean_accuracy)
             for one, other in (("warm", "cold"), (start, "warm"))
         )
-        below = "never" if own.low >= -HARMLESS else "on average" if own.mean >= -HARMLESS else "no"
+        within = "yes" if own.low >= -HARMLESS else "on average" if own.mean >= -HARMLESS else "no"
+        share = share_of_steps(evidence.records, start, "cold", points=HARMLESS)
         link = f"[{folder.name}]({folder.name}/README.md)"
         ground = Markdown(f"{link}: {escape_markdown(evidence.settings['about']['ground'])}")
-        rows.append([ground, str(own.num_seeds), _points(warm), _points(own), below, verdict.start])
-    header = ["ground", "seeds", "warm vs. cold", f"{start} vs. warm"]
-    return markdown_table([*header, "no more than 1 point below warm", "verdict"], rows)
+        steps = "never" if share is None else f"{share:.2f}"
+        cells = [_points(warm), _points(own), within, steps, verdict.start]
+        rows.append([ground, str(own.num_seeds), *cells])
+    header = ["ground", "seeds", "warm vs. cold", f"{start} vs. warm", "within 1 point of warm"]
+    return markdown_table([*header, "steps to cold − 1 point", "verdict"], rows)
 
 
 def verdict_text(folder: str | Path) -> Markdown:

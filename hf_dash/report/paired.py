@@ -268,16 +268,12 @@ def price_table(records: Sequence[RoundRecord], baseline: str) -> str:
         runs = list(_finished(records, start).values())
         if not runs:
             continue
-        reached = [
-            number
-            for number in range(1, len(runs[0]) + 1)
-            if _mean([run[number - 1].accuracy for run in runs]) >= goal
-        ]
-        if not reached:
+        reached = _rounds_until(runs, goal)
+        if reached is None:
             rows.append([start, str(len(runs)), "never", *[MISSING] * 7])
             continue
-        last = runs[0][reached[0] - 1]
-        price = _price(runs, reached[0])
+        last = runs[0][reached - 1]
+        price = _price(runs, reached)
         cells = [
             cell
             for cost, whole_cost in zip(price, full, strict=True)
@@ -285,6 +281,45 @@ def price_table(records: Sequence[RoundRecord], baseline: str) -> str:
         ]
         rows.append([start, str(len(runs)), str(last.round_index), f"{last.num_total:,}", *cells])
     return markdown_table(header, rows)
+
+
+def share_of_steps(
+    records: Sequence[RoundRecord], start: str, baseline: str, *, points: float
+) -> float | None:
+    """Return the steps of a start until it is about as accurate as the baseline in the end.
+
+    Args:
+        records: of both, among others; seeds without all rounds are left out.
+        start: name of one, with a seed that has all rounds.
+        baseline: name of the other, with a seed that has all rounds.
+        points: percentage points that the mean over seeds may be below the baseline's.
+
+    Returns:
+        A share of the baseline's steps over all rounds; None if the start never gets there.
+
+    Example:
+        >>> from hf_dash.history import RoundRecord
+        >>> from hf_dash.report.paired import share_of_steps
+        >>> records = [
+        ...     RoundRecord(start, 0, index, 8, 8 * index, accuracy, {}, 1.0, True, 3, 30, 0, 1)
+        ...     for start, accuracy in {"cold": 0.5, "warm": 0.48}.items() for index in (1, 2)
+        ... ]
+        >>> share_of_steps(records, "warm", "cold", points=2), share_of_steps(
+        ...     records, "warm", "cold", points=1
+        ... )
+        (0.5, None)
+    """
+    own, whole = (list(_finished(records, name).values()) for name in (start, baseline))
+    goal = _mean([run[-1].accuracy for run in whole]) - points / 100
+    # Not to be missed for a last digit.
+    reached = _rounds_until(own, goal - 1e-9)
+    return None if reached is None else _price(own, reached)[0] / _price(whole, len(whole[0]))[0]
+
+
+def _rounds_until(runs: Sequence[Run], goal: float) -> int | None:
+    """Return after how many rounds the accuracy, mean over runs, is no lower than the goal."""
+    means = (_mean([run[index].accuracy for run in runs]) for index in range(len(runs[0])))
+    return next((count for count, mean in enumerate(means, 1) if mean >= goal), None)
 
 
 def _finished(records: Sequence[RoundRecord], start: str) -> dict[int, Run]:

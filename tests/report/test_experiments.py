@@ -98,22 +98,23 @@ def test_an_experiment_without_a_start_has_no_ground(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dash", "warm_and_dash", "below"),
+    ("dash", "difference", "within"),
     [
         # 0.5 below in every seed; 0, 0.5 and 1 below (0.5 ± 1.24); 1.5 below.
-        ([0.495, 0.595, 0.495], "-0.5 (-0.5 … -0.5)", "never"),
+        ([0.495, 0.595, 0.495], "-0.5 (-0.5 … -0.5)", "yes"),
         ([0.500, 0.595, 0.490], "-0.5 (-1.7 … +0.7)", "on average"),
         ([0.485, 0.585, 0.485], "-1.5 (-1.5 … -1.5)", "no"),
     ],
 )
-def test_verdicts_say_whether_a_start_harms(tmp_path, dash, warm_and_dash, below):
+def test_verdicts_say_whether_a_start_harms(tmp_path, dash, difference, within):
     own = records(cold=[0.49, 0.59, 0.49], warm=[0.5, 0.6, 0.5], dash=dash)
     write_evidence(History(None, {}, own), tmp_path / "tuned", about=ABOUT)
     cells = verdicts_table([tmp_path / "tuned"]).splitlines()[-1].strip("| ").split(" | ")
     assert [cell.strip() for cell in cells[2:]] == [
         "+1.0 (+1.0 … +1.0)",
-        warm_and_dash,
-        below,
+        difference,
+        within,
+        "0.25",  # already after round 1, 10 of cold's 40 steps
         "warm",
     ]
     assert "keep warm" in verdict_text(tmp_path / "tuned")

@@ -12,6 +12,7 @@ from hf_dash.report import (
     paired_table,
     price_table,
 )
+from hf_dash.report.paired import share_of_steps
 
 
 def runs(start, accuracies, steps=((10, 20),)):
@@ -141,6 +142,14 @@ def test_an_order_needs_two_starts_and_a_whole_seed():
         order_table(COLD, ["cold"])
     with pytest.raises(ValueError, match=r"all rounds of \['cold', 'warm'\]"):
         order_table(COLD, ["cold", "warm"])
+
+
+def test_the_share_of_steps_counts_until_the_start_is_near_the_baseline():
+    # Cold ends at 50 % after 30 steps in each seed.
+    near = runs("near", [(0.47, 0.49), (0.37, 0.41)], ((3, 9), (5, 15)))
+    assert share_of_steps([*COLD, *near], "near", "cold", points=5.01) == pytest.approx(16 / 30)
+    assert share_of_steps([*COLD, *near], "near", "cold", points=4.9) is None
+    assert share_of_steps([*COLD, *near], "near", "cold", points=8) == pytest.approx(4 / 30)
 
 
 def test_a_price_needs_a_finished_baseline():
