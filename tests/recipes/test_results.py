@@ -92,7 +92,7 @@ def test_the_evidence_stays_small_and_holds_no_history():
     files = [
         path for path in RESULTS.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
-    assert sum(path.stat().st_size for path in files if path.suffix != ".png") < 1_000_000
+    assert sum(path.stat().st_size for path in files if path.suffix != ".png") < 1_200_000
     assert {path.suffix for path in files} == {".csv", ".json", ".md", ".png", ".py"}
     assert {path.name for path in files if path.suffix == ".json"} == {"settings.json"}
     assert len((RESULTS / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
