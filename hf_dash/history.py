@@ -1,20 +1,28 @@
 """The history of a run: a JSON file that only grows.
 
 Flow: one ``RoundRecord`` per round and start → appended to ``history.json`` in one step → read back
-for tables, plots and cards, or to continue, without training again. A digest over the whole content
-shows whether anything else has changed the file.
+for tables, plots and cards, or to continue, without training again. Every entry holds the digest of
+the one before, so a history that was cut or is older than the folders of its rounds shows it; a
+digest over the whole content shows whether anything else has changed the file.
 """
 
-import hashlib
 import json
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-from hf_dash.utils.files import write_text
+from hf_dash.utils.chain import BEGINNING, digest_of, entry_digest, head_of, in_order
+from hf_dash.utils.checks import check_folder_name, check_number, check_types
+from hf_dash.utils.files import public, read_json, write_text
 
-FORMAT = 2
+FORMAT = 3
+
+# Of a file, in bytes; a thousand rounds of a large model are a tenth of it.
+LARGEST = 64 * 2**20
 
 PromotionKind = Literal["promote", "reject", "force", "rollback"]
 
@@ -35,8 +43,19 @@ MAY_DIFFER = frozenset(
         "allow_overlap",
         "allow_disjoint_classes",
         "compare_images_by",
+        # The same batches, in smaller pieces or by other processes.
+        "micro_batch_size",
+        "num_workers",
+        # Repairs a round that failed.
+        "on_bad_example",
     }
 )
+
+# Where one of these is set, the number of workers decides which images are drawn.
+WORKERS_MATTER = ("augment", "streaming")
+
+# Not worth a record of their change.
+UNRECORDED = ("output_dir", "disable_tqdm")
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,8 @@ class RoundRecord:
         versions: of the libraries, by name.
         hardware: processes, device and precision.
         held_out_fingerprint: of the images that ``accuracy`` was measured on.
+        file_sha256: of every file in the round's folder that the next round may load.
+        previous: digest of the entry before in the history it was recorded in.
     """
 
     start: str
@@ -101,6 +122,8 @@ class RoundRecord:
     held_out_fingerprint: str | None = None
     parent_sha256: str | None = None
     overlap: int | None = None
+    file_sha256: dict[str, str] | None = None
+    previous: str | None = field(default=None, compare=False)
 
     @property
     def folder(self) -> str:
@@ -134,6 +157,7 @@ class Promotion:
         comparison: ``Comparison.to_dict()``; None where nothing was compared.
         num_held_out: number of held-out examples; None in a rollback.
         held_out_fingerprint: of the held-out examples; None in a rollback.
+        previous: digest of the entry before in the history.
 
     Raises:
         ValueError: an unknown kind.
@@ -148,10 +172,29 @@ class Promotion:
     comparison: dict[str, Any] | None = None
     num_held_out: int | None = None
     held_out_fingerprint: str | None = None
+    previous: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(PromotionKind):
             raise ValueError(f"kind must be one of {get_args(PromotionKind)}, got {self.kind!r}")
+
+
+@dataclass(frozen=True)
+class SettingsChange:
+    """Settings that a run continued with in place of others.
+
+    Args:
+        changes: by name, the value before and after.
+        time: of the first entry recorded with them, in UTC, ISO 8601.
+        previous: digest of the entry before in the history.
+    """
+
+    changes: dict[str, list[Any]]
+    time: str
+    previous: str | None = field(default=None, compare=False)
+
+
+Entry: TypeAlias = RoundRecord | Promotion | SettingsChange
 
 
 @dataclass
@@ -163,6 +206,7 @@ class History:
         settings: everything that was set for the run.
         records: so far, oldest first; use :meth:`append`.
         promotions: decisions so far, oldest first; use :meth:`append_promotion`.
+        changes: of settings so far, oldest first.
         may_differ: names of settings that say nothing about what has been recorded.
 
     Example:
@@ -178,7 +222,21 @@ class History:
     settings: dict[str, Any]
     records: list[RoundRecord] = field(default_factory=list)
     promotions: list[Promotion] = field(default_factory=list)
+    changes: list[SettingsChange] = field(default_factory=list)
     may_differ: Collection[str] = ()
+    # What has changed since the last entry, to be recorded with the next one.
+    _changed: dict[str, list[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Records, promotions and changes of settings in the order in which they were recorded."""
+        entries: list[Entry] = [*self.records, *self.promotions, *self.changes]
+        return in_order(entries)
+
+    @property
+    def head(self) -> str:
+        """What the next entry holds as ``previous``."""
+        return head_of(self.entries)
 
     @property
     def champion(self) -> str | None:
@@ -189,52 +247,100 @@ class History:
     @property
     def digest(self) -> str:
         """What the file holds as ``"digest"``: the SHA-256 of everything else in it."""
-        return _digest(_content(self.settings, self.records, self.promotions))
+        return digest_of(_content(self.settings, self.records, self.promotions, self.changes))
 
     def check_same_run(self, other: "History") -> None:
         """Check that another history has the same settings, except those that may differ.
 
         Raises:
-            ValueError: some differ; the message names them.
+            ValueError: some differ that change what a round results in; the message names them.
         """
-        mine, theirs = (json.loads(json.dumps(h.settings)) for h in (self, other))
-        names = sorted((mine.keys() | theirs.keys()) - set(self.may_differ))
-        changes = [
-            f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
-            for name in names
-            if mine.get(name) != theirs.get(name)
-        ]
-        if changes:
+        changes = self._changes_since(other)
+        matter = any(self.settings.get(name) for name in WORKERS_MATTER)
+        free = set(self.may_differ) - ({"num_workers"} if matter else set())
+        same = [name for name in changes if name not in free]
+        if same:
+            told = [f"{name} was {changes[name][0]!r}, is {changes[name][1]!r}" for name in same]
             raise ValueError(
-                f"{other.path} belongs to a run with other settings ({', '.join(changes)}): give"
+                f"{other.path} belongs to a run with other settings ({', '.join(told)}): give"
                 " its settings again to continue it, or another output_dir"
             )
+
+    def _changes_since(self, other: "History") -> dict[str, list[Any]]:
+        # As they go on record today, whoever recorded them.
+        mine, theirs = (
+            {name: public(value) for name, value in json.loads(json.dumps(h.settings)).items()}
+            for h in (self, other)
+        )
+        return {
+            name: [theirs.get(name), mine.get(name)]
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        }
+
+    def continue_from(self, recorded: "History") -> None:
+        """Take over what an earlier call has recorded.
+
+        Settings that may differ keep the values given now; that they changed is recorded together
+        with the next entry.
+
+        Raises:
+            ValueError: the earlier call had other settings; the message names them.
+        """
+        self.check_same_run(recorded)
+        self.records, self.promotions = list(recorded.records), list(recorded.promotions)
+        self.changes = list(recorded.changes)
+        changes = self._changes_since(recorded)
+        self._changed = {name: both for name, both in changes.items() if name not in UNRECORDED}
 
     def append(self, record: RoundRecord) -> None:
         """Add a record; the file is replaced in one step.
 
         Raises:
-            ValueError: the same start, seed and round is recorded already.
+            ValueError: the same start, seed and round is recorded already, or a field is out of
+                its range.
+            TypeError: a field is of the wrong kind.
         """
         key = (record.start, record.seed, record.round_index)
         if any((r.start, r.seed, r.round_index) == key for r in self.records):
             raise ValueError(f"history already has a record of (start, seed, round) = {key}")
-        records = [*self.records, record]
+        self._append(record)
+
+    def append_promotion(self, promotion: Promotion) -> None:
+        """Add a decision; the file is replaced in one step.
+
+        Raises:
+            ValueError: a field is out of its range.
+            TypeError: a field is of the wrong kind.
+        """
+        self._append(promotion)
+
+    def note_changes(self) -> None:
+        """Record which settings have changed since the last entry, where any have."""
+        if self._changed:
+            change = SettingsChange(self._changed, now())
+            self._changed = {}
+            self._append(change)
+
+    def _append(self, entry: Entry) -> None:
+        check_entry(entry)
+        if entry.previous is None:
+            self.note_changes()
+            entry = replace(entry, previous=self.head)
+        elif entry.previous != self.head:
+            raise ValueError("the entry does not follow the newest one of the history")
+        kinds = {RoundRecord: "records", Promotion: "promotions", SettingsChange: "changes"}
+        name = kinds[type(entry)]
+        grown = [*getattr(self, name), entry]
         if self.path is not None:
-            write_history(self.path, self.settings, records, self.promotions)
-        self.records = records
+            kept = {one: getattr(self, one) for one in kinds.values()}
+            write_history(self.path, self.settings, **{**kept, name: grown})
+        setattr(self, name, grown)
 
     def find(self, start: str, seed: int, round_index: int) -> RoundRecord | None:
         """Return the record of one round, or None."""
         records = self.select(start, seed)
         return next((r for r in records if r.round_index == round_index), None)
-
-    def append_promotion(self, promotion: Promotion) -> None:
-        """Add a decision; the file is replaced in one step."""
-        promotions = [*self.promotions, promotion]
-        if self.path is not None:
-            write_history(self.path, self.settings, self.records, promotions)
-        self.promotions = promotions
 
     def select(self, start: str | None = None, seed: int | None = None) -> list[RoundRecord]:
         """Return the records of one start, one seed, or both, oldest first."""
@@ -250,26 +356,32 @@ def write_history(
     settings: dict[str, Any],
     records: Iterable[RoundRecord],
     promotions: Iterable[Promotion] = (),
+    changes: Iterable[SettingsChange] = (),
 ) -> None:
     """Write a whole history in one step, in place of the file at ``path``."""
-    content = _content(settings, records, promotions)
-    content["digest"] = _digest(content)
+    content = _content(settings, records, promotions, changes)
+    content["digest"] = digest_of(content)
     write_text(Path(path), json.dumps(content, indent=1) + "\n")
 
 
-def _content(
-    settings: dict[str, Any], records: Iterable[RoundRecord], promotions: Iterable[Promotion]
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "settings": settings,
-        "records": [asdict(record) for record in records],
-        "promotions": [asdict(promotion) for promotion in promotions],
-    }
+def _content(settings: dict[str, Any], *lists: Iterable[Entry]) -> dict[str, Any]:
+    names = ("records", "promotions", "changes")
+    entries = {n: [asdict(entry) for entry in one] for n, one in zip(names, lists, strict=True)}
+    return {"format": FORMAT, "settings": settings, **entries}
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def chained(records: Iterable[RoundRecord]) -> list[RoundRecord]:
+    """Return records as a history of their own, each holding the digest of the one before."""
+    head, own = BEGINNING, []
+    for record in records:
+        own.append(replace(record, previous=head))
+        head = entry_digest(own[-1])
+    return own
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _respelled(record: dict[str, Any]) -> dict[str, Any]:
@@ -278,10 +390,11 @@ def _respelled(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_history(path: str | Path) -> History:
-    """Read a history back.
+    """Read a history back, whoever wrote it.
 
     Raises:
-        ValueError: the file is not a whole history of this format, or was changed by hand.
+        ValueError: the file is not a whole history, a value is out of its range, an entry is
+            missing, or the file was changed by hand or is too large.
 
     Example:
         >>> import tempfile
@@ -293,25 +406,29 @@ def read_history(path: str | Path) -> History:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
+        content = read_json(path, LARGEST)
+        if content["format"] not in (2, FORMAT):
             raise ValueError(f"format {content['format']!r} is not {FORMAT}")
-        if content.pop("digest") != _digest(content):
+        if content.pop("digest") != digest_of(content):
             raise ValueError("it was changed by something else; restore it from a copy")
-        records = [RoundRecord(**_respelled(record)) for record in content["records"]]
-        # Histories written before there were promotions have none.
-        promotions = [Promotion(**entry) for entry in content.get("promotions", [])]
-        return History(path, content["settings"], records, promotions)
-    except (KeyError, TypeError, ValueError) as error:
+        history = History(
+            path,
+            content["settings"],
+            [RoundRecord(**_respelled(record)) for record in content["records"]],
+            # Histories written before there were promotions have none.
+            [Promotion(**entry) for entry in content.get("promotions", [])],
+            [SettingsChange(**entry) for entry in content.get("changes", [])],
+        )
+        history.settings.items()  # by name
+        for entry in history.entries:
+            check_entry(entry)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole hf_dash history: {error}") from error
+    return history
 
 
 def open_history(
-    path: str | Path | None,
-    settings: dict[str, Any],
-    *,
-    may_differ: Collection[str] = (),
-    read_only: bool = False,
+    path: str | Path | None, settings: dict[str, Any], *, may_differ: Collection[str] = ()
 ) -> History:
     """Continue the history at ``path``, or begin one.
 
@@ -320,19 +437,67 @@ def open_history(
         settings: of the run, as plain JSON types.
         may_differ: names of settings that say nothing about what has been recorded, such as the
             number of rounds; the values given now take the place of the recorded ones.
-        read_only: never write the file: for all processes but the main one.
 
     Raises:
         ValueError: the history is damaged, or of a run with other settings; the message names them.
     """
     history = History(None if path is None else Path(path), settings, may_differ=may_differ)
     if path is not None and Path(path).exists():
-        recorded = read_history(path)
-        history.check_same_run(recorded)
-        history.records, history.promotions = recorded.records, recorded.promotions
-    if read_only:
-        history.path = None
+        history.continue_from(read_history(path))
     return history
+
+
+# Smallest and largest values of a record's numbers.
+_RANGES: dict[str, tuple[float, float]] = {
+    "round_index": (1, math.inf),
+    **dict.fromkeys(("accuracy", "train_accuracy"), (0, 1)),
+    **dict.fromkeys(("seed", "num_new", "num_total", "epochs", "steps"), (0, math.inf)),
+    **dict.fromkeys(("start_seconds", "train_seconds", "images_read"), (0, math.inf)),
+    "num_held_out": (1, math.inf),
+}
+
+# What tables and cards read of a shrink.
+_SHRINK = {"config", "tensors", "num_batches", "num_images", "seconds", "mean_factor"}
+_TENSOR = {"name", "num_vectors", "mean_factor", "min_factor", "max_factor", "share_at_lam"}
+
+
+def check_entry(entry: Entry) -> None:
+    """Check the kinds and ranges of all fields.
+
+    Raises:
+        TypeError: a field is of the wrong kind.
+        ValueError: a field is out of its range.
+    """
+    check_types(entry)
+    for name, (low, high) in _RANGES.items():
+        value = getattr(entry, name, None)
+        if value is not None:
+            check_number(name, value, f"[{low}, {high}]", low, high)
+    if not isinstance(entry, RoundRecord):
+        return
+    check_folder_name("start", entry.start)
+    for label, accuracy in entry.per_class_accuracy.items():
+        check_number(f"per_class_accuracy of {label!r}", accuracy, "[0, 1]", 0, 1)
+    sums = {"weights_sha256": entry.weights_sha256, **(entry.file_sha256 or {})}
+    for name, value in sums.items():
+        if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+            raise ValueError(f"the SHA-256 of {name} must be 64 hexadecimal digits, got {value!r}")
+    if entry.shrink is not None:
+        _check_shrink(entry.shrink)
+
+
+def _check_shrink(shrink: Mapping[str, Any]) -> None:
+    rows = shrink.get("tensors")
+    missing = _SHRINK - shrink.keys()
+    if missing or not isinstance(rows, list) or not isinstance(shrink["config"], dict):
+        raise ValueError(f"shrink must be a ShrinkReport.to_dict(), it lacks {sorted(missing)}")
+    numbers = [shrink[name] for name in ("num_batches", "num_images", "seconds", "mean_factor")]
+    for row in rows:
+        if not isinstance(row, dict) or _TENSOR - row.keys() or not isinstance(row["name"], str):
+            raise ValueError(f"shrink must have {sorted(_TENSOR)} of every tensor, got {row!r}")
+        numbers += [row[name] for name in sorted(_TENSOR - {"name"})]
+    for number in numbers:
+        check_number("every number of shrink", number, "[-inf, inf]", -math.inf, math.inf)
 
 
 def starts_of(records: Iterable[RoundRecord]) -> list[str]:

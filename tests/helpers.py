@@ -35,6 +35,7 @@ from hf_dash.data import (
     StreamedImages,
 )
 from hf_dash.history import RoundRecord
+from hf_dash.runs.store import finish_round, save_trained
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -320,8 +321,14 @@ def make_round(folder, index, *, start="dash", seed=None, parent=None, before=()
     return hf_dash.read_history(folder / "history.json").records
 
 
+def save_round(output_dir, model, optimizer_state, one, settings, previous=None):
+    """Save a finished round as a run does, and return its record."""
+    one = save_trained(output_dir, model, optimizer_state, one, settings)
+    return finish_round(output_dir, dataclasses.replace(one, previous=previous), settings)
+
+
 def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def log_of(hub, repo="user/model", revision="main"):
@@ -345,6 +352,27 @@ def tiny_vit(names=("cat", "dog")):
 
 def tiny_processor():
     return ViTImageProcessor(size={"height": 16, "width": 16})
+
+
+# The report of a shrink of one tensor, as records hold it.
+SHRINK = {
+    "config": {"alpha": 0.3, "lam": 0.3, "grouping": "kernel"},
+    "num_batches": 20,
+    "num_images": 60,
+    "seconds": 0.5,
+    "mean_factor": 0.4,
+    "share_at_lam": 0.2,
+    "tensors": [
+        {
+            "name": "conv.weight",
+            "num_vectors": 4,
+            "mean_factor": 0.4,
+            "min_factor": 0.3,
+            "max_factor": 1.0,
+            "share_at_lam": 0.2,
+        }
+    ],
+}
 
 
 def record(start="warm", seed=0, round_index=1, **changes):

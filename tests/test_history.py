@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from helpers import REPOSITORY, record
+from helpers import REPOSITORY, SHRINK, record
 
 from hf_dash import History, read_history
 from hf_dash.history import Promotion, open_history, write_history
@@ -10,7 +10,7 @@ from hf_dash.history import Promotion, open_history, write_history
 
 def test_records_come_back_as_they_were(tmp_path):
     history = History(tmp_path / "history.json", {"alpha": 0.3})
-    records = [record(), record(round_index=2, shrink={"mean_factor": 0.4}), record("cold")]
+    records = [record(), record(round_index=2, shrink=SHRINK), record("cold")]
     for one in records:
         history.append(one)
     back = read_history(tmp_path / "history.json")

@@ -1,9 +1,11 @@
 """Checks of arguments: the error names the argument, its value, and what is allowed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from numbers import Real
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -72,6 +74,19 @@ def check_class_weights(class_weights: object) -> None:
         raise ValueError(f"class_weights must be 'balanced' or None, got {class_weights!r}")
 
 
+def check_folder_name(name: str, value: str) -> None:
+    """Refuse a text that cannot be part of a folder's name.
+
+    Raises:
+        ValueError: it is empty, has a slash, or begins with a dot.
+    """
+    if not value or value.startswith(".") or set(value) & {"/", "\\", "\0"}:
+        raise ValueError(
+            f"{name} must be part of a folder's name: without a slash and not beginning with a dot,"
+            f" got {value!r}"
+        )
+
+
 def check_confidence(confidence: float) -> None:
     """Check the confidence of an interval.
 
@@ -80,6 +95,41 @@ def check_confidence(confidence: float) -> None:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
+
+
+def check_types(item: Any) -> None:
+    """Check the fields of a dataclass against its own annotations; numbers must be finite.
+
+    Raises:
+        TypeError: a field is of another kind.
+    """
+    hints = get_type_hints(type(item))
+    for entry in fields(item):
+        value = getattr(item, entry.name)
+        if not _fits(value, hints[entry.name]):
+            expected = getattr(entry.type, "__name__", str(entry.type))
+            shown = f"{value!r}"[:80]
+            raise TypeError(f"{entry.name} must be {expected}, got {shown}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, parts[0]) and _fits(one, parts[1]) for key, one in value.items()
+        )
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if kind in (int, float) and not isinstance(value, bool):
+        allowed = int if kind is int else (int, float)
+        return isinstance(value, allowed) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

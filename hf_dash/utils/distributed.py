@@ -9,8 +9,9 @@ ranks, such as biases, are put together.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,31 @@ def agree(status: RankStatus) -> list[RankStatus]:
                 f" number of labels that count, to the shrink, got the {what} {numbers} by rank"
             )
     return statuses
+
+
+def by_main(action: Callable[[], Result]) -> Result:
+    """Let the main process act alone; every process gets its result, or stops with it.
+
+    Args:
+        action: its result must be picklable.
+
+    Raises:
+        RuntimeError: on the other processes, where the action failed; the main one raises the
+            error itself.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if is_main_process():
+        try:
+            result = action()
+        except Exception as failure:  # raised below, once the others know
+            error = failure
+    result, message = gather((result, None if error is None else str(error)))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise RuntimeError(f"the main process failed: {message}")
+    return result  # type: ignore[no-any-return]
 
 
 def gather(item: Any) -> list[Any]:
