@@ -13,13 +13,12 @@ import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
+from hf_dash.hub.client import fetch_model
+from hf_dash.model_config import check_config
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import files_written_aside
 from hf_dash.utils.logging import get_logger
@@ -62,16 +63,13 @@ def require_safetensors(
     Raises:
         ValueError: the weights are not safetensors.
     """
-    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    return _weights_in(_folder_of(name_or_path, revision, cache_dir, token), name_or_path)
+
+
+def _weights_in(folder: Path, name_or_path: str) -> Path:
     for name in NAMES:
-        if Path(name_or_path).is_dir():
-            if (Path(name_or_path) / name).is_file():
-                return Path(name_or_path) / name
-            continue
-        try:
-            return Path(hf_hub_download(name_or_path, name, **where))
-        except RemoteEntryNotFoundError:
-            continue
+        if (folder / name).is_file():
+            return folder / name
     raise ValueError(
         f"{name_or_path!r} holds no {NAMES[0]}: only safetensors are loaded, because weights in"
         " other formats, such as pytorch_model.bin, can run code; save the model as safetensors"
@@ -92,10 +90,17 @@ def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path
     if first.suffix != ".json":
         return [first]
     index = json.loads(first.read_text(encoding="utf-8"))
-    names = sorted({str(name) for name in index["weight_map"].values()})
-    if Path(name_or_path).is_dir():
-        return [first.parent / name for name in names]
-    return [Path(hf_hub_download(name_or_path, name, revision=revision)) for name in names]
+    return [first.parent / name for name in sorted({str(n) for n in index["weight_map"].values()})]
+
+
+def _folder_of(
+    name_or_path: str, revision: str | None, cache_dir: str | None, token: str | bool | None
+) -> Path:
+    """Return the folder of a model, fetched if it is on the Hub."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    return fetch_model(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
 
 
 # The PIL mode for each number of channels, as timm's transforms read images.
@@ -326,12 +331,11 @@ def load_model(
         ...     hf_dash.load_model(folder, ["dog", "owl"]).config.id2label
         {0: 'cat', 1: 'dog', 2: 'owl'}
     """
-    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-    require_safetensors(name_or_path, **where)
-    options = {**where, "use_safetensors": True, "trust_remote_code": False}
-    model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(
-        name_or_path, **options
-    )
+    folder = _folder_of(name_or_path, revision, cache_dir, token)
+    _weights_in(folder, name_or_path)
+    check_config(folder / "config.json")
+    load = partial(_from_folder, folder, name_or_path)
+    model = load()
     known = model_labels(model)
     new = [name for name in label_names or () if name not in known]
     if not new:
@@ -346,14 +350,21 @@ def load_model(
     names = new if len(new) == len(label_names or ()) else [*known, *new]
     if is_main_process():
         logger.warning("fresh head of %d classes: %s", len(names), ", ".join(names))
-    model = AutoModelForImageClassification.from_pretrained(
-        name_or_path,
+    return load(
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         ignore_mismatched_sizes=True,
-        **options,
     )
+
+
+def _from_folder(folder: Path, name: str, **changes: Any) -> PreTrainedModel:
+    """Load a model from a folder, under the name it was asked for by."""
+    options = {"use_safetensors": True, "trust_remote_code": False, **changes}
+    model: PreTrainedModel = AutoModelForImageClassification.from_pretrained(str(folder), **options)
+    model.config._name_or_path = name
+    if str(folder) != name:  # fetched: the folder is named by the commit
+        model.config._commit_hash = folder.name
     return model
 
 

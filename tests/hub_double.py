@@ -119,7 +119,11 @@ class HubDouble:
         self.server.server_close()
 
     def fail(self, pattern, action, times=1_000_000):
-        """Answer the next requests ``"METHOD path"`` that match by a status, "drop" or "hang"."""
+        """Answer the next requests ``"METHOD path"`` that match by a status, or as a word says.
+
+        "drop" resets the connection, "hang" leaves it open, "drip" sends the body byte by byte, and
+        "lose" does what was asked for and then resets the connection.
+        """
         self.faults.append([pattern, action, times])
 
     def fault(self, request):
@@ -157,14 +161,16 @@ class Handler(BaseHTTPRequestHandler):
         if fault in ("drop", "hang"):
             # In the middle of what the client sends; a reset, as when a machine dies.
             self.rfile.read(min(1000, int(self.headers.get("Content-Length", 0))))
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.close_connection = True
-            self.connection.close()
+            self.reset()
             return
-        self.body = self.read_body()
+        self.body, self.dripping = self.read_body(), fault == "drip"
         try:
-            if fault is not None:
+            if fault == "lose":
+                with self.hub.lock:
+                    self.dispatch(url.path)
+                self.reset()
+                return
+            if fault not in (None, "drip"):
                 raise Refused(fault, f"injected {fault}")
             with self.hub.lock:
                 self.answer(*self.dispatch(url.path))
@@ -178,6 +184,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(500, {"error": "the double broke"})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
+
+    def reset(self):
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+        self.connection.close()
 
     def read_body(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -204,8 +216,18 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if not self.dripping:
             self.wfile.write(body)
+            return
+        for byte in body:
+            if self.hub.closing.wait(0.1):
+                return
+            try:
+                self.wfile.write(bytes([byte]))
+            except OSError:  # the client has given up
+                return
 
     def user(self):
         given = self.headers.get("Authorization")
@@ -433,6 +455,19 @@ def delete_tag(self, repo, name):
     if self.repository(repo, write=True).tags.pop(unquote(name), None) is None:
         raise Refused(404, "no such tag", "RevisionNotFound")
     return 200, b""
+
+
+@route("GET", rf"{API}/discussions")
+def discussions(self, repo):
+    found = self.repository(repo)
+    owner, made = {"name": "user"}, []
+    for number, (ref, oid) in enumerate(found.pull_requests.items(), start=1):
+        closed = int(ref.rpartition("/")[2]) in found.closed
+        one = {"num": number, "title": found.commits[oid].title, "author": owner, "createdAt": NOW}
+        one |= {"status": "closed" if closed else "open", "isPullRequest": True}
+        made.append({**one, "repo": {"name": repo, "type": "model"}})
+    made = [one for one in made if self.query.get("status") in (None, one["status"])]
+    return 200, {"discussions": made, "count": len(made), "start": 0}
 
 
 @route("POST", rf"{API}/discussions/(?P<number>\d+)/status")

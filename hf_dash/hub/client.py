@@ -1,15 +1,25 @@
 """What every call to the Hub needs: ids checked before it, patience, errors without tokens.
 
-Flow: a call of the client → tried again where that may help → its result, or one ``HubError``.
+Flow: a call of the client → tried again where that may help, until its time is up → its result, or
+one ``HubError``.
 """
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, get_session, get_token
+from huggingface_hub import (
+    HfApi,
+    close_session,
+    constants,
+    get_session,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -19,6 +29,10 @@ MAIN = "main"
 # Of one read or write without an answer, in seconds; the client itself may wait for ever. Uploads
 # by hf_xet, where it is installed, keep time themselves.
 TIMEOUT = 60.0
+
+# Of a call and its repetitions together, in seconds, and what every byte to send or fetch adds: a
+# server that drips a byte a second must not hold a training for hours.
+DEADLINE, SLOWEST = 600.0, 100_000.0
 
 ATTEMPTS = 3
 
@@ -110,29 +124,33 @@ def client(token: str | None) -> HfApi:
     return HfApi(token=clean_token(token))
 
 
-def files_at(api: HfApi, repo_id: str, revision: str) -> tuple[str, dict[str, RepoFile]]:
+def files_at(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, dict[str, RepoFile]]:
     """Return the exact commit of a revision, and its files by path."""
     commit = api.model_info(repo_id, revision=revision, timeout=TIMEOUT).sha
     files = api.list_repo_tree(repo_id, revision=commit, recursive=True)
     return str(commit), {file.path: file for file in files if isinstance(file, RepoFile)}
 
 
-def reach(action: Callable[[], Result], token: str | None = None) -> Result:
-    """Call the client, and again where the trouble may pass.
+def reach(action: Callable[[], Result], token: str | None = None, *, size: int = 0) -> Result:
+    """Call the client, and again where the trouble may pass, until its time is up.
 
     Args:
         action: that can be done twice without harm.
         token: given by the user, to keep out of messages; the stored one is kept out anyway.
+        size: number of bytes to send or fetch; each 100,000 add a second to the ten minutes.
 
     Raises:
         HubError: it failed for good.
     """
+    limit = DEADLINE + size / SLOWEST
+    end = time.monotonic() + limit
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _patience():
-                return action()
+            return _in_time(action, end)
         except HubError:
             raise
+        except _TimeIsUpError:
+            raise HubError(f"the Hub did not finish within {limit:,.0f} seconds") from None
         # Whatever the client raises, training is worth more; its own text may quote headers.
         except Exception as error:
             status = _status(error)
@@ -141,6 +159,35 @@ def reach(action: Callable[[], Result], token: str | None = None) -> Result:
                 raise HubError(_explain(error, status, token)) from None
         time.sleep(2.0 ** (attempt - 1))
     raise AssertionError("unreachable")
+
+
+class _TimeIsUpError(Exception):
+    """A call was given up."""
+
+
+def _in_time(action: Callable[[], Result], end: float) -> Result:
+    """Call the client; give it up at ``end``, of the monotonic clock."""
+    done: list[Result] = []
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            with _patience():
+                done.append(action())
+        except BaseException as error:  # raised below, by the thread that waits
+            failed.append(error)
+
+    # A thread of its own, because no timeout of the client's bounds the whole of a call. Given up,
+    # it ends with the connection or the process.
+    thread = threading.Thread(target=call, daemon=True, name="hf_dash, a call to the Hub")
+    thread.start()
+    thread.join(max(0.0, end - time.monotonic()))
+    if failed:
+        raise failed[0]
+    if not done:
+        close_session()
+        raise _TimeIsUpError
+    return done[0]
 
 
 @contextmanager
@@ -187,3 +234,64 @@ def _explain(error: BaseException, status: int | None, token: str | None) -> str
     else:
         reason = "no connection" if _is_lost_connection(error) else "it could not be done"
     return f"{reason} ({detail})"
+
+
+# What is read of a model; nothing else of its repository is fetched.
+MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json")
+
+SMALL_FILES = ("config.json", "history.json")
+
+# Of a file that is read before anything else of a model is fetched, in bytes.
+LARGEST = 64 * 2**20
+
+
+def fetch_model(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+    only_small: bool = False,
+) -> Path:
+    """Fetch a model from the Hub: the exact commit of a revision, and its files.
+
+    Args:
+        repo_id: ``user/name``.
+        revision: branch, tag or commit.
+        cache_dir: where files of the Hub are kept.
+        token: for private repositories.
+        only_small: fetch its config and history alone.
+
+    Returns:
+        The folder with the files, named by the commit.
+
+    Raises:
+        HubError: the Hub was not reached, has no such revision, or a small file is not small.
+    """
+    check_repo_id("name_or_path", repo_id)
+    secret = token if isinstance(token, str) else None
+    where: dict[str, Any] = {"cache_dir": cache_dir, "token": clean_token(secret) or token}
+    patterns = SMALL_FILES if only_small else (*SMALL_FILES, *MODEL_FILES)
+    if constants.HF_HUB_OFFLINE:  # what an earlier call has fetched
+        return Path(
+            reach(
+                lambda: snapshot_download(
+                    repo_id, revision=revision, allow_patterns=list(patterns), **where
+                ),
+                secret,
+            )
+        )
+    commit, files = reach(lambda: files_at(HfApi(token=where["token"]), repo_id, revision), secret)
+    large = [n for n in SMALL_FILES if n in files and files[n].size > LARGEST]
+    if large:
+        raise HubError(f"{repo_id} has a {large[0]} of {files[large[0]].size:,} bytes at {commit}")
+    size = sum(file.size for file in files.values())
+    return Path(
+        reach(
+            lambda: snapshot_download(
+                repo_id, revision=commit, allow_patterns=list(patterns), **where
+            ),
+            secret,
+            size=size,
+        )
+    )

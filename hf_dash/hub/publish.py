@@ -8,10 +8,14 @@ already is not sent twice, so the same call finishes a push that was cut off any
 """
 
 import hashlib
+import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -23,7 +27,7 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 
-from hf_dash.history import RoundRecord, read_history
+from hf_dash.history import LARGEST, History, RoundRecord, read_history
 from hf_dash.hub.client import (
     MAIN,
     HubError,
@@ -34,37 +38,58 @@ from hf_dash.hub.client import (
     files_at,
     reach,
 )
-from hf_dash.runs.store import HISTORY, WEIGHTS
-from hf_dash.utils.files import sha256_of
+from hf_dash.runs.round_files import CARD, CONFIG, HISTORY, MODEL_FOLDER, WEIGHTS, check_files
+from hf_dash.trainer.logging import REPORT_NAME
+from hf_dash.utils.files import finish_replacing, one_writer, sha256_of
 
-# Checkpoints and logs of a Trainer may lie in the same folder; they are nobody else's business.
-PUBLISHED = ["README.md", "*config.json", WEIGHTS, HISTORY, "dash_report.json", "*.png"]
-
-NEEDED = ["README.md", "config.json", WEIGHTS, HISTORY]
+NEEDED = (CARD, CONFIG, WEIGHTS, HISTORY)
 
 
 def check_folder(folder: Path) -> RoundRecord:
-    """Return the newest record of a whole model folder; refuse any other."""
+    """Return the newest record of a whole model folder; refuse any other.
+
+    Raises:
+        ValueError: a file is missing, a symbolic link, or not the one recorded; or the history
+            names a place on this machine.
+    """
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"folder {str(folder)!r} is not a finished round: it has no {missing[0]}")
+    links = [folder / name for name in MODEL_FOLDER if (folder / name).is_symlink()]
+    if links:
+        raise ValueError(f"{links[0]} is a symbolic link: what it leads to is not a round's file")
     try:
         with safe_open(folder / WEIGHTS, framework="pt"):
             pass
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is not whole: {error}") from error
-    records = read_history(folder / HISTORY).records
-    if not records:
+    history = read_history(folder / HISTORY)
+    if not history.records:
         raise ValueError(f"{folder / HISTORY} has no record of a round")
-    expected = records[-1].weights_sha256
-    if expected is not None and sha256_of(folder / WEIGHTS) != expected:
-        raise ValueError(f"{folder / WEIGHTS} is not what {HISTORY} tells of: its checksum differs")
-    return records[-1]
+    record = history.records[-1]
+    check_files(folder, record, exported=True)
+    if (folder / REPORT_NAME).is_file():
+        report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        if report != record.shrink:
+            raise ValueError(f"{folder / REPORT_NAME} is not what {HISTORY} describes")
+    _check_public(folder, history)
+    return record
 
 
-def is_published(path: str) -> bool:
-    """Tell whether a file of a folder, or at the root of a repository, belongs to a round."""
-    return "/" not in path and any(fnmatch(path, pattern) for pattern in PUBLISHED)
+def _check_public(folder: Path, history: History) -> None:
+    """Refuse a history, written by an older version, that names places on this machine."""
+    told = [*history.settings.values(), *(record.parent for record in history.records)]
+    texts = [t for one in told for t in (one if isinstance(one, list) else [one])]
+    places = [text for text in texts if isinstance(text, str) and _is_absolute(text)]
+    if places:
+        raise ValueError(
+            f"{folder / HISTORY} names {len(places)} places on this machine, which are nobody"
+            " else's business: run the command again that wrote it"
+        )
+
+
+def _is_absolute(text: str) -> bool:
+    return text.startswith(("/", "~")) or bool(PureWindowsPath(text).drive)
 
 
 def round_tag(round_index: int) -> str:
@@ -75,7 +100,6 @@ def round_tag(round_index: int) -> str:
 def commit_message(record: RoundRecord) -> str:
     """Return the first line of a round's commit: its accuracy, start and parent."""
     parent = record.parent or ""
-    # Somebody's own folders are nobody else's business.
     name = parent if "@" in parent else PurePath(parent).name
     return (
         f"Round {record.round_index}: accuracy {record.accuracy:.4f},"
@@ -101,7 +125,14 @@ def oid_of(file: RepoFile | None) -> str | None:
 
 
 def read_pushed_history(repo_id: str, commit: str, token: str | None) -> list[RoundRecord]:
-    """Return the records in the history of a commit, oldest first."""
+    """Return the records in the history of a commit, oldest first.
+
+    Raises:
+        HubError: the history is too large.
+    """
+    (file,) = client(token).get_paths_info(repo_id, HISTORY, revision=commit)
+    if not isinstance(file, RepoFile) or file.size > LARGEST:
+        raise HubError(f"{repo_id} has no {HISTORY} of at most {LARGEST:,} bytes at {commit}")
     path = hf_hub_download(repo_id, HISTORY, revision=commit, token=clean_token(token))
     return read_history(path).records
 
@@ -144,21 +175,23 @@ def push_round(
 ) -> HubRound:
     """Publish the round in a model folder: one commit, and on ``main`` the tag of the round.
 
-    Nothing is made on the Hub before the folder is known to be whole. Called again after a failure
-    it finishes what is missing; where everything is there it changes nothing. Server errors,
-    lost connections and 60 seconds without an answer are tried again, three times in all.
+    Exactly the files that hf_dash writes are pushed. Nothing is made on the Hub before the folder
+    is known to be whole. Called again after a failure it finishes what is missing; where everything
+    is there it changes nothing. Server errors, lost connections and 60 seconds without an answer
+    are tried again, three times in all, and ten minutes plus a second for every 100 kB bound it.
 
     Args:
-        folder: as :func:`~hf_dash.report.export.write_model_folder` left it; only read.
+        folder: as :func:`~hf_dash.report.write_model_folder` left it; only read.
         hub_model_id: ``user/name``; made where it does not exist.
         token: access token; the one stored by ``hf auth login`` by default.
         private: whether a new repository is private.
         hub_revision: a branch for a challenger, made where it does not exist; nothing is tagged
             there, see :func:`promote_on_hub`.
-        create_pr: open a pull request on ``main`` instead; every call opens another.
+        create_pr: open a pull request on ``main`` instead, unless one with these files is open.
 
     Raises:
-        ValueError: the folder is not whole, or an argument can be no id, branch or token.
+        ValueError: the folder is not whole, a file in it is a symbolic link, another process is
+            writing it, or an argument cannot be an id, branch or token.
         HubError: the Hub was not reached or refused, or holds this round with other files, or a
             later one.
 
@@ -172,16 +205,30 @@ def push_round(
     check_branch("hub_revision", hub_revision)
     if create_pr and hub_revision not in (None, MAIN):
         raise ValueError(f"create_pr goes to {MAIN!r}, but hub_revision is {hub_revision!r}")
-    record, api = check_folder(folder), client(token)
+    api = client(token)
+    with _held(folder):
+        record = check_folder(folder)
 
-    def push() -> HubRound:
-        repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
-        branch = hub_revision or MAIN
-        if branch != MAIN and not branch.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        return _push(api, repo_id, folder, record, branch, create_pr)
+        def push() -> HubRound:
+            repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
+            branch = hub_revision or MAIN
+            if branch != MAIN and not branch.startswith("refs/pr/"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            return _push(api, repo_id, folder, record, branch, create_pr)
 
-    return reach(push, token)
+        size = sum(path.stat().st_size for path in _files_of(folder).values())
+        return reach(push, token, size=size)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep others from writing a folder while it is read, where anybody can write it."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        yield
+        return
+    with one_writer(folder):
+        finish_replacing(folder)
+        yield
 
 
 def _push(
@@ -203,6 +250,10 @@ def _push(
         raise HubError(f"{repo_id} holds {last} already, {tag} would take its place")
     head, present = files_at(api, repo_id, branch)
     changes, commit, revision = _changes(folder, present), head, branch
+    if changes and create_pr:
+        opened = _opened(api, repo_id, folder, message)
+        if opened is not None:
+            return HubRound(repo_id, *opened, record)
     if changes:
         done = api.create_commit(
             repo_id,
@@ -219,6 +270,18 @@ def _push(
     return HubRound(repo_id, commit, revision, record)
 
 
+def _opened(api: HfApi, repo_id: str, folder: Path, title: str) -> tuple[str, str] | None:
+    """Return commit and name of an open pull request with these files, as of a lost answer."""
+    kind: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open"}
+    for discussion in api.get_repo_discussions(repo_id, **kind):
+        name = f"refs/pr/{discussion.num}"
+        if discussion.title == title:
+            commit, present = files_at(api, repo_id, name)
+            if not _changes(folder, present):
+                return commit, name
+    return None
+
+
 def promote_on_hub(
     hub_model_id: str,
     revision: str,
@@ -232,7 +295,7 @@ def promote_on_hub(
     The files are copied on the Hub, by ``CommitOperationCopy``: nothing is uploaded, and ``main``
     holds what was compared, bit by bit. The client can merge pull requests but no branches, and a
     merge conflicts as soon as ``main`` has moved, because weights cannot be merged. A pull request
-    that is promoted is closed. An earlier round is gone back to in the same way, by its tag, which
+    that is promoted is closed. A rollback to an earlier round works the same way, by its tag, which
     stays where it is.
 
     Args:
@@ -243,7 +306,7 @@ def promote_on_hub(
         token: access token; the one stored by ``hf auth login`` by default.
 
     Raises:
-        ValueError: an argument can be no id.
+        ValueError: ``hub_model_id`` cannot be an id.
         HubError: the Hub was not reached or refused, or holds other weights there.
 
     Example:
@@ -263,9 +326,9 @@ def promote_on_hub(
         changes: list[CommitOperationCopy | CommitOperationDelete] = [
             CommitOperationCopy(path, path, src_revision=commit)
             for path, file in source.items()
-            if is_published(path) and oid_of(present.get(path)) != oid_of(file)
+            if path in MODEL_FOLDER and oid_of(present.get(path)) != oid_of(file)
         ]
-        gone = [path for path in present if is_published(path) and path not in source]
+        gone = [path for path in present if path in MODEL_FOLDER and path not in source]
         changes += [CommitOperationDelete(path) for path in gone]
         if changes:
             title = commit_message(record).replace("Round", "Promote round", 1)
@@ -297,16 +360,20 @@ def _move_tag(api: HfApi, repo_id: str, tag: str, commit: str, weights: str | No
     api.create_tag(repo_id, tag=tag, revision=commit)
 
 
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Return a round's files in a folder, by name."""
+    return {name: folder / name for name in sorted(MODEL_FOLDER) if (folder / name).is_file()}
+
+
 def _changes(
     folder: Path, present: dict[str, RepoFile]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Return what makes a round's files on the Hub those of a folder; nothing if they are."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    own = {path.name: path for path in paths if is_published(path.name)}
+    own = _files_of(folder)
     changes: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, path)
         for name, path in own.items()
         if name not in present or not is_same(path, present[name])
     ]
-    gone = [path for path in present if is_published(path) and path not in own]
+    gone = [path for path in present if path in MODEL_FOLDER and path not in own]
     return [*changes, *(CommitOperationDelete(path) for path in gone)]

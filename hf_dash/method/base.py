@@ -132,9 +132,9 @@ def _of_state_dict(state: Mapping[str, Any]) -> _Source:
 
 
 def _of_files(name: str, stack: ExitStack) -> _Source:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from safetensors import SafetensorError, safe_open
 
+    from hf_dash.hub.client import HubError
     from hf_dash.models import weight_files
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -142,11 +142,10 @@ def _of_files(name: str, stack: ExitStack) -> _Source:
     repo, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
     try:
         paths = weight_files(repo, revision=revision or None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        # The client's own text may quote what was sent to the Hub.
+    except HubError as error:
         raise ValueError(
-            f"base must be a folder or a repository on the Hub, but {name!r} was not found there"
-            f" ({type(error).__name__})"
+            f"base must be a folder or a repository on the Hub, but {name!r} was not found there:"
+            f" {error}"
         ) from None
     for path in paths:
         try:

@@ -1,15 +1,25 @@
 import logging
+import threading
+import time
 
 import pytest
 from helpers import make_round
 from hub_double import TOKENS
-from huggingface_hub import get_session
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 import hf_dash
 from hf_dash import push_round
 from hf_dash.hub import HubError, promote_on_hub
-from hf_dash.hub.client import check_branch, check_repo_id, clean_token, client, files_at, reach
+from hf_dash.hub.client import (
+    check_branch,
+    check_repo_id,
+    clean_token,
+    client,
+    fetch_model,
+    files_at,
+    reach,
+)
 
 USER_TOKEN, OTHER_TOKEN = TOKENS
 
@@ -131,6 +141,60 @@ def test_secrets_are_taken_out_of_a_message(quick, monkeypatch):
         reach(failing(OSError(f"{USER_TOKEN} and hf_given"))[0], "hf_given")
     assert USER_TOKEN not in str(caught.value)
     assert "hf_given" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["drip", "hang"])
+def test_a_server_that_never_ends_is_given_up(hub, folder, quick, monkeypatch, fault):
+    push_round(folder, "user/model")
+    monkeypatch.setattr("hf_dash.hub.client.DEADLINE", 1.0)
+    monkeypatch.setattr("hf_dash.hub.client.TIMEOUT", 30.0)
+    hub.fail("GET .*/refs", fault, times=3)
+    started = time.monotonic()
+    with pytest.raises(HubError, match=r"the Hub did not finish within \d+ seconds"):
+        push_round(folder, "user/model")
+    # The file has 1.5 MB, which add 15 seconds.
+    assert time.monotonic() - started < 25
+    hub.faults.clear()
+    assert push_round(folder, "user/model").revision == "round-001"
+
+
+def test_time_is_given_by_size(monkeypatch):
+    monkeypatch.setattr("hf_dash.hub.client.DEADLINE", 0.0)
+    monkeypatch.setattr("hf_dash.hub.client.SLOWEST", 1e6)
+    with pytest.raises(HubError, match="did not finish within 0 seconds"):
+        reach(lambda: threading.Event().wait(60))
+    assert reach(lambda: "done", size=60_000_000) == "done"
+
+
+def test_an_interrupt_of_the_action_comes_through():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reach(interrupted)
+
+
+def test_a_model_is_fetched_whole_and_nothing_else(hub, folder):
+    pushed = push_round(folder, "user/model")
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="own.py", repo_id="user/model")
+    for revision in ("round-001", pushed.commit):
+        fetched = fetch_model("user/model", revision=revision)
+        assert fetched.name == pushed.commit
+    names = {"config.json", "history.json", "model.safetensors"}
+    assert {path.name for path in fetch_model("user/model").iterdir()} == names
+    for name in names:
+        assert (fetched / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(ValueError, match="name_or_path must be 'user/name'"):
+        fetch_model("no/such/folder")
+
+
+def test_a_small_file_that_is_not_small_is_not_fetched(hub, folder, monkeypatch):
+    push_round(folder, "user/model")
+    monkeypatch.setattr("hf_dash.hub.client.LARGEST", 100)
+    requests = len(hub.requests)
+    with pytest.raises(HubError, match=r"user/model has a (config|history)\.json of [\d,]+ bytes"):
+        fetch_model("user/model")
+    assert not any("/resolve/" in request for request in hub.requests[requests:])
 
 
 def test_files_are_those_of_an_exact_commit(hub, folder):

@@ -42,8 +42,25 @@ def test_the_parent_is_the_exact_commit_with_its_history(hub, tmp_path):
         assert (parent.repo_id, parent.commit) == ("user/model", pushed.commit)
         assert parent.records == first
     local = find_parent(str(tmp_path / "1"))
-    assert (local.name, local.records) == (str(tmp_path / "1"), first)
+    assert (local.name, local.folder, local.records) == ("1", tmp_path / "1", first)
+    assert local.weights_sha256 == parent.weights_sha256 == first[0].weights_sha256
     assert (local.repo_id, local.commit) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("where", ["local", "hub"])
+def test_a_parent_is_verified(hub, tmp_path, name, where):
+    make_round(tmp_path, 1)
+    push_round(tmp_path, "user/model")
+    content = (tmp_path / name).read_bytes()
+    changed = content.replace(b'"0"', b'"x"') if name == "config.json" else content[:-1] + b"!"
+    assert changed != content
+    (tmp_path / name).write_bytes(changed)
+    files = hub.repositories["user/model"].commit("main").files
+    files[name] = dataclasses.replace(files[name], content=changed)
+    forget_downloads()
+    with pytest.raises(ValueError, match=rf"{name} is not what .* its checksum differs"):
+        find_parent(str(tmp_path) if where == "local" else "user/model")
 
 
 def test_what_is_no_folder_must_be_an_id(hub):
@@ -76,7 +93,11 @@ def test_every_library_computes_the_same_from_the_hub_as_from_the_folder(hub, tm
     with torch.no_grad():
         started.timm_model.get_classifier().weight.mul_(0.5)
     second = dataclasses.replace(
-        parent.records[0], round_index=2, parent=parent.name, weights_sha256=None
+        parent.records[0],
+        round_index=2,
+        parent=parent.name,
+        weights_sha256=None,
+        file_sha256=None,
     )
     info = hf_dash.report.CardInfo(
         model_name="round 2",

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import urllib.error
 import urllib.request
@@ -9,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 import hf_dash
 from hf_dash import push_round
+from hf_dash.history import write_history
 from hf_dash.hub import HubError, promote_on_hub
 
 USER_TOKEN, OTHER_TOKEN = TOKENS
@@ -142,7 +144,78 @@ def test_nothing_is_made_of_a_folder_that_is_not_whole(hub, rounds, tmp_path):
     (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(ValueError, match="its checksum differs"):
         push_round(folder, "user/model")
+    (folder / "model.safetensors").write_bytes(weights)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"0"', '"10"'))
+    with pytest.raises(ValueError, match=r"config\.json is not what .* its checksum differs"):
+        push_round(folder, "user/model")
+    (folder / "config.json").write_text(config)
+    (folder / "dash_report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"dash_report\.json is not what history\.json describes"):
+        push_round(folder, "user/model")
     assert hub.requests == []
+
+
+def copy_of(folder, target):
+    target.mkdir()
+    for name, content in content_of_files(folder).items():
+        (target / name).write_bytes(content)
+    return target
+
+
+def test_only_the_files_of_a_round_are_pushed(hub, rounds, tmp_path):
+    folder = copy_of(rounds[1], tmp_path / "folder")
+    for name in (
+        "secret.png",
+        "my_config.json",
+        ".env",
+        "optimizer.safetensors",
+        "history.json.bak",
+    ):
+        (folder / name).write_text("mine")
+    push_round(folder, "user/model")
+    assert sorted(hub.files("user/model")) == sorted([*FILES, ".gitattributes"])
+    # Nor are others' files of the repository taken for ours.
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="mine.png", repo_id="user/model")
+    push_round(rounds[2], "user/model")
+    assert "mine.png" in hub.files("user/model")
+
+
+@pytest.mark.parametrize("name", ["rounds.png", "README.md", "model.safetensors"])
+def test_symbolic_links_are_not_followed(hub, rounds, tmp_path, name):
+    folder = copy_of(rounds[1], tmp_path / "folder")
+    secret = tmp_path / "secret.txt"
+    secret.write_bytes((folder / name).read_bytes())
+    (folder / name).unlink()
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"{name} is a symbolic link"):
+        push_round(folder, "user/model")
+    assert hub.requests == []
+
+
+def test_places_on_this_machine_are_not_pushed(hub, rounds, tmp_path):
+    folder = copy_of(rounds[1], tmp_path / "folder")
+    history = hf_dash.read_history(folder / "history.json")
+    (first,) = history.records
+    for settings, one in (
+        ({"train_dir": "/home/me/images"}, first),
+        ({"names": ["a", "~/images"]}, first),
+        ({}, dataclasses.replace(first, parent="C:\\runs\\a")),
+    ):
+        write_history(folder / "history.json", settings, [one])
+        with pytest.raises(ValueError, match=r"history\.json names 1 places on this machine"):
+            push_round(folder, "user/model")
+    assert hub.requests == []
+
+
+def test_a_folder_that_is_being_written_is_not_pushed(hub, rounds, tmp_path):
+    folder = copy_of(rounds[1], tmp_path / "folder")
+    pending = folder / ".pending"
+    pending.mkdir()
+    (folder / "README.md").rename(pending / "README.md")  # killed before this one moved
+    push_round(folder, "user/model")
+    assert not pending.exists()
+    assert hub.files("user/model")["README.md"] == (folder / "README.md").read_bytes()
 
 
 FAULTS = {
@@ -189,6 +262,26 @@ def test_a_connection_dropped_once_is_taken_up_again(hub, rounds, quick):
     hub.fail("PUT /lfs/", "drop", times=1)
     push_round(rounds[1], "user/model")
     assert hub.files("user/model", "round-001")["model.safetensors"]
+
+
+def test_a_lost_answer_does_not_commit_twice(hub, rounds, quick):
+    hub.fail("POST .*/commit/", "lose", times=1)
+    push_round(rounds[1], "user/model")
+    assert len(log_of(hub)) == 2
+    assert list(hub.repositories["user/model"].tags) == ["round-001"]
+
+
+def test_a_lost_answer_does_not_open_a_second_pull_request(hub, rounds, quick):
+    push_round(rounds[1], "user/model")
+    hub.fail("POST .*/commit/", "lose", times=1)
+    opened = push_round(rounds[2], "user/model", create_pr=True)
+    repository = hub.repositories["user/model"]
+    assert list(repository.pull_requests) == [opened.revision] == ["refs/pr/1"]
+    assert opened.commit == repository.pull_requests["refs/pr/1"]
+    # The same call finds it; one that was closed is none.
+    assert push_round(rounds[2], "user/model", create_pr=True) == opened
+    repository.closed.add(1)
+    assert push_round(rounds[2], "user/model", create_pr=True).revision == "refs/pr/2"
 
 
 def test_a_push_that_ended_before_its_tag_is_finished(hub, rounds, quick):

@@ -4,14 +4,13 @@ import shlex
 import typing
 
 import pytest
-from helpers import content_of, log_of, make_round, record
+from helpers import content_of, log_of, make_round, record, save_round
 from hub_double import TOKENS
 from huggingface_hub import ModelCard
 from transformers import HfArgumentParser, TrainingArguments
 
 import hf_dash
 from hf_dash.hub.sharing import HubArguments, push_command, push_folder, push_promotion, push_rounds
-from hf_dash.runs.store import save_round
 
 TOKEN = next(iter(TOKENS))
 
@@ -37,7 +36,7 @@ def run(tmp_path):
         model = hf_dash.create_model("test_resnet", label_names=names, image_size=32, seed=index)
         parent = None if index == 1 else history.records[-1].folder
         one = record("dash", 0, index, accuracy=0.5 + index / 10, parent=parent)
-        history.append(save_round(tmp_path / "run", model, {}, one, history.settings))
+        history.append(save_round(tmp_path / "run", model, {}, one, history.settings, history.head))
     return tmp_path / "run", history
 
 
