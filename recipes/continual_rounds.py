@@ -17,7 +17,7 @@ classes that main lists.
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -86,22 +86,13 @@ def main() -> None:
     groups = HfArgumentParser(classes).parse_args_into_dataclasses()
     hf_dash.utils.show_info()
     accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        return compare(accelerator, *groups)
-    with hf_dash.utils.one_writer(groups[0].output_dir):
-        compare(accelerator, *groups)
+    settings = hf_dash.runs.recorded_settings(*groups[:-1])
+    with hf_dash.runs.open_run(groups[0].output_dir, settings) as history:
+        compare(accelerator, history, *groups)
 
 
-def compare(accelerator, run, source, data, training, dash, start_config, hub) -> None:
+def compare(accelerator, history, run, source, data, training, dash, start_config, hub) -> None:
     output_dir, exported = Path(run.output_dir), (run.export_start, run.seed_range[0])
-    groups = run, source, data, training, dash, start_config
-    settings = {name: value for group in groups for name, value in asdict(group).items()}
-    history = hf_dash.history.open_history(
-        output_dir / "history.json",
-        settings,
-        may_differ=hf_dash.history.MAY_DIFFER,
-        read_only=not accelerator.is_main_process,
-    )
     with accelerator.main_process_first():
         checkpoint = source.load()
         schedules = hf_dash.data.load_schedules(
@@ -135,7 +126,7 @@ def compare(accelerator, run, source, data, training, dash, start_config, hub) -
                     data.source, schedule.held_out_split, len(held_out), data.dataset_revision
                 )
                 chain = hf_dash.report.Chain(history, start, seed, images)
-                hf_dash.report.write_model_folder(model, output_dir / "model", chain.info(model))
+                hf_dash.report.export_round(model, output_dir, chain)
     if accelerator.is_main_process:
         print(hf_dash.report.write_results(history, output_dir), end="\n\n")
         print(f"history, figures and the model of the {run.export_start} start: {output_dir}")

@@ -13,7 +13,7 @@ TrainingConfig, DashConfig and StartsConfig.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -62,23 +62,16 @@ def main() -> None:
     groups = HfArgumentParser((Arguments, *configs)).parse_args_into_dataclasses()
     hf_dash.utils.show_info()
     accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        return compare(accelerator, *groups)
-    with hf_dash.utils.one_writer(groups[0].output_dir):
-        compare(accelerator, *groups)
+    with hf_dash.runs.open_run(
+        groups[0].output_dir, hf_dash.runs.recorded_settings(*groups)
+    ) as history:
+        compare(accelerator, history, *groups)
 
 
-def compare(accelerator, run, data, training, dash, start_config) -> None:
+def compare(accelerator, history, run, data, training, dash, start_config) -> None:
     if data.arrive_by != "examples":
         raise ValueError(f"arrive_by must be 'examples', got {data.arrive_by!r}")
     output_dir = Path(run.output_dir)
-    groups = run, data, training, dash, start_config
-    history = hf_dash.history.open_history(
-        output_dir / "history.json",
-        {name: value for group in groups for name, value in asdict(group).items()},
-        may_differ=hf_dash.history.MAY_DIFFER,
-        read_only=not accelerator.is_main_process,
-    )
     with accelerator.main_process_first():
         schedules = hf_dash.data.load_schedules(
             data, range(run.seeds), 2, run.num_examples // 2, []

@@ -6,7 +6,8 @@ Launch:  accelerate launch recipes/promote.py --output_dir runs/x \
              --rollback_to rounds/002/dash_seed0
 
 Challenger and champion predict the held-out images of the dataset; the decision and its reason go
-into the run's history.json. Ends with status 1 where the challenger is rejected. With --push_to_hub
+into the run's history.json. Ends with status 1 where the challenger is rejected, and with 2
+where it is promoted but the Hub did not follow: the same command then finishes. With --push_to_hub
 --hub_model_id user/name the Hub's main follows: from the branch --hub_revision, where a challenger
 waits, or to the tag of the round rolled back to. Flags: those below, and the fields of hf_dash's
 PromotionRules, DataConfig and HubArguments.
@@ -14,6 +15,7 @@ PromotionRules, DataConfig and HubArguments.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from accelerate import Accelerator
 from transformers import HfArgumentParser
@@ -52,9 +54,12 @@ def main() -> None:
     accelerator = Accelerator()
     if args.rollback_to is not None:
         if accelerator.is_main_process:
-            entry = hf_dash.rollback(args.output_dir, args.rollback_to)
+            entry = hf_dash.runs.read_champion(args.output_dir)
+            # Already done where the push alone had failed.
+            if entry is None or PurePath(args.rollback_to) != PurePath(entry.challenger):
+                entry = hf_dash.rollback(args.output_dir, args.rollback_to)
             print(f"rollback: {entry.challenger} is the champion in place of {entry.champion}")
-            hf_dash.hub.push_promotion(hub, args.output_dir, entry.challenger, entry.reason)
+            push(hub, args.output_dir, entry.challenger, entry.reason)
         return
 
     with accelerator.main_process_first():
@@ -73,8 +78,15 @@ def main() -> None:
             print(table(verdict.comparison), end="\n\n")
         print(f"{'promote' if verdict.promote else 'reject'}: {verdict.reason}")
         if verdict.promote:
-            hf_dash.hub.push_promotion(hub, args.output_dir, args.challenger, verdict.reason)
+            push(hub, args.output_dir, args.challenger, verdict.reason)
     sys.exit(0 if verdict.promote else 1)
+
+
+def push(hub, output_dir, folder, reason) -> None:
+    """Let the Hub follow; end with status 2 where it did not, so that the command is repeated."""
+    pushed = hf_dash.hub.push_promotion(hub, output_dir, folder, reason)
+    if hub.push_to_hub and pushed is None:
+        sys.exit(2)
 
 
 def table(comparison: hf_dash.runs.Comparison) -> str:

@@ -10,10 +10,12 @@ TrainingArguments. The model is a timm wrapper or any image classifier of transf
 `--do_train` and `--do_eval` the recipe does both; with `--do_eval` alone it only evaluates. With
 `--push_to_hub --hub_model_id user/name` the finished folder goes to the Hub, and from there
 `--model_name_or_path user/name --revision round-002` continues. `--start warm` and others replace
-DASH; `--start auto` follows the recommendation.json that `continual_rounds.py` wrote.
+DASH; `--start auto` follows the recommendation.json that `continual_rounds.py` wrote. The same
+command finishes what was killed or failed, without training again what is trained.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
@@ -31,20 +33,25 @@ def main() -> None:
             hf_dash.trainer.RoundTrainingArguments,
         )
     )
-    source, data, choice, dash, args = parser.parse_args_into_dataclasses()
+    *groups, args = parser.parse_args_into_dataclasses()
     # The finished folder is pushed once; the Trainer would push on the way, and save the token.
     hub = hf_dash.hub.HubArguments.taken_from(args)
     args.remove_unused_columns = False
     hf_dash.utils.show_info()
+    with hf_dash.runs.open_model_folder(args.output_dir):
+        retrain(*groups, args, hub)
 
+
+def retrain(source, data, choice, dash, args, hub) -> None:
     parent = hf_dash.hub.find_parent(
         source.model_name_or_path,
         revision=source.model_revision,
         cache_dir=source.cache_dir,
         token=source.token,
     )
+    # As it goes on record, and as it is loaded: the verified files of one exact commit.
     source = replace(source, model_revision=parent.commit or source.model_revision)
-    past = parent.records
+    local = replace(source, model_name_or_path=str(parent.folder))
     with args.main_process_first(desc="loading images"):
         schedule = data.load(seed=args.seed, cache_dir=source.cache_dir, token=source.token)
     start = hf_dash.report.choose_start(
@@ -53,12 +60,12 @@ def main() -> None:
         recommendation=choice.recommendation or source.model_name_or_path,
         label_names=schedule.label_names(),
     )
-    schedule = schedule.after(source.label_names(), data)
-    model = source.load_model(schedule.label_names(), seed=args.seed)
+    schedule = schedule.after(local.label_names(), data)
+    model = local.load_model(schedule.label_names(), seed=args.seed)
     schedule = replace(schedule, first_names=tuple(hf_dash.models.model_labels(model)))
-    processor = source.load_image_processor(model)
+    processor = local.load_image_processor(model)
     transform = hf_dash.models.image_transform(model, processor)
-    index = past[-1].round_index + 1 if past else 1
+    index = parent.records[-1].round_index + 1 if parent.records else 1
     round_ = replace(schedule.rounds(transform)[-1], index=index)
     held_out = schedule.held_out_examples(transform, allow_unknown=False)
 
@@ -68,37 +75,36 @@ def main() -> None:
         trainer.save_metrics("eval", {"eval_accuracy": metrics["accuracy"]}, combined=False)
         trainer.log_metrics("eval", {"eval_accuracy": metrics["accuracy"]})
         return
-    seconds = 0.0 if args.resume_from_checkpoint else start.begin_(model, round_, args.seed)
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
-    if not trainer.is_world_process_zero():
-        return
-    record = hf_dash.report.trainer_record(
-        trainer,
-        round_,
-        metrics,
-        train_seconds=result.metrics["train_runtime"],
-        parent=parent.name,
-        held_out=held_out,
-        start=start.name,
-        start_seconds=seconds,
-    )
-    settings = [source.settings, asdict(data), start.settings]
-    settings += [hf_dash.report.training_settings(args)]
-    info = hf_dash.report.card_info(
-        model,
-        [*past, record],
-        {name: value for group in settings for name, value in group.items()},
-        hf_dash.report.CardData(
-            data.source, schedule.held_out_split, len(held_out), data.dataset_revision
-        ),
-        base=parent.base,
-        hub_model_id=hub.card_id,
-    )
-    info = replace(info, followed=start.followed)
-    hf_dash.report.write_model_folder(model, args.output_dir, info, image_processor=processor)
-    print(hf_dash.report.rounds_table(info.records))
-    hf_dash.hub.push_folder(hub, args.output_dir)
+    told = hf_dash.runs.training_settings(args)
+    settings = hf_dash.runs.recorded_settings(source.settings, data, start.settings, told)
+    origin = parent.records, parent.name, parent.weights_sha256
+    one = hf_dash.runs.TrainerRound(args.output_dir, round_, held_out, settings, *origin)
+    records = one.finished()
+    if records is None:
+        begin = partial(start.begin_, model, round_, args.seed)
+        model, record = one.train_(
+            trainer, start.name, begin, processor, args.resume_from_checkpoint
+        )
+        metrics = hf_dash.training.evaluate_model(model, held_out, trainer.accelerator)
+        if not trainer.is_world_process_zero():
+            return
+        split, count = schedule.held_out_split, len(held_out)
+        info = hf_dash.report.card_info(
+            model,
+            [*parent.records, one.evaluated(record, model, metrics)],
+            settings,
+            hf_dash.report.CardData(data.source, split, count, data.dataset_revision),
+            base=parent.base,
+            hub_model_id=hub.card_id,
+        )
+        info = replace(info, followed=start.followed)
+        records = hf_dash.report.write_model_folder(
+            model, args.output_dir, info, files=one.kept
+        ).records
+        one.clear()
+    if trainer.is_world_process_zero():
+        print(hf_dash.report.rounds_table(records))
+        hf_dash.hub.push_folder(hub, args.output_dir)
 
 
 def make_trainer(

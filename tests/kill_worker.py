@@ -5,7 +5,6 @@ import os
 import signal
 from functools import reduce
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -24,11 +23,15 @@ POINTS = {
     "after training": ("hf_dash.runs.continual", "evaluate_model", "before", 2),
     "saving the weights": ("hf_dash.models", "save_file", "after", 2),
     "saving the optimizer": ("hf_dash.runs.store", "save_file", "before", 2),
-    "before the folder is there": ("hf_dash.runs.store", "os.rename", "before", 1),
-    "after the folder is there": ("hf_dash.runs.store", "os.rename", "after", 2),
-    "before the history is there": ("hf_dash.history", "write_text", "before", 4),
-    "in the history": ("hf_dash.utils.files", "os.replace", "before", 1),
-    "after the history is there": ("hf_dash.history", "write_text", "after", 2),
+    # In every round os.rename moves the model's files, what is trained, and the finished folder.
+    "before the trained round is kept": ("hf_dash.runs.store", "os.rename", "before", 2),
+    "after the trained round is kept": ("hf_dash.runs.store", "os.rename", "after", 5),
+    "before the folder is there": ("hf_dash.runs.store", "os.rename", "before", 3),
+    "after the folder is there": ("hf_dash.runs.store", "os.rename", "after", 6),
+    # Written in every round: with what is trained, in the finished folder, of the whole run.
+    "before the history is there": ("hf_dash.history", "write_text", "before", 6),
+    "in the history": ("hf_dash.utils.files", "os.replace", "before", 5),
+    "after the history is there": ("hf_dash.history", "write_text", "after", 3),
 }
 
 
@@ -63,8 +66,7 @@ def run(output_dir: str, arriving: Dataset, point: str | None = None) -> None:
     )
     transform = hf_dash.models.image_transform(model)
     rounds = list(hf_dash.data.cut_rounds(arriving, NUM_ROUNDS, transform, in_memory=True))
-    with hf_dash.utils.one_writer(output_dir):
-        history = hf_dash.history.open_history(Path(output_dir) / "history.json", {"lam": 0.3})
+    with hf_dash.runs.open_run(output_dir, {"lam": 0.3}) as history:
         hf_dash.run_rounds(
             model,
             rounds,

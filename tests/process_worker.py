@@ -356,27 +356,25 @@ def go_through_rounds(folder, accelerator):
     rounds = list(
         hf_dash.data.cut_rounds(arriving, 2, hf_dash.models.image_transform(model), in_memory=True)
     )
-    main = accelerator.is_main_process
     for until in (1, 2):
-        history = hf_dash.history.open_history(f"{folder}/run/history.json", {}, read_only=not main)
-        accelerator.wait_for_everyone()
-        model = hf_dash.run_rounds(
-            model,
-            rounds[:until],
-            rounds[0].new,
-            hf_dash.find_start("dash"),
-            hf_dash.runs.Run(
-                "dash",
-                0,
-                history,
-                accelerator,
-                training=hf_dash.TrainingConfig(
-                    max_epochs=1, train_batch_size=8, disable_tqdm=True
+        with hf_dash.runs.open_run(f"{folder}/run", {}) as history:
+            model = hf_dash.run_rounds(
+                model,
+                rounds[:until],
+                rounds[0].new,
+                hf_dash.find_start("dash"),
+                hf_dash.runs.Run(
+                    "dash",
+                    0,
+                    history,
+                    accelerator,
+                    training=hf_dash.TrainingConfig(
+                        max_epochs=1, train_batch_size=8, disable_tqdm=True
+                    ),
+                    dash=hf_dash.DashConfig(gradient_batch_size=16),
+                    output_dir=f"{folder}/run",
                 ),
-                dash=hf_dash.DashConfig(gradient_batch_size=16),
-                output_dir=f"{folder}/run",
-            ),
-        )
+            )
     weights = model.timm_model.fc.weight.detach().flatten().tolist()
     return {"records": [asdict(record) for record in history.records], "weights": weights}
 

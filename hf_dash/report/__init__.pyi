@@ -14,8 +14,7 @@ from .experiments import setup_text as setup_text
 from .experiments import verdict_text as verdict_text
 from .experiments import verdicts_table as verdicts_table
 from .export import Chain as Chain
-from .export import trainer_record as trainer_record
-from .export import training_settings as training_settings
+from .export import export_round as export_round
 from .export import write_model_folder as write_model_folder
 from .export import write_results as write_results
 from .markdown import markdown_table as markdown_table

@@ -26,7 +26,7 @@ from hf_dash.models import IMAGE_MODES, architecture_of, is_timm, model_labels
 from hf_dash.report import card_tables as tables
 from hf_dash.report.markdown import Markdown, code_span, escape_markdown
 from hf_dash.report.tables import rounds_table
-from hf_dash.utils.files import write_text
+from hf_dash.utils.files import public_name, write_text
 
 TEMPLATE_NAME = "model_card_template.md"
 
@@ -75,6 +75,7 @@ class CardInfo:
         rivals: records of other starts, such as ``"cold"``, in the same round.
         factors_figure: file name of a figure of the shrink's factors.
         followed: sentence of the recommendation that chose the start, if one did.
+        local_data: whether ``dataset_name`` means embedded or local data; None finds out.
 
     Raises:
         ValueError: there is no record or no held-out image; the accuracy is not a number in
@@ -106,6 +107,7 @@ class CardInfo:
     rivals: list[RoundRecord] = field(default_factory=list)
     factors_figure: str | None = None
     followed: str | None = None
+    local_data: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.records:
@@ -165,7 +167,8 @@ def card_info(
         model_name=f"{architecture_of(model)} on {title_of(data.dataset_name)}",
         records=list(records),
         settings=settings,
-        dataset_name=data.dataset_name,
+        dataset_name=public_name(data.dataset_name),
+        local_data=is_local(data.dataset_name),
         held_out_split=data.held_out_split,
         num_held_out=data.num_held_out,
         dataset_revision=data.dataset_revision,
@@ -221,6 +224,7 @@ def card_metadata(
         metric_value=info.record.accuracy,
         verified=False,
     )
+    local = is_local(info.dataset_name) if info.local_data is None else info.local_data
     own = [tag for tag in info.tags if tag != "timm" or library_name == "timm"]
     tags = [*own, "image-classification", "warm-start"]
     if info.record.shrink is not None:
@@ -231,7 +235,7 @@ def card_metadata(
         pipeline_tag="image-classification",
         license=info.license,
         tags=tags,
-        datasets=None if is_local(info.dataset_name) else [info.dataset_name],
+        datasets=None if local else [info.dataset_name],
         base_model=info.base_model,
         metrics=["accuracy"],
         eval_results=[result],

@@ -9,3 +9,9 @@ from .continual import run_rounds as run_rounds
 from .promotion import HeldOut as HeldOut
 from .promotion import promote as promote
 from .promotion import rollback as rollback
+from .settings import recorded_settings as recorded_settings
+from .settings import training_settings as training_settings
+from .store import open_model_folder as open_model_folder
+from .store import open_run as open_run
+from .store import read_champion as read_champion
+from .trainer_round import TrainerRound as TrainerRound

@@ -3,16 +3,17 @@
 Flow: a fresh model → for every round: the parent round's saved final weights → start (from the
 second round on) → training to convergence → held-out accuracy → the round's folder → the history.
 Source: the protocol of Shin et al. (arXiv:2410.23495, section 2) and Ash & Adams (2020).
-Exactly once: a start works on weights read from the parent's folder, which are final by then, and
-a round ends when its own folder is renamed into place. A run that was killed anywhere continues
-with the first round that has no folder, and everything random in a round derives from its seed.
+Exactly once: a start works on weights read from the parent's folder, which are final by then; what
+was trained is kept before it is evaluated; and a round ends when its folder is renamed into place.
+A run that was killed anywhere continues there, and everything random derives from a round's seed.
 """
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,21 +32,27 @@ from hf_dash.method.loss import WeightedLoss
 from hf_dash.method.shrink import ShrinkReport
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.pretrained import Checkpoint
+from hf_dash.runs.round_files import check_finite, recorded_shrink, size_of
 from hf_dash.runs.store import (
-    find_round,
+    find_trained,
+    finish_round,
     finished_round,
     load_optimizer_state,
+    load_trained_,
     load_weights_,
     prune_rounds,
-    save_round,
+    recover,
+    save_trained,
 )
 from hf_dash.starts import STARTS, Start, StartContext, Started, StartsConfig
 from hf_dash.training.config import TrainingConfig
-from hf_dash.training.evaluation import evaluate_model
+from hf_dash.training.evaluation import check_readable, evaluate_model
 from hf_dash.training.loop import TrainingResult, train_round
 from hf_dash.training.memorization import measure_round
-from hf_dash.utils.checks import check_count, check_flag, check_kind
-from hf_dash.utils.distributed import gather, hardware, synchronize
+from hf_dash.training.optimizers import copies_kept
+from hf_dash.utils.checks import check_count, check_flag, check_folder_name, check_kind
+from hf_dash.utils.distributed import by_main, gather, hardware, synchronize
+from hf_dash.utils.files import check_free_space, check_output_dir
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -102,11 +109,7 @@ class Run:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"name must be the name of a start, got {self.name!r}")
-        if not self.name or self.name.startswith(".") or set(self.name) & {"/", "\\", "\0"}:
-            raise ValueError(
-                "name must be part of a folder's name: without a slash and not beginning with a"
-                f" dot, got {self.name!r}"
-            )
+        check_folder_name("name", self.name)
         check_count("seed", self.seed, at_least=0)
         if self.save_total_limit is not None:
             check_count("save_total_limit", self.save_total_limit)
@@ -165,6 +168,9 @@ def run_rounds(
         [(1, 20), (2, 40)]
     """
     model.to(run.accelerator.device)
+    if run.output_dir is not None:
+        by_main(partial(_open, run.output_dir, run.history))
+    _agree_on(run)
     parent, trained = run.parent, False
     kept: dict[str, Tensor] = {}
     for round_ in rounds:
@@ -176,18 +182,21 @@ def run_rounds(
         if run.output_dir is not None and parent is not None:
             load_weights_(model, run.output_dir, parent)
             kept = load_optimizer_state(run.output_dir, parent)
-        shared = _first_round_of_another(run, start, round_)
-        if shared is not None and run.output_dir is not None:
-            load_weights_(model, run.output_dir, shared)
-            kept = load_optimizer_state(run.output_dir, shared)
-            parent, trained = _save(run, model, kept, replace(shared, start=run.name)), True
-            continue
         task = _Task(run, start, held_out, round_, seed_of_round(run.seed, round_.index))
-        model, parent, kept = _train_one(task, model, parent, kept)
+        shared = _first_round_of_another(task)
+        if shared is None:
+            model, parent, kept = _train_one(task, model, parent, kept)
+        else:
+            parent, kept = _take_over(task, model, shared)
         trained = True
     if parent is not None and not trained and run.output_dir is not None:
         load_weights_(model, run.output_dir, parent)
     return model
+
+
+def _open(output_dir: str | Path, history: History) -> None:
+    check_output_dir(output_dir)
+    recover(output_dir, history)
 
 
 @dataclass(frozen=True)
@@ -213,21 +222,44 @@ class _Task:
             return {}
         return measure_round(model, self.round_, self.held_out, self.run.accelerator)
 
+    def origin(self, parent: RoundRecord | None) -> dict[str, str | None]:
+        """Return what the round is trained on and from, by the names of its record."""
+        names = {"data_fingerprint": self.round_.fingerprint, "parent_sha256": None}
+        if parent is not None:
+            return {**names, "parent": parent.folder}
+        checkpoint = self.run.checkpoint
+        if checkpoint is None:
+            return {**names, "parent": None}
+        return {**names, "parent": checkpoint.name, "parent_sha256": checkpoint.sha256}
 
-def _first_round_of_another(run: Run, start: Start, round_: Round) -> RoundRecord | None:
+
+def _first_round_of_another(task: _Task) -> RoundRecord | None:
     """Return the record of the same first round, trained by another start, while it is kept.
 
     Without a start of its own a first round follows from seed and data alone.
     """
-    if round_.index > 1 or run.output_dir is None or getattr(start, "every_round", False):
+    run, round_ = task.run, task.round_
+    if round_.index > 1 or run.output_dir is None or getattr(task.start, "every_round", False):
         return None
     for record in run.history.select(seed=run.seed):
         name = record.start.partition("+")[0]
         alike = name in STARTS and not getattr(STARTS[name], "every_round", False)
         same = record.round_index == 1 and record.data_fingerprint == round_.fingerprint
-        if alike and same and find_round(run.output_dir, record.folder) is not None:
+        if alike and same and (Path(run.output_dir) / record.folder).is_dir():
             return record
     return None
+
+
+def _take_over(
+    task: _Task, model: PreTrainedModel, shared: RoundRecord
+) -> tuple[RoundRecord, dict[str, Tensor]]:
+    """Save the same first round, trained by another start, as this one's too."""
+    output_dir = task.run.output_dir
+    assert output_dir is not None
+    load_weights_(model, output_dir, shared)
+    kept = load_optimizer_state(output_dir, shared)
+    record = _keep(task.run, model, kept, replace(shared, start=task.run.name))
+    return _finish(task.run, record), kept
 
 
 def _with_classes_of(
@@ -241,10 +273,45 @@ def _with_classes_of(
 def _train_one(
     task: _Task, model: PreTrainedModel, parent: RoundRecord | None, kept: dict[str, Tensor]
 ) -> tuple[PreTrainedModel, RoundRecord, dict[str, Tensor]]:
-    """Start, train, evaluate, save and record one round."""
+    """Start, train, keep, evaluate and record one round."""
     run, round_ = task.run, task.round_
     set_seed(task.seed)
     model, rows = _with_classes_of(round_, model, task.seed)
+    record: RoundRecord | None = None
+    if run.output_dir is not None:
+        folder = RoundRecord.folder_of(run.name, run.seed, round_.index)
+        record = find_trained(run.output_dir, run.history, folder, task.origin(parent))
+    if record is not None and run.output_dir is not None:
+        kept = load_trained_(model, run.output_dir, record)
+    else:
+        record, kept = _train(task, model, rows, parent, kept)
+        # Before anything that can fail: the same command then evaluates what was trained.
+        record = _keep(run, model, kept, record)
+    metrics = evaluate_model(model, task.held_out, run.accelerator)
+    names = cast("dict[int, str]", model.config.id2label)
+    per_class = metrics["per_class_accuracy"].items()
+    record = replace(
+        record,
+        accuracy=metrics["accuracy"],
+        per_class_accuracy={str(names[label]): a for label, a in per_class if label in names},
+        held_out_fingerprint=joint_fingerprint([task.held_out]),
+    )
+    return model, _finish(run, record), kept
+
+
+def _train(
+    task: _Task,
+    model: PreTrainedModel,
+    rows: dict[str, Tensor],
+    parent: RoundRecord | None,
+    kept: dict[str, Tensor],
+) -> tuple[RoundRecord, dict[str, Tensor]]:
+    """Start and train one round; return its record, without an accuracy, and what is kept."""
+    run, round_ = task.run, task.round_
+    if run.output_dir is not None:
+        state = list(model.state_dict().values())
+        check_free_space(Path(run.output_dir), size_of(state) * copies_kept(run.training))
+    check_readable("held_out", task.held_out)
     measured = {} if parent is None else {"before": task.measure(model)}
     begun, start_seconds = _start(task, model, rows)
     if parent is not None:
@@ -267,58 +334,40 @@ def _train_one(
         optimizer_state=kept if begun.keep_optimizer else None,
         description=f"{run.name} round {round_.index}",
     )
-    metrics = evaluate_model(model, task.held_out, run.accelerator)
+    check_finite(model.state_dict())
     record = replace(
-        _record(task, model, metrics, result, begun.report),
+        _record(task, result, begun.report),
         start_seconds=start_seconds,
-        parent=_origin_of(run) if parent is None else parent.folder,
-        parent_sha256=run.checkpoint.sha256 if parent is None and run.checkpoint else None,
         memorization=measured if run.measure_memorization and measured else None,
+        **task.origin(parent),  # type: ignore[arg-type]
     )
-    return model, _save(run, model, result.optimizer_state, record), result.optimizer_state
+    return record, result.optimizer_state
 
 
-def _origin_of(run: Run) -> str | None:
-    """Return the name of the checkpoint that a first round began from, if any."""
-    return None if run.checkpoint is None else run.checkpoint.name
-
-
-def _record(
-    task: _Task,
-    model: PreTrainedModel,
-    metrics: dict[str, Any],
-    result: TrainingResult,
-    report: ShrinkReport | None,
-) -> RoundRecord:
+def _record(task: _Task, result: TrainingResult, report: ShrinkReport | None) -> RoundRecord:
+    """Return the record of a training; its accuracy is not known yet."""
     run, round_ = task.run, task.round_
-    names = cast("dict[int, str]", model.config.id2label)
     return RoundRecord(
         start=run.name,
         seed=run.seed,
         round_index=round_.index,
         num_new=round_.num_new,
         num_total=round_.num_total,
-        accuracy=metrics["accuracy"],
-        per_class_accuracy={
-            str(names[label]): accuracy
-            for label, accuracy in metrics["per_class_accuracy"].items()
-            if label in names
-        },
+        accuracy=0.0,
+        per_class_accuracy={},
         train_accuracy=result.train_accuracy,
         converged=result.converged,
         epochs=result.epochs,
         steps=result.steps,
         start_seconds=0.0,
         train_seconds=result.seconds,
-        shrink=None if report is None else report.to_dict(),
-        data_fingerprint=round_.fingerprint,
+        shrink=None if report is None else recorded_shrink(report.to_dict()),
         files=list(round_.files) or None,
         skipped=list(round_.skipped) or None,
         overlap=round_.overlap or None,
         images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),
-        held_out_fingerprint=joint_fingerprint([task.held_out]),
     )
 
 
@@ -348,21 +397,30 @@ def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tupl
     return begun, time.perf_counter() - started
 
 
-def _save(
+def _keep(
     run: Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
 ) -> RoundRecord:
-    error: OSError | None = None
-    if run.output_dir is not None and run.accelerator.is_main_process:
-        try:
-            settings = run.history.settings
-            record = save_round(run.output_dir, model, optimizer_state, record, settings)
-        except OSError as failure:
-            error = failure
-    # All processes keep the main one's record, or stop with it.
-    record, message = gather((record, None if error is None else str(error)))[0]
-    if message is not None:
-        raise error or OSError(message)
-    run.history.append(record)
+    """Let the main process keep a trained round aside; all get its record, or stop with it."""
+    if run.output_dir is None:
+        return record
+    output_dir, settings = run.output_dir, run.history.settings
+    return by_main(lambda: save_trained(output_dir, model, optimizer_state, record, settings))
+
+
+def _finish(run: Run, record: RoundRecord) -> RoundRecord:
+    """Let the main process finish and record a round; all get its history, or stop with it."""
+    history, output_dir = run.history, run.output_dir
+
+    def finish() -> RoundRecord:
+        history.note_changes()
+        whole = replace(record, previous=history.head)
+        if output_dir is not None:
+            whole = finish_round(output_dir, whole, history.settings)
+        history.append(whole)
+        return whole
+
+    record = by_main(finish)
+    _agree_on(run)
     if run.accelerator.is_main_process:
         logger.info(
             "%s, seed %d, round %d: %s images (%s new), accuracy %.2f %%, %s steps, %.1f s",
@@ -370,10 +428,18 @@ def _save(
             *(f"{record.num_total:,}", f"{record.num_new:,}", 100 * record.accuracy),
             *(f"{record.steps:,}", record.seconds),
         )
-    if run.save_total_limit is not None and run.output_dir is not None:
-        own = run.history.select(run.name, run.seed)
-        prune_rounds(run.output_dir, own, run.save_total_limit, run.history.champion)
+    if run.save_total_limit is not None and output_dir is not None:
+        own = history.select(run.name, run.seed)
+        prune_rounds(output_dir, own, run.save_total_limit, history.champion)
     return record
+
+
+def _agree_on(run: Run) -> None:
+    """Give every process the main one's history."""
+    history = run.history
+    history.records, history.promotions, history.changes = gather(
+        (history.records, history.promotions, history.changes)
+    )[0]
 
 
 def seed_of_round(seed: int, round_index: int) -> int:

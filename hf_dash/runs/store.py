@@ -1,14 +1,19 @@
-"""Finished rounds on disk: final weights, optimizer state and record, whole or not there.
+"""The folder of a run: one writer, whole rounds, a history that is never behind them unnoticed.
 
-Flow: a trained round → a folder written aside → renamed into its place in one step → later rounds
-start from what lies there.
-A round is finished when its folder is there: whatever kills the process before leaves nothing but
-a folder with a name of its own, which the next run sweeps away.
+Flow: a folder is opened by one writer, leftovers are swept away and rounds that were finished but
+not recorded are taken over → a trained round is kept aside before anything can fail → evaluated, it
+is renamed into its place → its record goes into the history, last. Promotions go the same way:
+``champion.json``, then the history.
+A round is finished when its folder is there. Its record is in the folder too, with the digest of
+the entry before it: a history that lacks an entry in between is refused.
 """
 
+import json
 import os
 import shutil
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +21,278 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from hf_dash.history import History, RoundRecord, read_history, write_history
+from hf_dash.history import (
+    LARGEST,
+    MAY_DIFFER,
+    History,
+    Promotion,
+    RoundRecord,
+    check_entry,
+    open_history,
+    read_history,
+    write_history,
+)
 from hf_dash.models import save_model
-from hf_dash.utils.files import flush_folder, sha256_of
+from hf_dash.runs.round_files import (
+    HISTORY,
+    OPTIMIZER,
+    WEIGHTS,
+    check_file,
+    check_files,
+    check_finite,
+    checksums_of,
+)
+from hf_dash.utils.chain import entry_digest
+from hf_dash.utils.distributed import by_main, is_main_process
+from hf_dash.utils.files import (
+    ASIDE,
+    PENDING,
+    finish_replacing,
+    flush_folder,
+    one_writer,
+    read_json,
+    write_text,
+)
 
-WEIGHTS, OPTIMIZER, HISTORY = "model.safetensors", "optimizer.safetensors", "history.json"
+logger = logging.get_logger(__name__)
+
+CHAMPION = "champion.json"
+
+# The record of a round that is trained but not evaluated yet: its accuracy says nothing.
+TRAINED = "trained.json"
+
+# What a kill may leave: copies that are not whole, and what a finished round no longer needs.
+LEFTOVERS = (".*.tmp", f"*/{ASIDE}", "*/.*.tmp", "rounds/*/.*.tmp", f"rounds/*/[!.]*/{TRAINED}")
 
 
-def save_round(
+@contextmanager
+def open_run(
+    output_dir: str | Path, settings: dict[str, Any], *, may_differ: Collection[str] = MAY_DIFFER
+) -> Iterator[History]:
+    """Hold the folder of a run and give its history; all processes call, the main one writes.
+
+    What an earlier call left when it was killed is put in order first: copies that are not whole
+    are removed, and rounds that are whole but not recorded are taken over.
+
+    Args:
+        output_dir: of the run; made where it does not exist.
+        settings: of the run, as plain JSON types.
+        may_differ: names of settings that say nothing about what has been recorded.
+
+    Raises:
+        ValueError: another process is at work there; ``output_dir`` is a file or empty; the history
+            is damaged, older than its rounds, or of a run with other settings.
+        OSError: ``output_dir`` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with hf_dash.runs.open_run(folder, {"lam": 0.3}) as history:
+        ...         history.records
+        []
+    """
+    with ExitStack() as stack:
+
+        def open_it() -> History:
+            stack.enter_context(one_writer(output_dir))
+            history = open_history(Path(output_dir) / HISTORY, settings, may_differ=may_differ)
+            recover(output_dir, history)
+            return history
+
+        history = by_main(open_it)
+        yield history if is_main_process() else replace(history, path=None)
+
+
+@contextmanager
+def open_model_folder(folder: str | Path) -> Iterator[None]:
+    """Hold the folder of a model alone; all processes call, the main one holds it.
+
+    An export that was killed while its files moved into place is finished first.
+
+    Args:
+        folder: made where it does not exist.
+
+    Raises:
+        ValueError: another process is at work there; or ``folder`` is a file or empty.
+        OSError: it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_dash
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with hf_dash.runs.open_model_folder(folder):
+        ...         pass  # train, then write the model
+    """
+    with ExitStack() as stack:
+
+        def open_it() -> None:
+            stack.enter_context(one_writer(folder))
+            finish_replacing(Path(folder))
+            for leftover in (ASIDE, *(path.name for path in Path(folder).glob(".*.tmp"))):
+                shutil.rmtree(Path(folder) / leftover, ignore_errors=True)
+
+        by_main(open_it)
+        yield
+
+
+def read_run(output_dir: str | Path, *, wait: float = 0.0) -> History:
+    """Read the history of a run that no process is at work in; the main process recovers it.
+
+    Args:
+        output_dir: of a run.
+        wait: seconds to wait for a process at work there.
+
+    Raises:
+        ValueError: there is no history, it is damaged, or a process is at work there.
+    """
+    path = Path(output_dir) / HISTORY
+    if not path.is_file():
+        raise ValueError(f"output_dir must hold the {HISTORY} of a run, got {str(output_dir)!r}")
+    with one_writer(output_dir, wait=wait):
+        history = read_history(path)
+        recover(output_dir, history)
+    return history
+
+
+def recover(output_dir: str | Path, history: History) -> None:
+    """Put a run's folder in order after a kill; only under its lock.
+
+    Args:
+        output_dir: of the run.
+        history: gets the records of rounds, and the promotion, that are finished but missing in it.
+
+    Raises:
+        ValueError: a round is of a run with other settings, or entries before it are missing.
+    """
+    output_dir = Path(output_dir)
+    for place in LEFTOVERS:
+        for leftover in output_dir.glob(place):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+    for pending in output_dir.glob(f"*/{PENDING}"):
+        finish_replacing(pending.parent)
+    missing = _unrecorded(output_dir, history)
+    while missing:
+        head = history.head
+        following = next((e for e in missing if e.previous in (head, None)), None)
+        if following is None:
+            places = [CHAMPION if isinstance(e, Promotion) else e.folder for e in missing]
+            raise ValueError(
+                f"{output_dir / HISTORY} is older than {', '.join(places)}: entries recorded in"
+                " between are missing; restore its newest copy"
+            )
+        missing.remove(following)
+        if isinstance(following, Promotion):
+            history.append_promotion(following)
+        else:
+            history.append(following)
+
+
+def _unrecorded(output_dir: Path, history: History) -> list[RoundRecord | Promotion]:
+    """Return what is finished in a folder but not in its history."""
+    missing: list[RoundRecord | Promotion] = []
+    for path in sorted(output_dir.glob(f"rounds/*/*/{HISTORY}")):
+        if path.parent.name.startswith("."):
+            continue
+        found = read_history(path)
+        (record,) = found.records
+        if history.find(record.start, record.seed, record.round_index) is None:
+            history.check_same_run(found)
+            missing.append(record)
+    champion = read_champion(output_dir)
+    recorded = {entry_digest(entry) for entry in history.promotions}
+    if champion is not None and entry_digest(champion) not in recorded:
+        missing.append(champion)
+    return missing
+
+
+def read_champion(output_dir: str | Path) -> Promotion | None:
+    """Return the entry by which a model came into use, or None where none did.
+
+    Raises:
+        ValueError: ``champion.json`` is damaged.
+
+    Example:
+        >>> import hf_dash
+        >>> hf_dash.runs.read_champion("no/run") is None
+        True
+    """
+    path = Path(output_dir) / CHAMPION
+    if not path.exists():
+        return None
+    try:
+        entry = Promotion(**read_json(path, LARGEST))
+        check_entry(entry)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole promotion of hf_dash: {error}") from error
+    return entry
+
+
+def record_promotion(output_dir: str | Path, history: History, entry: Promotion) -> Promotion:
+    """Record a decision; the model it brings into use is named in ``champion.json`` too.
+
+    Args:
+        output_dir: of the run, locked.
+        history: of the run.
+        entry: the decision.
+
+    Returns:
+        The entry as it was recorded.
+    """
+    history.note_changes()
+    entry = replace(entry, previous=history.head)
+    if entry.kind != "reject":
+        write_text(Path(output_dir) / CHAMPION, json.dumps(asdict(entry), indent=1) + "\n")
+    history.append_promotion(entry)
+    return entry
+
+
+def save_trained(
     output_dir: str | Path,
     model: PreTrainedModel,
     optimizer_state: dict[str, Tensor],
     record: RoundRecord,
     settings: dict[str, Any],
 ) -> RoundRecord:
-    """Write a finished round into its folder, in one step.
+    """Keep a trained round aside, before it is evaluated or anything else can fail.
 
     Args:
         output_dir: of the run; the folder below it is named by ``record.folder``.
         model: a timm wrapper with its final weights.
         optimizer_state: tensors by name; may be empty.
-        record: of the round.
-        settings: of the run; go into the folder with the record.
+        record: of the round; its accuracy is not known yet and may be any.
+        settings: of the run.
 
     Returns:
-        The record with the checksum of the weights.
+        The record with the checksums of its files.
 
     Raises:
-        OSError: the folder could not be written; nothing of it is left.
+        FloatingPointError: a weight is not finite.
+        OSError: the files could not be written; nothing of them is left.
         ValueError: the round is there already.
     """
     target = Path(output_dir) / record.folder
     if target.exists():
         raise ValueError(f"{target} is there already: a round is saved once")
+    check_finite(model.state_dict())
+    aside, trained = _aside(target), _trained(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(target)
+    for leftover in (aside, trained):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         save_model(model, aside)
         if optimizer_state:
             save_file(optimizer_state, aside / OPTIMIZER)
-        record = replace(record, weights_sha256=sha256_of(aside / WEIGHTS))
-        write_history(aside / HISTORY, settings, [record])
+        sums = checksums_of(aside)
+        record = replace(record, file_sha256=sums, weights_sha256=sums[WEIGHTS], previous=None)
+        write_history(aside / TRAINED, settings, [record])
         flush_folder(aside)
-        os.rename(aside, target)
-        flush_folder(target.parent)
+        os.rename(aside, trained)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -70,23 +302,81 @@ def save_round(
     return record
 
 
+def find_trained(
+    output_dir: str | Path, history: History, folder: str, origin: Mapping[str, str | None]
+) -> RoundRecord | None:
+    """Return the record of a round that an earlier call trained but did not finish, or None.
+
+    Args:
+        output_dir: of the run.
+        history: of the run; a round trained with other settings does not count.
+        folder: of the round, below ``output_dir``.
+        origin: what the round would be trained on and from now: ``data_fingerprint``, ``parent``
+            and ``parent_sha256``.
+    """
+    trained = _trained(Path(output_dir) / folder)
+    if not (trained / TRAINED).is_file():
+        return None
+    try:
+        found = read_history(trained / TRAINED)
+        history.check_same_run(found)
+        check_files(trained, found.records[0])
+    except ValueError as error:
+        logger.warning("%s is trained again: %s", folder, error)
+        return None
+    (kept,) = found.records
+    return kept if all(getattr(kept, name) == value for name, value in origin.items()) else None
+
+
+def load_trained_(
+    model: PreTrainedModel, output_dir: str | Path, record: RoundRecord
+) -> dict[str, Tensor]:
+    """Give a model the weights of a round that :func:`find_trained` found, in place.
+
+    Returns:
+        The optimizer's state at the end of its training.
+    """
+    folder = _trained(Path(output_dir) / record.folder)
+    model.get_submodule("timm_model").load_state_dict(load_file(folder / WEIGHTS))
+    return _optimizer_state(folder, record)
+
+
+def finish_round(
+    output_dir: str | Path, record: RoundRecord, settings: dict[str, Any]
+) -> RoundRecord:
+    """Rename a trained round into its place, with its whole record.
+
+    Args:
+        output_dir: of the run.
+        record: as :func:`save_trained` returned it, with its accuracy, and with the head of the
+            history as ``previous``.
+        settings: of the run; go into the folder with the record.
+
+    Raises:
+        OSError: it could not be written; the trained round is still kept aside.
+    """
+    target = Path(output_dir) / record.folder
+    trained = _trained(target)
+    try:
+        write_history(trained / HISTORY, settings, [record])
+        flush_folder(trained)
+        os.rename(trained, target)
+        flush_folder(target.parent)
+        (target / TRAINED).unlink()
+    except OSError as error:
+        raise OSError(
+            f"{target} could not be saved: {error}; the same command finishes it without training"
+            " again"
+        ) from error
+    return record
+
+
 def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp")
 
 
-def find_round(output_dir: str | Path, folder: str) -> History | None:
-    """Return the history of a finished round alone, or None where its folder is not there.
-
-    Args:
-        output_dir: of the run.
-        folder: below it, as :attr:`RoundRecord.folder` names it; leftovers of an attempt at it
-            that was killed are removed.
-    """
-    target = Path(output_dir) / folder
-    shutil.rmtree(_aside(target), ignore_errors=True)
-    if not target.exists():
-        return None
-    return read_history(target / HISTORY)
+def _trained(target: Path) -> Path:
+    return target.with_name(f".{target.name}.trained")
 
 
 def finished_round(
@@ -98,9 +388,6 @@ def finished_round(
 ) -> RoundRecord | None:
     """Return the record of a round that was finished before, or None.
 
-    A round whose folder is there but whose record is not was cut off between the two: its record
-    is taken over into the history.
-
     Args:
         output_dir: of the run.
         history: of the run.
@@ -109,18 +396,12 @@ def finished_round(
         parent: record of the round before.
 
     Raises:
-        ValueError: the round was trained on other data, from another parent, or by a run with
-            other settings.
+        ValueError: the round was trained on other data or from another parent.
     """
     start, seed, index = key
     done = history.find(start, seed, index)
     if done is None:
-        found = find_round(output_dir, RoundRecord.folder_of(start, seed, index))
-        if found is None:
-            return None
-        history.check_same_run(found)
-        (done,) = found.records
-        history.append(done)
+        return None
     if done.data_fingerprint != fingerprint:
         raise ValueError(
             f"round {index} of {start!r} was trained on other data than are given now (fingerprint"
@@ -143,20 +424,27 @@ def load_weights_(model: PreTrainedModel, output_dir: str | Path, record: RoundR
         record: of the round.
 
     Raises:
-        ValueError: the weights are not there, or not those the record tells of.
+        ValueError: a file of the round is gone, or not the one recorded.
     """
-    path = Path(output_dir) / record.folder / WEIGHTS
-    if not path.exists():
-        raise ValueError(f"{path} is gone: the next round cannot start without these weights")
-    if sha256_of(path) != record.weights_sha256:
-        raise ValueError(f"{path} is not what was saved there: its checksum differs")
-    model.get_submodule("timm_model").load_state_dict(load_file(path))
+    folder = Path(output_dir) / record.folder
+    check_files(folder, record)
+    model.get_submodule("timm_model").load_state_dict(load_file(folder / WEIGHTS))
 
 
 def load_optimizer_state(output_dir: str | Path, record: RoundRecord) -> dict[str, Tensor]:
-    """Return the optimizer's state at the end of a round; empty where there was none."""
-    path = Path(output_dir) / record.folder / OPTIMIZER
-    state: dict[str, Any] = load_file(path) if path.exists() else {}
+    """Return the optimizer's state at the end of a round; empty where there was none.
+
+    Raises:
+        ValueError: it is gone, or not the one recorded.
+    """
+    return _optimizer_state(Path(output_dir) / record.folder, record)
+
+
+def _optimizer_state(folder: Path, record: RoundRecord) -> dict[str, Tensor]:
+    path = folder / OPTIMIZER
+    if record.file_sha256 is not None and OPTIMIZER in record.file_sha256:
+        check_file(path, record.file_sha256[OPTIMIZER])
+    state: dict[str, Tensor] = load_file(path) if path.exists() else {}
     return state
 
 

@@ -7,13 +7,14 @@ batches do, unless ``batches`` or ``gradient_dataset`` is given.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_dash.method.batches import Batch
 from hf_dash.method.config import SETTINGS, DashConfig, with_settings
@@ -303,6 +304,14 @@ class DashCallback(DeferredLog, ExportableState):
         if due and state.global_step not in self.shrunk_at and self._training is not None:
             self._shrink(self._training)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the report next to the checkpoint whose weights it belongs to."""
+        folder = Path(cast(str, args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self.report is not None and folder.is_dir():
+            write_report(self.report, folder, state)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -363,7 +372,7 @@ class DashCallback(DeferredLog, ExportableState):
         self._mark(model, "shrunk")
         self.shrunk_at.append(state.global_step)
         tag_model(model)
-        write_report(self.report, args, state)
+        write_report(self.report, cast(str, args.output_dir), state)
         numbers = self.report.summary()
         if self.trainer is not None:
             numbers |= block_summary(self.report, model)

@@ -6,7 +6,7 @@ Flow: ShrinkReport → overall and per block → the Trainer's next log → all 
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -135,13 +135,12 @@ def _add_histogram(writer: object, tag: str, tensors: list[TensorReport], step: 
     )
 
 
-def write_report(report: ShrinkReport, args: TrainingArguments, state: TrainerState) -> None:
-    """Write ``dash_report.json`` into the output directory, by the main process."""
+def write_report(report: ShrinkReport, folder: str | Path, state: TrainerState) -> None:
+    """Write ``dash_report.json`` into a folder, by the main process."""
     # Under DeepSpeed on the CPU each process of a Trainer takes itself for the first one.
     if state.is_world_process_zero and is_main_process():
-        output_dir = Path(cast(str, args.output_dir))
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / REPORT_NAME, json.dumps(report.to_dict(), indent=1))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_text(Path(folder) / REPORT_NAME, json.dumps(report.to_dict(), indent=1))
 
 
 def tag_model(model: nn.Module) -> None:

@@ -51,6 +51,25 @@ class ClassAccuracy(evaluate.Metric):  # type: ignore[misc]
         }
 
 
+def check_readable(name: str, examples: "TorchDataset[dict[str, Any]]") -> None:
+    """Read every example once, before hours of training rather than after them.
+
+    Args:
+        name: of the argument, for the message.
+        examples: that will be evaluated on; map-style.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    for index in range(len(examples)):  # type: ignore[arg-type]
+        try:
+            examples[index]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"{name} must hold images that can be read, but example {index} cannot: {error}"
+            ) from error
+
+
 def predict(
     model: nn.Module,
     examples: "TorchDataset[dict[str, Any]]",

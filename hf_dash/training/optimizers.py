@@ -32,6 +32,11 @@ _ENTRIES: dict[type[Optimizer], set[str]] = {
 }
 
 
+def copies_kept(config: TrainingConfig) -> int:
+    """Return how many times the size of its weights a trained round takes on disk."""
+    return 1 + (2 if config.optim == "adamw" else int(config.momentum > 0))
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Return torch's optimizer over all parameters of a model."""
     if config.optim == "adamw":

@@ -7,7 +7,7 @@ import torch
 
 import hf_dash
 from hf_dash import History, promote, read_history, rollback
-from hf_dash.history import RoundRecord
+from hf_dash.history import RoundRecord, write_history
 from hf_dash.runs import HeldOut, PromotionRules
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -234,17 +234,24 @@ def test_what_was_never_recorded_is_refused(run, held_out, accelerator, name):
 def test_folders_that_lead_out_or_are_gone_are_refused(run, held_out, accelerator):
     promote(run, THIRD, held_out, accelerator=accelerator)
     history = read_history(run / "history.json")
-    history.append(record(1, start="../../../outside"))
-    outside = history.records[-1].folder
-    save_constant(run / outside, "3")
-    assert not (run / outside).resolve().is_relative_to(run)
+    outside = record(1, start="../../../outside")
+    assert not (run / outside.folder).resolve().is_relative_to(run)
+    with pytest.raises(ValueError, match=r"start must be .*, got '\.\./\.\./\.\./outside'"):
+        history.append(outside)
+    # Not even where somebody else has recorded it.
+    content = (run / "history.json").read_bytes()
+    linked = [*history.records, replace(outside, previous=history.head)]
+    write_history(run / "history.json", {}, linked, history.promotions)
+    for call in (rollback, lambda *where: promote(*where, held_out, accelerator=accelerator)):
+        with pytest.raises(ValueError, match=r"history\.json is not a whole .* start must be"):
+            call(run, outside.folder)
+    (run / "history.json").write_bytes(content)
     (run / SECOND).rename(run.parent / f"{run.name}_moved")
     (run / SECOND).symlink_to(run.parent / f"{run.name}_moved")
-    for name in (outside, SECOND):
-        with pytest.raises(ValueError, match=r"to must lie below .*, but .* leads out of it"):
-            rollback(run, name)
-        with pytest.raises(ValueError, match="challenger must lie below"):
-            promote(run, name, held_out, accelerator=accelerator)
+    with pytest.raises(ValueError, match=r"to must lie below .*, but .* leads out of it"):
+        rollback(run, SECOND)
+    with pytest.raises(ValueError, match="challenger must lie below"):
+        promote(run, SECOND, held_out, accelerator=accelerator)
     (run / FIRST / "config.json").unlink()
     with pytest.raises(ValueError, match="its model is gone"):
         rollback(run, FIRST)

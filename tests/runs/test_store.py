@@ -1,26 +1,50 @@
-from dataclasses import replace
+import json
+import logging
+import os
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import record, same_state, state_of
+from helpers import SHRINK, record, same_state, save_round, state_of
 
 import hf_dash
-from hf_dash.runs import store as checkpoints
+from hf_dash.history import Promotion, open_history, read_history
+from hf_dash.runs import store
 from hf_dash.runs.store import (
-    find_round,
+    find_trained,
+    finish_round,
     load_optimizer_state,
+    load_trained_,
     load_weights_,
+    open_model_folder,
+    open_run,
     prune_rounds,
-    save_round,
+    read_champion,
+    read_run,
+    record_promotion,
+    recover,
+    save_trained,
 )
 
 SETTINGS = {"lam": 0.3}
 
+MOMENTUM = {"timm_model.fc.weight::momentum_buffer": torch.ones(10, 32)}
+
 
 @pytest.fixture
 def saved(small_model, tmp_path):
-    momentum = {"timm_model.fc.weight::momentum_buffer": torch.ones(10, 32)}
-    return save_round(tmp_path, small_model, momentum, record(), SETTINGS)
+    return save_round(tmp_path, small_model, MOMENTUM, record(), SETTINGS)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_dash"), "propagate", True)
+    return caplog
+
+
+def files_below(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_a_round_comes_back_as_it_was(saved, small_model, tmp_path):
@@ -32,10 +56,12 @@ def test_a_round_comes_back_as_it_was(saved, small_model, tmp_path):
     assert same_state(state_of(small_model), expected)
     momentum = load_optimizer_state(tmp_path, saved)
     assert list(momentum) == ["timm_model.fc.weight::momentum_buffer"]
-    found = find_round(tmp_path, saved.folder)
+    found = read_history(tmp_path / saved.folder / "history.json")
     assert found.records == [saved]
     assert found.settings == SETTINGS
     assert hf_dash.load_model(str(tmp_path / saved.folder)).config.num_labels == 10
+    assert set(saved.file_sha256) == {"model.safetensors", "config.json", "optimizer.safetensors"}
+    assert saved.file_sha256["model.safetensors"] == saved.weights_sha256
 
 
 def test_a_round_without_optimizer_state(small_model, tmp_path):
@@ -48,29 +74,25 @@ def test_a_round_is_saved_once(saved, small_model, tmp_path):
         save_round(tmp_path, small_model, {}, record(), SETTINGS)
 
 
-def test_a_round_that_is_not_there(tmp_path):
-    assert find_round(tmp_path, record().folder) is None
-
-
-def test_a_killed_attempt_is_swept_away(tmp_path):
-    leftover = tmp_path / "rounds" / "001" / ".warm_seed0.tmp"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").write_bytes(b"half")
-    assert find_round(tmp_path, record().folder) is None
-    assert not leftover.exists()
-
-
 @pytest.mark.parametrize("where", ["save_model", "save_file", "flush_folder"])
 def test_a_full_disk_leaves_nothing_behind(where, small_model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, where, full)
+    monkeypatch.setattr(store, where, full)
     with pytest.raises(
         OSError, match=r"warm_seed0 could not be saved: .*No space left.*same command"
     ):
         save_round(tmp_path, small_model, {"a": torch.zeros(1)}, record(), SETTINGS)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(small_model, tmp_path):
+    with torch.no_grad():
+        small_model.timm_model.conv1[1].running_var[0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"'timm_model.conv1.1.running_var' for one"):
+        save_trained(tmp_path, small_model, {}, record(), SETTINGS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_changed_or_vanished_are_refused(saved, small_model, tmp_path):
@@ -79,6 +101,20 @@ def test_weights_that_changed_or_vanished_are_refused(saved, small_model, tmp_pa
     (tmp_path / saved.folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model.safetensors is gone: the next round cannot"):
         load_weights_(small_model, tmp_path, saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "optimizer.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_every_file_of_a_round_is_verified(saved, small_model, tmp_path, name, how):
+    path, before = tmp_path / saved.folder / name, state_of(small_model)
+    content = path.read_bytes()
+    path.unlink() if how == "gone" else path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"{name} is (gone|not what .* its checksum differs)"):
+        load_weights_(small_model, tmp_path, saved)
+    assert same_state(state_of(small_model), before)
+    if name == "optimizer.safetensors":
+        with pytest.raises(ValueError, match=r"optimizer.safetensors is"):
+            load_optimizer_state(tmp_path, saved)
 
 
 def test_old_rounds_are_pruned(small_model, tmp_path):
@@ -90,3 +126,173 @@ def test_old_rounds_are_pruned(small_model, tmp_path):
     assert [(tmp_path / r.folder).exists() for r in records] == [False, True, True]
     prune_rounds(tmp_path, records, keep=1, champion=records[1].folder)
     assert [(tmp_path / r.folder).exists() for r in records] == [False, True, True]
+
+
+ORIGIN = {"data_fingerprint": "images", "parent": "rounds/000/warm_seed0", "parent_sha256": None}
+
+
+@pytest.fixture
+def trained(small_model, tmp_path):
+    """A round that was trained and not evaluated."""
+    return save_trained(tmp_path, small_model, MOMENTUM, record(**ORIGIN), SETTINGS)
+
+
+def history_of(folder, settings=SETTINGS, **options):
+    return open_history(folder / "history.json", settings, **options)
+
+
+def test_what_was_trained_is_taken_up_and_finished(trained, small_model, tmp_path):
+    expected = state_of(small_model)
+    with torch.no_grad():
+        small_model.timm_model.fc.weight.zero_()
+    assert find_trained(tmp_path, history_of(tmp_path), trained.folder, ORIGIN) == trained
+    momentum = load_trained_(small_model, tmp_path, trained)
+    assert same_state(momentum, MOMENTUM)
+    assert same_state(state_of(small_model), expected)
+    done = finish_round(tmp_path, replace(trained, accuracy=0.75), SETTINGS)
+    assert sorted(path.name for path in (tmp_path / done.folder).iterdir()) == [
+        *("config.json", "history.json", "model.safetensors", "optimizer.safetensors")
+    ]
+    assert read_history(tmp_path / done.folder / "history.json").records[0].accuracy == 0.75
+    assert find_trained(tmp_path, history_of(tmp_path), trained.folder, ORIGIN) is None
+
+
+@pytest.mark.parametrize("name", ORIGIN)
+def test_what_was_trained_on_or_from_something_else_is_not_taken_up(trained, tmp_path, name):
+    other = {**ORIGIN, name: "another"}
+    assert find_trained(tmp_path, history_of(tmp_path), trained.folder, other) is None
+
+
+def test_what_was_trained_otherwise_or_has_changed_is_not_taken_up(trained, tmp_path, warnings):
+    other = history_of(tmp_path, {"lam": 0.1})
+    assert find_trained(tmp_path, other, trained.folder, ORIGIN) is None
+    assert "is trained again: " in warnings.text
+    kept = tmp_path / "rounds" / "001" / ".warm_seed0.trained"
+    (kept / "model.safetensors").write_bytes(b"half")
+    assert find_trained(tmp_path, history_of(tmp_path), trained.folder, ORIGIN) is None
+    assert "its checksum differs" in warnings.text
+
+
+def test_a_finish_that_fails_keeps_what_was_trained(trained, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "flush_folder", full)
+        with pytest.raises(OSError, match="finishes it without training again"):
+            finish_round(tmp_path, trained, SETTINGS)
+    assert find_trained(tmp_path, history_of(tmp_path), trained.folder, ORIGIN) == trained
+
+
+def test_leftovers_of_a_kill_are_swept_away(saved, tmp_path):
+    history = history_of(tmp_path)
+    recover(tmp_path, history)
+    whole = files_below(tmp_path)
+    for leftover in (
+        *("rounds/001/.dash_seed0.tmp/model.safetensors", ".history.json.tmp"),
+        *(".champion.json.tmp", "model/.aside/config.json", f"{saved.folder}/trained.json"),
+    ):
+        (tmp_path / leftover).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / leftover).write_bytes(b"half")
+    recover(tmp_path, history)
+    assert files_below(tmp_path) == whole
+
+
+def three_rounds(folder, model):
+    """A run of three rounds, the second of which is champion."""
+    history = history_of(folder)
+    for index in (1, 2, 3):
+        one = record(round_index=index, shrink=SHRINK if index > 1 else None)
+        history.append(save_round(folder, model, {}, one, SETTINGS, history.head))
+        if index == 2:
+            entry = Promotion("promote", one.folder, None, "first champion", "")
+            record_promotion(folder, history, entry)
+    return history
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_finished_things_that_are_not_recorded_are_taken_over(small_model, tmp_path, kept):
+    whole = three_rounds(tmp_path, small_model)
+    content = (tmp_path / "history.json").read_bytes()
+    # An older copy: the folders and the champion hold what it lacks, in an unbroken chain.
+    older = history_of(tmp_path)
+    older.records, older.promotions = [], []
+    (tmp_path / "history.json").unlink()
+    for entry in whole.entries[:kept]:
+        (older.append_promotion if isinstance(entry, Promotion) else older.append)(entry)
+    with open_run(tmp_path, SETTINGS) as history:
+        assert history.entries == whole.entries
+        assert history.head == whole.head
+    assert (tmp_path / "history.json").read_bytes() == content
+    assert read_run(tmp_path).champion == "rounds/002/warm_seed0"
+
+
+def test_an_older_history_is_noticed_where_folders_are_newer(small_model, tmp_path):
+    older = three_rounds(tmp_path, small_model)
+    content = (tmp_path / "history.json").read_bytes()
+    reject = Promotion("reject", older.records[2].folder, older.records[1].folder, "worse", "")
+    record_promotion(tmp_path, older, reject)  # in the history alone
+    one = record(round_index=4)
+    older.append(save_round(tmp_path, small_model, {}, one, SETTINGS, older.head))
+    (tmp_path / "history.json").write_bytes(content)
+    with (
+        pytest.raises(ValueError, match=r"history.json is older than rounds/004/warm_seed0"),
+        open_run(tmp_path, SETTINGS),
+    ):
+        pass
+    assert (tmp_path / "history.json").read_bytes() == content
+
+
+def test_an_older_history_is_noticed_where_the_champion_is_newer(small_model, tmp_path):
+    history = three_rounds(tmp_path, small_model)
+    content = (tmp_path / "history.json").read_bytes()
+    for challenger, kind in ((3, "reject"), (3, "force")):
+        entry = Promotion(kind, f"rounds/00{challenger}/warm_seed0", None, "", "")
+        record_promotion(tmp_path, history, entry)
+    (tmp_path / "history.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"history.json is older than champion.json"):
+        read_run(tmp_path)
+
+
+def test_a_damaged_champion_is_refused(small_model, tmp_path):
+    three_rounds(tmp_path, small_model)
+    entry = asdict(read_champion(tmp_path))
+    for damaged in (
+        "[]",
+        "{",
+        json.dumps({**entry, "kind": "x"}),
+        json.dumps({**entry, "time": 3}),
+    ):
+        (tmp_path / "champion.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"champion.json is not a whole promotion"):
+            read_run(tmp_path)
+
+
+def test_another_runs_round_is_not_taken_over(small_model, tmp_path):
+    save_round(tmp_path, small_model, {}, record(), {"lam": 0.1})
+    with pytest.raises(ValueError, match=r"other settings \(lam was 0.1, is 0.3\)"):
+        recover(tmp_path, history_of(tmp_path))
+
+
+def test_a_run_is_open_once(tmp_path):
+    with open_run(tmp_path / "run", SETTINGS) as history:
+        assert (history.records, history.settings) == ([], SETTINGS)
+        # In one process calls may be nested: an export locks its folder too.
+        with open_model_folder(tmp_path / "run"):
+            pass
+    with pytest.raises(ValueError, match=r"output_dir must hold the history\.json of a run"):
+        read_run(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_model_folder_is_put_in_order_first(tmp_path):
+    pending = tmp_path / ".pending"
+    pending.mkdir()
+    (pending / "config.json").write_text("new")
+    (pending / "stale.json").write_text('["factors.png"]')
+    (tmp_path / ".aside").mkdir()
+    for name in ("config.json", "factors.png", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    with open_model_folder(tmp_path):
+        assert files_below(tmp_path) == {"config.json": b"new", "mine.txt": b"old"}
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "mine.txt"]

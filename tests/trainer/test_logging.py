@@ -115,12 +115,12 @@ def test_histograms_go_to_tensorboard():
 def test_only_the_main_process_writes_the_file(tmp_path, monkeypatch):
     report = report_of(tensor("conv.weight"))
     args = type("Args", (), {"output_dir": str(tmp_path / "new")})
-    write_report(report, args, TrainerState(is_world_process_zero=False))
+    write_report(report, args.output_dir, TrainerState(is_world_process_zero=False))
     with monkeypatch.context() as second:  # a process that the Trainer takes for the first
         second.setattr("hf_dash.trainer.logging.is_main_process", lambda: False)
-        write_report(report, args, TrainerState())
+        write_report(report, args.output_dir, TrainerState())
     assert not (tmp_path / "new").exists()
-    write_report(report, args, TrainerState())
+    write_report(report, args.output_dir, TrainerState())
     assert json.loads((tmp_path / "new" / "dash_report.json").read_text()) == report.to_dict()
 
 

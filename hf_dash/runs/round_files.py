@@ -1,0 +1,116 @@
+"""The files of a finished round: which there are, and that they are what was recorded.
+
+Flow: a model → finite weights, or an error → its files and their checksums → the round's record;
+a folder and its record → the same checksums, or an error, before anything is loaded.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_dash.history import RoundRecord, read_history
+from hf_dash.trainer.logging import REPORT_NAME
+from hf_dash.utils.files import public, sha256_of
+
+WEIGHTS, CONFIG, OPTIMIZER = "model.safetensors", "config.json", "optimizer.safetensors"
+
+PROCESSOR, HISTORY, CARD = "preprocessor_config.json", "history.json", "README.md"
+
+FIGURE, FACTORS, ROUNDS = "rounds.png", "factors.png", "rounds"
+
+# What the next round may load; a record holds the checksum of each.
+LOADED = (WEIGHTS, CONFIG, PROCESSOR, OPTIMIZER)
+
+# All that a model folder holds of a round. Whatever else lies there is not ours.
+MODEL_FOLDER = (WEIGHTS, CONFIG, PROCESSOR, HISTORY, REPORT_NAME, CARD, FIGURE, FACTORS)
+
+
+def checksums_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in a folder that the next round may load, by name."""
+    return {name: sha256_of(folder / name) for name in LOADED if (folder / name).is_file()}
+
+
+def check_files(folder: Path, record: RoundRecord, *, exported: bool = False) -> None:
+    """Check that the files of a round are those its record was written for.
+
+    Records from before there were checksums of all files are checked as far as they go.
+
+    Args:
+        folder: of the round.
+        record: of the round.
+        exported: the folder is a copy for others, which holds no optimizer state.
+
+    Raises:
+        ValueError: a file is gone or has changed; the message names it.
+    """
+    expected = dict(record.file_sha256 or {})
+    if record.weights_sha256 is not None:
+        expected[WEIGHTS] = record.weights_sha256
+    for name, checksum in expected.items():
+        if not (exported and name == OPTIMIZER):
+            check_file(folder / name, checksum)
+
+
+def check_file(path: Path, checksum: str) -> None:
+    """Check one file of a round.
+
+    Raises:
+        ValueError: it is gone, or its checksum differs.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is gone: the next round cannot start without it")
+    if sha256_of(path) != checksum:
+        raise ValueError(f"{path} is not what its round's record describes: its checksum differs")
+
+
+def check_replaceable(folder: Path, records: Iterable[RoundRecord]) -> None:
+    """Check that nothing recorded in a folder is lost where these records take its place.
+
+    Args:
+        folder: of a model; it need not exist.
+        records: that the folder will hold, and those that are kept elsewhere.
+
+    Raises:
+        ValueError: the folder is that of a run, its history is damaged, or it has other records.
+    """
+    if (folder / ROUNDS).is_dir():
+        raise ValueError(f"output_dir {str(folder)!r} is the folder of a run: give another one")
+    if not (folder / HISTORY).is_file():
+        return
+    found, kept = read_history(folder / HISTORY), list(records)
+    lost = [record for record in found.records if record not in kept]
+    if lost or found.promotions:
+        told = f"round {lost[-1].round_index} of {lost[-1].start!r}" if lost else "promotions"
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds another history, with {told}, which would be lost:"
+            " give another output_dir"
+        )
+
+
+@torch.no_grad()
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Check that no tensor of a model holds NaN or an infinite number.
+
+    Raises:
+        FloatingPointError: one does; the message names the first.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(
+                f"the weights are not finite, {name!r} for one: the training has diverged, and"
+                " nothing of it is saved"
+            )
+
+
+def recorded_shrink(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of a shrink as it goes on record: of a local base its name alone."""
+    config = {name: public(value) for name, value in report["config"].items()}
+    return {**report, "config": config}
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Return the number of bytes that tensors take on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
