@@ -9,7 +9,7 @@ digest over the whole content shows whether anything else has changed the file.
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from hf_dash.utils.chain import BEGINNING, digest_of, entry_digest, head_of, in_order
 from hf_dash.utils.checks import check_folder_name, check_number, check_types
 from hf_dash.utils.files import public, read_json, write_text
+from hf_dash.utils.reports import check_report
 
 FORMAT = 3
 
@@ -456,10 +457,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_held_out": (1, math.inf),
 }
 
-# What tables and cards read of a shrink.
-_SHRINK = {"config", "tensors", "num_batches", "num_images", "seconds", "mean_factor"}
-_TENSOR = {"name", "num_vectors", "mean_factor", "min_factor", "max_factor", "share_at_lam"}
-
 
 def check_entry(entry: Entry) -> None:
     """Check the kinds and ranges of all fields.
@@ -483,21 +480,7 @@ def check_entry(entry: Entry) -> None:
         if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
             raise ValueError(f"the SHA-256 of {name} must be 64 hexadecimal digits, got {value!r}")
     if entry.shrink is not None:
-        _check_shrink(entry.shrink)
-
-
-def _check_shrink(shrink: Mapping[str, Any]) -> None:
-    rows = shrink.get("tensors")
-    missing = _SHRINK - shrink.keys()
-    if missing or not isinstance(rows, list) or not isinstance(shrink["config"], dict):
-        raise ValueError(f"shrink must be a ShrinkReport.to_dict(), it lacks {sorted(missing)}")
-    numbers = [shrink[name] for name in ("num_batches", "num_images", "seconds", "mean_factor")]
-    for row in rows:
-        if not isinstance(row, dict) or _TENSOR - row.keys() or not isinstance(row["name"], str):
-            raise ValueError(f"shrink must have {sorted(_TENSOR)} of every tensor, got {row!r}")
-        numbers += [row[name] for name in sorted(_TENSOR - {"name"})]
-    for number in numbers:
-        check_number("every number of shrink", number, "[-inf, inf]", -math.inf, math.inf)
+        check_report(entry.shrink)
 
 
 def starts_of(records: Iterable[RoundRecord]) -> list[str]:

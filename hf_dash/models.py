@@ -29,7 +29,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from hf_dash.hub.client import fetch_model
+from hf_dash.hub.client import model_folder
 from hf_dash.model_config import check_config
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import files_written_aside
@@ -63,7 +63,7 @@ def require_safetensors(
     Raises:
         ValueError: the weights are not safetensors.
     """
-    return _weights_in(_folder_of(name_or_path, revision, cache_dir, token), name_or_path)
+    return _weights_in(model_folder(name_or_path, revision, cache_dir, token), name_or_path)
 
 
 def _weights_in(folder: Path, name_or_path: str) -> Path:
@@ -91,16 +91,6 @@ def weight_files(name_or_path: str, *, revision: str | None = None) -> list[Path
         return [first]
     index = json.loads(first.read_text(encoding="utf-8"))
     return [first.parent / name for name in sorted({str(n) for n in index["weight_map"].values()})]
-
-
-def _folder_of(
-    name_or_path: str, revision: str | None, cache_dir: str | None, token: str | bool | None
-) -> Path:
-    """Return the folder of a model, fetched if it is on the Hub."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    return fetch_model(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
 
 
 # The PIL mode for each number of channels, as timm's transforms read images.
@@ -331,7 +321,7 @@ def load_model(
         ...     hf_dash.load_model(folder, ["dog", "owl"]).config.id2label
         {0: 'cat', 1: 'dog', 2: 'owl'}
     """
-    folder = _folder_of(name_or_path, revision, cache_dir, token)
+    folder = model_folder(name_or_path, revision, cache_dir, token)
     _weights_in(folder, name_or_path)
     check_config(folder / "config.json")
     load = partial(_from_folder, folder, name_or_path)

@@ -295,3 +295,16 @@ def fetch_model(
             size=size,
         )
     )
+
+
+def model_folder(
+    name_or_path: str,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Return the folder of a model, fetched if it is on the Hub; see :func:`fetch_model`."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    return fetch_model(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
