@@ -485,8 +485,7 @@ def save_model(
 
 def _save_timm(model: PreTrainedModel, aside: Path) -> None:
     """Write timm's own layout, which both transformers and timm can load."""
-    timm_model = timm_model_of(model)
-    config = model.config
+    timm_model, config = timm_model_of(model), model.config
     native = {
         "architecture": config.architecture,
         "num_classes": config.num_labels,

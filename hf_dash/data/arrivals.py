@@ -20,6 +20,7 @@ from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
 from hf_dash.data.names import shown
 from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
+from hf_dash.data.stamps import Stamps, joint_stamps
 from hf_dash.data.streams import StreamedImages
 from hf_dash.data.survey import Survey, drop_rows, survey_rows
 from hf_dash.utils.distributed import is_main_process
@@ -47,6 +48,7 @@ class Arrival:
         types: types of the source's two columns.
         names: of the rows, by ``example_id``.
         survey: of the examples in ``dataset``; None if they have not been read yet.
+        stamps: of the files that are read while a model trains.
 
     Example:
         >>> import hf_dash
@@ -63,6 +65,7 @@ class Arrival:
     types: Mapping[str, str] = field(default_factory=dict)
     names: RowNames | None = None
     survey: Survey | None = None
+    stamps: Stamps = field(default_factory=dict)
 
     def examples(
         self,
@@ -96,6 +99,7 @@ class Arrival:
                 label_noise=label_noise,
                 noise_seed=noise_seed,
                 fingerprint=self.fingerprint,
+                stamps=self.stamps,
             )
         if label_noise:
             raise ValueError(f"label_noise must be 0 for streams, got {label_noise!r}")
@@ -107,6 +111,7 @@ class Arrival:
             cache=cache,
             fingerprint=self.fingerprint,
             labels=None if self.survey is None else self.survey.labels.tolist(),
+            stamps=self.stamps,
         )
 
     def check_mode(self, transform: Transform) -> None:
@@ -156,7 +161,14 @@ def arrive(
         ValueError: see :func:`load_arrival`.
     """
     dataset, names = merge_shards(shards)
-    arrival = Arrival(tuple(files), dataset, None, types=shards[0].types, names=names)
+    arrival = Arrival(
+        tuple(files),
+        dataset,
+        None,
+        types=shards[0].types,
+        names=names,
+        stamps=joint_stamps(shard.stamps for shard in shards),
+    )
     known = None if skip is None else names.find(skip)
     left_out = [f"{shard.name}/{entry}" for shard in shards for entry in shard.left_out]
     arrival = read_once(arrival, config, known_bad=known)

@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as vision
 
 from hf_dash.data.columns import fingerprint
+from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
 
 # Takes one image [channels, height, width] and a generator; None draws from torch's global state.
@@ -114,6 +115,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
             :func:`flip_labels`. ``flipped`` holds their indices.
         noise_seed: seed for choosing them.
         fingerprint: of the dataset, if known; see ``hf_dash.data.columns.fingerprint``.
+        stamps: of the files that its images are read from.
 
     Raises:
         ValueError: a label is not one of the dataset's classes, ``label_ids`` does not match them,
@@ -138,8 +140,10 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         label_noise: float = 0.0,
         noise_seed: int = 0,
         fingerprint: str | None = None,
+        stamps: Stamps | None = None,
     ) -> None:
         self.dataset = dataset
+        self.stamps = stamps or {}
         self.transform = transform
         self.in_memory = in_memory
         self._decoded: Tensor | None = None

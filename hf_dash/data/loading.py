@@ -29,6 +29,7 @@ from hf_dash.data.order import BUFFER_SIZE, cut_arrivals, first_examples, in_arr
 from hf_dash.data.schedule import Schedule
 from hf_dash.data.shards import check_types, merge_shards
 from hf_dash.data.sources import ANONYMOUS, Access
+from hf_dash.data.stamps import joint_stamps
 from hf_dash.history import RoundRecord
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
@@ -86,7 +87,8 @@ def _ordered(
     shards = data.open_train()
     dataset, names = merge_shards(shards, numbered=not data.streaming)
     dataset = first_examples(dataset, data.max_train_samples)
-    arriving = Arrival((), dataset, None, names=names)
+    stamps = joint_stamps(shard.stamps for shard in shards)
+    arriving = Arrival((), dataset, None, names=names, stamps=stamps)
     left_out = tuple(f"{shard.name}/{entry}" for shard in shards for entry in shard.left_out)
     if held_out_shards:
         held_out = arrive(held_out_shards, data)

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 from hf_dash.data.batches import EvenBatchSampler
 from hf_dash.data.examples import Augment, AugmentedExamples, ImageExamples, Transform
 from hf_dash.data.order import cut_arrivals
+from hf_dash.data.stamps import check_unchanged, joint_stamps
 from hf_dash.data.stream_loader import StreamLoader
 from hf_dash.data.streams import StreamedImages, StreamGradientBatches, share_minibatches
 from hf_dash.method.config import DashConfig
@@ -101,6 +102,14 @@ class Round:
     def fingerprint(self) -> str:
         """A checksum of all labeled images, old and new, the same on every machine."""
         return joint_fingerprint(self.arrivals)
+
+    def check_unchanged(self) -> None:
+        """Check that the files which are read while training are still those that were opened.
+
+        Raises:
+            ValueError: one was written or replaced meanwhile; the message names it.
+        """
+        check_unchanged(joint_stamps(arrival.stamps for arrival in self.arrivals))
 
     @property
     def flipped_seen(self) -> "TorchDataset[dict[str, Any]] | None":

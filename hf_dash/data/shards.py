@@ -15,7 +15,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from hf_dash.data.columns import (
     undecoded,
 )
 from hf_dash.data.folders import find_images
+from hf_dash.data.stamps import Stamps, stamps_of
 
 # The loader of ``datasets`` for each kind of file.
 LOADERS = {
@@ -84,6 +85,7 @@ class Shard:
         num_rows: number of rows; None for a stream that has to be read to know.
         paths: for a folder, the path of each image below it.
         left_out: images that could not be loaded, as ``"path (reason)"``.
+        stamps: of the files that are read while a model trains.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Shard:
     num_rows: int | None = None
     paths: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
+    stamps: Stamps = field(default_factory=dict)
 
     def count(self) -> int:
         """Return the number of rows; reads a stream of unknown length."""
@@ -143,7 +146,8 @@ def open_shard(path: Path, name: str, options: Reading) -> Shard:
             return openers[kind](path, name, options)
         source = _load_file(path, kind, options.streaming)
         num_rows = ParquetFile(path).metadata.num_rows if kind == "parquet" else None
-        shard = standard_shard(name, source, options, num_rows=num_rows)
+        stamps = stamps_of([path]) if options.streaming else {}
+        shard = standard_shard(name, source, options, num_rows=num_rows, stamps=stamps)
         if isinstance(source, Dataset) and num_rows not in (None, len(source)):
             raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
         return shard
@@ -177,7 +181,9 @@ def _open_folder(path: Path, name: str, options: Reading) -> Shard:
     else:
         source = Dataset.from_dict(columns).cast_column("image", Image())
     left_out = tuple(f"{image} ({why})" for image, why in found.left_out.items())
-    shard = standard_shard(name, source, options, paths=found.images, left_out=left_out)
+    stamps = stamps_of(path / image for image in found.images)
+    known = {"paths": found.images, "left_out": left_out, "stamps": stamps}
+    shard = standard_shard(name, source, options, **known)
     return _streamed(shard) if options.streaming else shard
 
 
@@ -187,8 +193,7 @@ def _open_saved(path: Path, name: str, options: Reading) -> Shard:
 
 
 def _streamed(shard: Shard) -> Shard:
-    stream = shard.dataset.to_iterable_dataset()
-    return Shard(shard.name, stream, shard.types, shard.num_rows, shard.paths, shard.left_out)
+    return replace(shard, dataset=shard.dataset.to_iterable_dataset())
 
 
 def _load_file(path: Path, kind: str, streaming: bool) -> AnyDataset:

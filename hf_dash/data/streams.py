@@ -14,6 +14,7 @@ from datasets import Image, IterableDataset
 from torch import Tensor
 
 from hf_dash.data.columns import fingerprint
+from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
 
 Row = tuple[Any, int]
@@ -44,6 +45,7 @@ class StreamedImages:
             The first epoch then starts by decoding them all; batches are the same either way.
         fingerprint: of the stream, if known; see ``hf_dash.data.columns.fingerprint``.
         labels: the stream's own labels of all examples, if known, in any order.
+        stamps: of the files that it reads.
 
     Raises:
         TypeError: ``stream`` is not an ``IterableDataset``.
@@ -69,6 +71,7 @@ class StreamedImages:
         cache: bool = False,
         fingerprint: str | None = None,
         labels: Sequence[int] | None = None,
+        stamps: Stamps | None = None,
     ) -> None:
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be an IterableDataset, got {type(stream).__name__}")
@@ -88,6 +91,7 @@ class StreamedImages:
                 f" classes, got {len(label_ids)}"
             )
         self.stream = stream
+        self.stamps = stamps or {}
         self.transform = transform
         self.label_ids = None if label_ids is None else tuple(label_ids)
         self.cache = cache

@@ -334,6 +334,7 @@ def _train(
         optimizer_state=kept if begun.keep_optimizer else None,
         description=f"{run.name} round {round_.index}",
     )
+    by_main(round_.check_unchanged)
     check_finite(model.state_dict())
     record = replace(
         _record(task, result, begun.report),

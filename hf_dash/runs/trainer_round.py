@@ -123,8 +123,9 @@ class TrainerRound:
 
         Raises:
             FloatingPointError: a trained weight is not finite; nothing is kept.
-            ValueError: the output directory holds other rounds, a held-out image cannot be read, or
-                the checkpoint was shrunk with other settings.
+            ValueError: the output directory holds other rounds, a held-out image cannot be read,
+                the checkpoint was shrunk with other settings, or a file of images was replaced
+                meanwhile.
             OSError: there is not enough free disk space, or the files could not be written.
         """
         kept = by_main(self._find_kept)
@@ -140,6 +141,7 @@ class TrainerRound:
             shrink = self._resumed_shrink(callback, resume_from_checkpoint)
         seconds = 0.0 if begin is None or resume_from_checkpoint else begin()
         result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        by_main(self.round_.check_unchanged)
         check_finite(model.state_dict())
         if callback is not None and callback.report is not None:
             shrink = callback.report.to_dict()

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import heard
 
 import hf_dash
 from hf_dash import History, promote, read_history, rollback
-from hf_dash.history import RoundRecord, write_history
+from hf_dash.history import RoundRecord, chained, write_history
 from hf_dash.runs import HeldOut, PromotionRules
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -128,6 +129,53 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(run, held_out, 
     assert len({e.held_out_fingerprint for e in found}) == 1
     assert read_history(run / "history.json").champion == SECOND
     assert len(read_history(run / "history.json").records) == 3
+
+
+def test_of_two_promotions_at_once_the_second_is_compared_with_the_first(
+    run, held_out, accelerator
+):
+    def meanwhile(transform):
+        if not entries(run):  # in the comparison that would make FIRST the first champion
+            promote(run, SECOND, held_out, accelerator=accelerator)
+        return held_out(transform)
+
+    with heard() as messages:
+        verdict = promote(run, FIRST, meanwhile, accelerator=accelerator)
+    assert not verdict.promote
+    assert verdict.reason.startswith("significantly worse overall")
+    found = [(e.kind, e.challenger, e.champion) for e in entries(run)]
+    assert found == [("promote", SECOND, None), ("reject", FIRST, SECOND)]
+    assert messages == ["another model became champion meanwhile: compared again"]
+
+
+def test_a_comparison_that_others_always_overtake_is_given_up(run, held_out, accelerator):
+    def meanwhile(transform):
+        now = read_history(run / "history.json").champion
+        promote(run, THIRD if now == SECOND else SECOND, held_out, force=True)
+        return held_out(transform)
+
+    with pytest.raises(ValueError, match=f"challenger '{FIRST}' was compared 3 times"):
+        promote(run, FIRST, meanwhile, accelerator=accelerator)
+    assert FIRST not in {entry.challenger for entry in entries(run)}
+
+
+def test_a_model_that_contradicts_its_record_is_refused(run, held_out, accelerator):
+    history = read_history(run / "history.json")
+    images = hf_dash.data.rounds.joint_fingerprint([held_out(None)])
+
+    def recorded(accuracy, **changes):
+        changed = [replace(r, accuracy=accuracy, **changes) for r in history.records]
+        write_history(run / "history.json", history.settings, chained(changed))
+
+    recorded(0.339, held_out_fingerprint=images)
+    with pytest.raises(ValueError, match=r"accuracy of 25\.00%, but its record says 33\.90%"):
+        promote(run, FIRST, held_out, accelerator=accelerator)
+    assert entries(run) == []
+    # Other images say nothing about the record, and a little is the device's.
+    recorded(0.339, held_out_fingerprint="0" * 64)
+    assert promote(run, FIRST, held_out, accelerator=accelerator).promote
+    recorded(0.26, held_out_fingerprint=images)
+    assert promote(run, FIRST, held_out, accelerator=accelerator).promote
 
 
 def test_a_forced_promotion_is_recorded_with_the_verdict_against_it(run, held_out, accelerator):
