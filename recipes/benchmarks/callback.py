@@ -121,12 +121,16 @@ def measure(own, folder):
 
 def main():
     own = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         measure(own, folder)  # warms up
-        before, whole, after = zip(*(measure(own, folder) for _ in range(own.repeats)), strict=True)
-    ratios = sorted(2 * b / (a + c) for a, b, c in zip(before, whole, after, strict=True))
+        for _ in range(own.repeats):
+            rows.append(measure(own, folder))
+            print("(a), (b), (a) took", *(f"{seconds:.2f} s" for seconds in rows[-1]), flush=True)
+    before, whole, after = zip(*rows, strict=True)
+    ratios = sorted(2 * b / (a + c) for a, b, c in rows)
     lowest = min(*before, *after), min(whole)
-    row = [own.model, f"{own.batch_size} × {own.image_size}²", own.repeats]
+    row = [own.model, f"{own.batch_size} × {own.image_size}²", str(own.repeats)]
     row += [f"{seconds:.2f}" for seconds in lowest]
     ends = (lowest[1] / lowest[0], statistics.median(ratios), ratios[0], ratios[-1])
     row += [f"{ratio:.3f}" for ratio in ends]
