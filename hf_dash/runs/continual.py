@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ from hf_dash.training.evaluation import check_readable, evaluate_model
 from hf_dash.training.loop import TrainingResult, train_round
 from hf_dash.training.memorization import measure_round
 from hf_dash.training.optimizers import copies_kept
+from hf_dash.training.resident import resident_batches
 from hf_dash.utils.checks import check_count, check_flag, check_folder_name, check_kind
 from hf_dash.utils.distributed import by_main, gather, hardware, synchronize
 from hf_dash.utils.files import check_free_space, check_output_dir
@@ -270,11 +271,29 @@ def _with_classes_of(
     return grow_head(model, new, seed=seed) if new else (model, {})
 
 
+def _batches(task: _Task, augment: RandomCropFlip | None) -> Any:
+    """Return the batches to train a round on, as its settings say."""
+    training, accelerator = task.run.training, task.run.accelerator
+    options: dict[str, Any] = {
+        "seed": task.seed,
+        "augment": augment,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+    }
+    if training.on_device:
+        device = accelerator.device
+        return resident_batches(task.round_, training.train_batch_size, device=device, **options)
+    workers = training.num_workers
+    return train_batches(task.round_, training.train_batch_size, num_workers=workers, **options)
+
+
 def _train_one(
     task: _Task, model: PreTrainedModel, parent: RoundRecord | None, kept: dict[str, Tensor]
 ) -> tuple[PreTrainedModel, RoundRecord, dict[str, Tensor]]:
     """Start, train, keep, evaluate and record one round."""
     run, round_ = task.run, task.round_
+    if run.training.on_device and round_.streams:
+        raise ValueError("on_device must be False for streams, whose images are read as they come")
     set_seed(task.seed)
     model, rows = _with_classes_of(round_, model, task.seed)
     record: RoundRecord | None = None
@@ -318,15 +337,7 @@ def _train(
         measured["after"] = task.measure(model)
     result = train_round(
         model,
-        train_batches(
-            round_,
-            run.training.train_batch_size,
-            seed=task.seed,
-            num_workers=run.training.num_workers,
-            augment=RandomCropFlip(black_pixel(model)) if run.training.augment else None,
-            num_processes=run.accelerator.num_processes,
-            process_index=run.accelerator.process_index,
-        ),
+        _batches(task, RandomCropFlip(black_pixel(model)) if run.training.augment else None),
         run.training,
         run.accelerator,
         penalty=begun.penalty,

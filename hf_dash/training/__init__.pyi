@@ -6,3 +6,5 @@ from .loop import TrainingResult as TrainingResult
 from .loop import train_round as train_round
 from .memorization import ExampleSets as ExampleSets
 from .memorization import measure_memorization as measure_memorization
+from .resident import ResidentBatches as ResidentBatches
+from .resident import resident_batches as resident_batches

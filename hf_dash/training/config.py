@@ -76,6 +76,9 @@ class TrainingConfig:
             the images so far; None weighs all alike.
         channels_last: train with weights and activations channels last, which convolutions often
             compute faster; results differ by rounding. The model comes back contiguous.
+        on_device: keep the images of a round on the device, and cut, normalize and augment batches
+            there; see :func:`~hf_dash.training.resident_batches`. Map-style images of one size
+            only, without workers. Results are the same, but for other crops and flips.
         training_preset: ``"plain"`` (SGD, learning rate 1e-3, momentum 0.9, batches of 128, no
             decay, no augmentation, to 99.9 %; ``max_epochs`` is yours) or ``"sota"`` (learning rate
             0.1, momentum 0.9, decay 5e-4, batches of 128, augmentation, × 0.2 after 60, 120, 160
@@ -113,6 +116,7 @@ class TrainingConfig:
     num_workers: int = 0
     class_weights: str | None = None
     channels_last: bool = False
+    on_device: bool = False
     training_preset: TrainingPreset | None = None
 
     def __post_init__(self) -> None:
@@ -134,8 +138,11 @@ class TrainingConfig:
         check_class_weights(self.class_weights)
         self._check_kinds()
         self._check_ranges()
-        for name in ("disable_tqdm", "augment", "channels_last"):
+        for name in ("disable_tqdm", "augment", "channels_last", "on_device"):
             check_flag(name, getattr(self, name))
+
+        if self.on_device and self.num_workers:
+            raise ValueError(f"num_workers must be 0 with on_device, got {self.num_workers}")
 
     def _fill(self, preset: str) -> None:
         if preset not in _PRESETS:

@@ -165,7 +165,9 @@ def train_round(
     inner = model
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer: Any = make_optimizer(model, config)
+    # Elsewhere torch's own choice: a fused step differs by rounding.
+    fused = True if accelerator.device.type == "cuda" else None
+    optimizer: Any = make_optimizer(model, config, fused=fused)
     if optimizer_state:
         restore_optimizer_(model, optimizer, optimizer_state)
     plain_optimizer = optimizer

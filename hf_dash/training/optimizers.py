@@ -37,8 +37,17 @@ def copies_kept(config: TrainingConfig) -> int:
     return 1 + (2 if config.optim == "adamw" else int(config.momentum > 0))
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """Return torch's optimizer over all parameters of a model."""
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, *, fused: bool | None = None
+) -> Optimizer:
+    """Return torch's optimizer over all parameters of a model.
+
+    Args:
+        model: on any device.
+        config: which optimizer, and its settings.
+        fused: update all parameters in one kernel, which differs by rounding; None lets torch
+            choose, which does not.
+    """
     if config.optim == "adamw":
         return AdamW(
             model.parameters(),
@@ -46,12 +55,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
     return SGD(
         model.parameters(),
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        fused=fused,
     )
 
 

@@ -171,3 +171,21 @@ def test_an_error_within_puts_everything_back(every_layer):
         raise RuntimeError("oops")
     assert same_state(state_of(every_layer), before)
     assert every_layer.norm.track_running_stats
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_a_fused_step_differs_by_rounding(optim):
+    found = []
+    for fused in (None, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 4)
+        config = TrainingConfig(optim=optim, weight_decay=0.1)
+        optimizer = make_optimizer(model, config, fused=fused)
+        for _ in range(5):
+            model(torch.randn(3, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((model.weight.detach(), kept_state(model, optimizer)))
+    (weight, state), (fused_weight, fused_state) = found
+    torch.testing.assert_close(fused_weight, weight)
+    torch.testing.assert_close(fused_state, state)

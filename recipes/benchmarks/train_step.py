@@ -1,0 +1,150 @@
+"""What a training step costs, side by side in one run, against a loop without anything around it.
+
+Launch:  accelerate launch recipes/benchmarks/train_step.py
+         accelerate launch recipes/benchmarks/train_step.py --model test_resnet --mode default
+
+(a) a bare PyTorch loop over images on the device; (b) hf_dash with ``on_device``; (c) the same,
+compiled; (d) hf_dash with its loader; (e) transformers' Trainer. Images are random, of 32 pixels.
+The ways take turns, each for some epochs, of which the first is not timed: it compiles. On the CPU
+seconds are those that this process computes, on an accelerator those of the clock. Medians over
+the repeats, after one that is not counted.
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
+from datasets import ClassLabel, Dataset, Features, Image
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+import hf_dash
+
+
+@dataclass
+class Arguments:
+    model: str = "resnet18"
+    num_examples: int = 2048
+    batch_size: int = 128
+    epochs: int = 3
+    repeats: int = 5
+    mode: str = field(default="reduce-overhead", metadata={"help": "torch.compile's; '' skips it"})
+
+
+def clock(device):
+    if device.type == "cpu":
+        return time.process_time()
+    hf_dash.utils.distributed.synchronize(device)
+    return time.perf_counter()
+
+
+class Clocked:
+    """Batches that note how many seconds every epoch took."""
+
+    def __init__(self, batches, device):
+        self.batches, self.device, self.seconds = batches, device, []
+
+    def __iter__(self):
+        begun = clock(self.device)
+        yield from self.batches
+        self.seconds.append(clock(self.device) - begun)
+
+
+class Epochs(TrainerCallback):
+    def __init__(self, device):
+        self.device, self.seconds = device, []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.begun = clock(self.device)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seconds.append(clock(self.device) - self.begun)
+
+
+def resident(own, round_, device):
+    return hf_dash.training.resident_batches(round_, own.batch_size, seed=0, device=device)
+
+
+def bare(own, model, round_, accelerator):
+    device = accelerator.device
+    batches = Clocked(resident(own, round_, device), device)
+    fused = True if device.type == "cuda" else None
+    optimizer = torch.optim.SGD(model.to(device).parameters(), 0.01, momentum=0.9, fused=fused)
+    model.train()
+    for _ in range(own.epochs):
+        for batch in batches:
+            with accelerator.autocast():
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return batches.seconds
+
+
+def ours(own, model, round_, accelerator, *, on_device=True, mode=None):
+    device = accelerator.device
+    loader = hf_dash.data.train_batches(round_, own.batch_size, seed=0)
+    batches = Clocked(resident(own, round_, device) if on_device else loader, device)
+    config = hf_dash.TrainingConfig(0.01, max_epochs=own.epochs, disable_tqdm=True)
+    plain = accelerator.state.dynamo_plugin
+    if mode is not None:
+        accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", mode=mode)
+    hf_dash.training.train_round(model, batches, config, accelerator)
+    accelerator.state.dynamo_plugin = plain
+    return batches.seconds
+
+
+def trainer(own, model, round_, accelerator):
+    epochs = Epochs(accelerator.device)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            num_train_epochs=own.epochs,
+            per_device_train_batch_size=own.batch_size,
+            optim="sgd",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, args, train_dataset=round_.examples, callbacks=[epochs]).train()
+    return epochs.seconds
+
+
+def main():
+    own = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    accelerator = Accelerator()
+    shape, names = (own.num_examples, 32, 32, 3), [str(number) for number in range(10)]
+    pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    rows = {"image": list(pixels), "label": [i % 10 for i in range(own.num_examples)]}
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    images = Dataset.from_dict(rows, features=features)
+    make = lambda: hf_dash.create_model(own.model, label_names=names, image_size=32)  # noqa: E731
+    transform = hf_dash.models.image_transform(make())
+    (round_,) = hf_dash.data.cut_rounds(images, 1, transform, in_memory=True)
+    ways = {"(a) bare loop": bare, "(b) on_device": ours}
+    if own.mode:
+        ways["(c) on_device, compiled"] = lambda *given: ours(*given, mode=own.mode)
+    ways["(d) loader"] = lambda *given: ours(*given, on_device=False)
+    ways["(e) Trainer"] = trainer
+    runs = []
+    for _ in range(own.repeats + 1):
+        seconds = {name: way(own, make(), round_, accelerator) for name, way in ways.items()}
+        runs.append({name: sum(each[1:]) / len(each[1:]) for name, each in seconds.items()})
+        print({name: round(each, 3) for name, each in runs[-1].items()}, flush=True)
+    steps, table = -(-own.num_examples // own.batch_size), []
+    for name in ways:
+        ratios = sorted(run[name] / run["(a) bare loop"] for run in runs[1:])
+        a_step = 1000 * statistics.median(run[name] for run in runs[1:]) / steps
+        shown = (statistics.median(ratios), ratios[0], ratios[-1])
+        table.append([name, f"{a_step:.2f}", *(f"{ratio:.3f}" for ratio in shown)])
+    header = ["way", "ms a step", "of (a)", "lowest", "highest"]
+    print(hf_dash.report.markdown_table(header, table))
+
+
+if __name__ == "__main__":
+    main()
