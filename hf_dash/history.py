@@ -9,7 +9,7 @@ digest over the whole content shows whether anything else has changed the file.
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,6 +57,12 @@ WORKERS_MATTER = ("augment", "streaming")
 
 # Not worth a record of their change.
 UNRECORDED = ("output_dir", "disable_tqdm")
+
+
+def free_settings(settings: Mapping[str, Any], may_differ: Collection[str]) -> set[str]:
+    """Return the names of the settings that may differ from run to run, whatever else is set."""
+    matter = any(settings.get(name) for name in WORKERS_MATTER)
+    return set(may_differ) - ({"num_workers"} if matter else set())
 
 
 @dataclass(frozen=True)
@@ -257,8 +263,7 @@ class History:
             ValueError: some differ that change what a round results in; the message names them.
         """
         changes = self._changes_since(other)
-        matter = any(self.settings.get(name) for name in WORKERS_MATTER)
-        free = set(self.may_differ) - ({"num_workers"} if matter else set())
+        free = free_settings(self.settings, self.may_differ)
         same = [name for name in changes if name not in free]
         if same:
             told = [f"{name} was {changes[name][0]!r}, is {changes[name][1]!r}" for name in same]

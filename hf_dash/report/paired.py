@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history, starts_of
+from hf_dash.history import (
+    MAY_DIFFER,
+    History,
+    RoundRecord,
+    free_settings,
+    read_history,
+    starts_of,
+)
 from hf_dash.report.markdown import MISSING, Markdown, escape_markdown, markdown_table
 from hf_dash.report.tables import Run, mean_accuracy, mean_steps
 from hf_dash.utils.checks import check_confidence
@@ -69,7 +76,8 @@ def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] =
         raise ValueError("paths must name at least one history, got none")
     first, *others = (read_history(path) for path in paths)
     # What is not shared, such as somebody's own folders, says nothing about the whole.
-    shared = {name: value for name, value in first.settings.items() if name not in MAY_DIFFER}
+    free = free_settings(first.settings, MAY_DIFFER)
+    shared = {name: value for name, value in first.settings.items() if name not in free}
     joined = History(None, shared, may_differ=MAY_DIFFER)
     for history in (first, *others):
         joined.check_same_run(history)

@@ -170,6 +170,16 @@ def test_ledgers_of_one_protocol_are_joined(tmp_path):
     assert {r.seed for r in join_histories(paths, skip_seeds=[0]).records} == {1, 2}
 
 
+def test_workers_are_shared_where_they_matter(tmp_path):
+    for name, workers, start in (("a", 0, COLD), ("b", 0, DASH), ("c", 2, DASH)):
+        settings = {"streaming": True, "num_workers": workers}
+        write_history(tmp_path / f"{name}.json", settings, start)
+    joined = join_histories([tmp_path / "a.json", tmp_path / "b.json"])
+    assert joined.settings == {"streaming": True, "num_workers": 0}
+    with pytest.raises(ValueError, match="num_workers was 2, is 0"):
+        join_histories([tmp_path / "a.json", tmp_path / "c.json"])
+
+
 def test_histories_that_do_not_belong_together_are_refused(tmp_path):
     write_history(tmp_path / "a.json", {"lam": 0.3}, COLD)
     write_history(tmp_path / "b.json", {"lam": 0.1}, DASH)
