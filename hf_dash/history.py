@@ -39,6 +39,7 @@ MAY_DIFFER = frozenset(
         "save_total_limit",
         "disable_tqdm",
         "cache_images",
+        "cache_gb",
         "files_per_round",
         "allow_missing",
         "allow_overlap",

@@ -11,12 +11,12 @@ loaded; weights in any other format are refused before they are read.
 import copy
 import difflib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import PIL
 import timm
 import torch
 from PIL import Image
@@ -31,6 +31,7 @@ from transformers import (
 
 from hf_dash.hub.client import model_folder
 from hf_dash.model_config import check_config
+from hf_dash.transforms import ImageTransform, split_transform
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import files_written_aside
 from hf_dash.utils.logging import get_logger
@@ -358,35 +359,6 @@ def _from_folder(folder: Path, name: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-@dataclass(frozen=True)
-class ImageTransform:
-    """From a PIL image of one mode to a tensor [channels, height, width].
-
-    ``mode`` None takes any; ``takes`` says the same in words, for errors.
-    """
-
-    apply: Callable[[Image.Image], Tensor]
-    mode: str | None
-    takes: str
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Transform an image.
-
-        Raises:
-            ValueError: it has another mode.
-        """
-        self.check_mode(image.mode)
-        return self.apply(image)
-
-    def check_mode(self, mode: str) -> None:
-        """Refuse another mode, instead of converting images silently."""
-        if self.mode is not None and mode != self.mode:
-            hint = f"load images with image_mode={self.mode!r}, or create a model of other in_chans"
-            if mode[0] in "IF":  # which Pillow converts by clipping
-                hint = "scale it to 8 bits first"
-            raise ValueError(f"image mode is {mode!r}, but {self.takes}; {hint}")
-
-
 def image_transform(model: PreTrainedModel, image_processor: Any | None = None) -> ImageTransform:
     """Return a model's evaluation transform: resize, crop, scale, normalize; no augmentation.
 
@@ -432,7 +404,9 @@ def _timm_transform(model: PreTrainedModel) -> ImageTransform:
     channels = data_config["input_size"][0]
     mode = IMAGE_MODES.get(channels)
     takes = f"the model takes {channels} channels ({mode!r})"
-    return ImageTransform(transform, mode, takes)
+    pixels, normalize = split_transform(transform, mode)
+    key = f"{pixels} {mode}, timm {timm.__version__}, Pillow {PIL.__version__}"
+    return ImageTransform(pixels, mode, takes, normalize, key if normalize else None)
 
 
 def _pretrained_cfg(model: PreTrainedModel) -> Any:

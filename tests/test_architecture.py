@@ -14,6 +14,7 @@ PACKAGES = [
     "hub/client",
     "history",
     "model_config",
+    "transforms",
     "models",
     "pretrained",
     "method",

@@ -6,10 +6,12 @@ content.
 """
 
 import glob
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from datasets import Dataset
@@ -19,6 +21,7 @@ from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
 from hf_dash.data.names import shown
+from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
 from hf_dash.data.stamps import Stamps, joint_stamps
 from hf_dash.data.streams import StreamedImages
@@ -75,15 +78,17 @@ class Arrival:
         cache: bool = False,
         label_noise: float = 0.0,
         noise_seed: int = 0,
+        budget: PixelBudget | None = None,
     ) -> AnyImages:
         """Return the images as model inputs.
 
         Args:
             transform: from a PIL image to a tensor.
             label_ids: see :class:`~hf_dash.data.examples.ImageExamples`.
-            cache: keep decoded images in memory.
+            cache: keep decoded images.
             label_noise: see :class:`~hf_dash.data.examples.ImageExamples`; streams take none.
             noise_seed: see :class:`~hf_dash.data.examples.ImageExamples`.
+            budget: for decoded images.
 
         Raises:
             ValueError: an image has a mode that the transform does not take, or ``label_noise`` is
@@ -100,10 +105,12 @@ class Arrival:
                 noise_seed=noise_seed,
                 fingerprint=self.fingerprint,
                 stamps=self.stamps,
+                cache_key=self.cache_key(transform),
+                budget=budget,
             )
         if label_noise:
             raise ValueError(f"label_noise must be 0 for streams, got {label_noise!r}")
-        return StreamedImages(
+        images = StreamedImages(
             self.dataset,
             transform,
             num_examples=self.num_examples,
@@ -113,6 +120,23 @@ class Arrival:
             labels=None if self.survey is None else self.survey.labels.tolist(),
             stamps=self.stamps,
         )
+        if cache and budget is not None:
+            images.cache = budget.take(uuid4().hex, images.num_bytes())
+        return images
+
+    def cache_key(self, transform: Transform) -> str | None:
+        """Return what tells the images and their first transform from all others, if it is known.
+
+        Images are known by their content, in the order in which they are.
+        """
+        how = getattr(transform, "key", None)
+        if how is None or self.survey is None:
+            return None
+        mode = self.dataset.features["image"].mode
+        content = self.survey.of(self.dataset["example_id"][:]).content
+        digest = hashlib.sha256(f"{how} {mode}".encode())
+        digest.update(content.tobytes())
+        return digest.hexdigest()
 
     def check_mode(self, transform: Transform) -> None:
         """Check that a transform takes the images, if it can tell, as ``image_transform``'s can.

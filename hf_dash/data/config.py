@@ -60,7 +60,10 @@ class DataConfig:
         image_column_name: Column of images in the source.
         label_column_name: Column of labels in the source.
         image_mode: PIL mode to convert every image to, such as ``RGB``.
-        cache_images: Decode every image once and keep it in memory.
+        cache_images: Decode every image once and keep it, in a file that workers, rounds, starts
+            and later runs share (in ``HF_DASH_CACHE``, by default below ``HF_HOME``).
+        cache_gb: At most so many GB of decoded images, at least 0; others are decoded at every
+            use. By default a quarter of the free memory, or of the free disk if that is less.
         class_folder: ``first`` or ``last``: which folder names the class of an image that lies
             several folders deep; such images are refused by default.
         arrive_by: ``examples`` cuts one dataset into rounds, ``files`` takes new shards as they
@@ -100,6 +103,7 @@ class DataConfig:
     label_column_name: str = "label"
     image_mode: str | None = None
     cache_images: bool = True
+    cache_gb: float | None = None
     class_folder: str | None = None
     arrive_by: str = "examples"
     files_per_round: int | None = None
@@ -123,6 +127,8 @@ class DataConfig:
             check_flag(name, getattr(self, name))
         if self.train_val_split is not None and not 0 < self.train_val_split < 1:
             raise ValueError(f"train_val_split must be in (0, 1), got {self.train_val_split!r}")
+        if self.cache_gb is not None and not self.cache_gb >= 0:
+            raise ValueError(f"cache_gb must be at least 0, got {self.cache_gb!r}")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

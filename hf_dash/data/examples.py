@@ -1,27 +1,34 @@
 """Labeled images as model inputs: decoded, labeled, and augmented where asked for.
 
 Flow: a HF dataset with the columns ``image`` and ``label`` → a torch dataset of ``pixel_values``
-and ``labels``, decoded once or on every use, with label noise on request → random crops and flips.
+and ``labels``, decoded once or on every use, a batch at a time, with label noise on request →
+random crops and flips.
 Source: the usual augmentation of CIFAR-sized images (padding 4, random crop, horizontal flip).
 Differs from torchvision's ``RandomCrop``: draws come from a given generator, and the padding is
 black as the model sees it, after normalization.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import ConcatDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as vision
 
 from hf_dash.data.columns import fingerprint
+from hf_dash.data.pixel_cache import PixelBudget, PixelCache
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # Takes one image [channels, height, width] and a generator; None draws from torch's global state.
 Augment = Callable[[Tensor, torch.Generator | None], Tensor]
@@ -94,9 +101,41 @@ class AugmentedExamples(TorchDataset[dict[str, Any]]):
         return len(self.examples)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several examples; a ``DataLoader`` asks for a batch at once."""
         generator = self.generator if get_worker_info() is None else None
-        return {**example, "pixel_values": self.augment(example["pixel_values"], generator)}
+        return [
+            {**example, "pixel_values": self.augment(example["pixel_values"], generator)}
+            for example in read_examples(self.examples, indices)
+        ]
+
+
+def read_examples(
+    dataset: "TorchDataset[dict[str, Any]]", indices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return several examples of a dataset, at once if it can."""
+    at_once = getattr(dataset, "__getitems__", None)
+    return [dataset[index] for index in indices] if at_once is None else list(at_once(indices))
+
+
+class JoinedExamples(ConcatDataset[dict[str, Any]]):
+    """Several datasets one after the other, each asked at once for its part of a batch."""
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several examples; a ``DataLoader`` asks for a batch at once."""
+        places: dict[int, list[int]] = {}
+        numbers = [bisect_right(self.cumulative_sizes, index) for index in indices]
+        for place, number in enumerate(numbers):
+            places.setdefault(number, []).append(place)
+        examples: list[dict[str, Any]] = [{}] * len(indices)
+        for number, at in places.items():
+            start = self.cumulative_sizes[number - 1] if number else 0
+            own = read_examples(self.datasets[number], [indices[place] - start for place in at])
+            for place, example in zip(at, own, strict=True):
+                examples[place] = example
+        return examples
 
 
 Transform = Callable[[Any], Tensor]
@@ -108,7 +147,13 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
     Args:
         dataset: with the columns ``image`` and ``label``.
         transform: from a PIL image to a tensor; must be deterministic if ``in_memory`` is set.
-        in_memory: decode all images on first use and keep the tensors.
+        in_memory: decode every image once, on its first use, and keep it in a file that workers
+            share and the system holds in memory; see
+            :class:`~hf_dash.data.pixel_cache.PixelCache`. Of an ``ImageTransform`` the pixels are
+            kept, a byte each, and normalized at every use.
+        cache_key: tells the images and the transform from all others, so that other runs can use
+            the file; None if nothing does.
+        budget: for what is kept; None keeps it whatever its size.
         label_ids: the model's index for each of the dataset's classes, −1 for a class the model
             does not know. None if both use the same indices.
         label_noise: fraction of the examples that get a wrong label, in [0, 1]; see
@@ -141,12 +186,14 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         noise_seed: int = 0,
         fingerprint: str | None = None,
         stamps: Stamps | None = None,
+        cache_key: str | None = None,
+        budget: PixelBudget | None = None,
     ) -> None:
         self.dataset = dataset
         self.stamps = stamps or {}
         self.transform = transform
-        self.in_memory = in_memory
-        self._decoded: Tensor | None = None
+        self._pixels = getattr(transform, "checked_pixels", transform)
+        self._normalize = getattr(transform, "normalize", None)
         labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
         num_classes = dataset.features["label"].num_classes
         check_labels(labels, num_classes)
@@ -163,6 +210,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
                 )
             labels = torch.tensor(label_ids, dtype=torch.int64)[labels]
         self._labels: list[int] = labels.tolist()
+        self._cache = self._open_cache(cache_key, budget) if in_memory and len(labels) else None
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -180,13 +228,51 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         return self._fingerprint
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not self.in_memory:
-            pixels = self.transform(self.dataset[index]["image"])
-        else:
-            if self._decoded is None:
-                self._decoded = torch.stack([self.transform(i) for i in self.dataset["image"]])
-            pixels = self._decoded[index]
-        return {"pixel_values": pixels, "labels": self._labels[index]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several examples; a ``DataLoader`` asks for a batch at once."""
+        labels = [self._labels[index] for index in indices]
+        rows = [index % len(self) for index in indices]
+        pixels = self._decoded(rows) if self._cache is None else self._kept(rows, self._cache)
+        if self._normalize is not None and len({image.shape for image in pixels}) == 1:
+            batch = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
+            pixels = self._normalize(batch)
+        elif self._normalize is not None:
+            pixels = [self._normalize(image) for image in pixels]
+        return [
+            {"pixel_values": image, "labels": label}
+            for image, label in zip(pixels, labels, strict=True)
+        ]
+
+    def _decoded(self, rows: Sequence[int]) -> list[Tensor]:
+        """Return the pixels of images, decoded now."""
+        return [self._pixels(image) for image in self.dataset[list(rows)]["image"]]
+
+    def _kept(self, rows: Sequence[int], cache: PixelCache) -> Tensor:
+        """Return the pixels of images; those that are not kept yet are decoded and kept."""
+        batch = torch.empty(len(rows), *cache.shape, dtype=cache.dtype)
+        missing = [place for place, row in enumerate(rows) if not cache.read(row, batch[place])]
+        if missing:
+            decoded = self._decoded([rows[place] for place in missing])
+            for place, pixels in zip(missing, decoded, strict=True):
+                cache.write(rows[place], pixels)
+                batch[place] = pixels
+        return batch
+
+    def _open_cache(self, key: str | None, budget: PixelBudget | None) -> PixelCache | None:
+        """Return where decoded images are kept; None if that is not possible, which is said."""
+        (first,) = self._decoded([0])
+        size = len(self) * first.nbytes
+        if budget is not None and not budget.take(key or uuid4().hex, size):
+            return None
+        try:
+            cache = PixelCache(len(self), first.shape, first.dtype, key)
+        except OSError as error:
+            logger.warning("decoded images cannot be kept: %s", error)
+            return None
+        cache.write(0, first)
+        return cache
 
 
 def flip_labels(

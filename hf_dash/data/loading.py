@@ -26,6 +26,7 @@ from hf_dash.data.config import DataConfig
 from hf_dash.data.held_out import drop_repeated, hold_out
 from hf_dash.data.names import check_spelling
 from hf_dash.data.order import BUFFER_SIZE, cut_arrivals, first_examples, in_arrival_order
+from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.schedule import Schedule
 from hf_dash.data.shards import check_types, merge_shards
 from hf_dash.data.sources import ANONYMOUS, Access
@@ -70,10 +71,13 @@ def load_schedules(
         return [file_schedule(data, records)] * len(seeds)
     wanted = None if examples_per_round is None else examples_per_round * num_rounds
     split, orders, held_out = _ordered(data, seeds, wanted)
+    budget = PixelBudget(data.cache_gb)
     schedules = []
     for arrival in orders:
         arrivals = _cut(arrival, num_rounds)
-        schedule = Schedule(arrivals, (held_out,), data.cache_images, held_out_split=split)
+        schedule = Schedule(
+            arrivals, (held_out,), data.cache_images, held_out_split=split, budget=budget
+        )
         schedule.check_classes(data)
         schedules.append(schedule.checked(data))
     return schedules
@@ -161,7 +165,7 @@ def cut_schedule(
         num_rounds: at least 1.
         seed: seed for the order.
         examples_per_round: size of an arrival; None uses the whole dataset.
-        cache_images: keep decoded images in memory.
+        cache_images: keep decoded images.
 
     Raises:
         ValueError: the dataset has too few examples.
@@ -212,7 +216,13 @@ def file_schedule(data: DataConfig, records: Sequence[RoundRecord]) -> Schedule:
     if not arrivals:
         raise ValueError(f"{data.source!r} holds no example to train on")
     held_out = _in_fixed_order(_limited(arrive(held_out_shards, data), data.max_eval_samples))
-    schedule = Schedule(tuple(arrivals), (held_out,), data.cache_images, held_out_split=split)
+    schedule = Schedule(
+        tuple(arrivals),
+        (held_out,),
+        data.cache_images,
+        held_out_split=split,
+        budget=PixelBudget(data.cache_gb),
+    )
     schedule.check_classes(data)
     return schedule.checked(data)
 
@@ -255,7 +265,7 @@ def round_schedule(
     schedule = single_schedule(
         arrivals, held_out, seed=seed, held_out_split=split, cache_images=data.cache_images
     )
-    return schedule.checked(data)
+    return replace(schedule, budget=PixelBudget(data.cache_gb)).checked(data)
 
 
 def load_held_out(data: DataConfig, access: Access = ANONYMOUS) -> Arrival:
@@ -335,7 +345,7 @@ def single_schedule(
         held_out: at least one; labels are merged by name.
         seed: seed for the order within each arrival; streams draw from 10,000 examples at a time.
         held_out_split: name of the held-out images, for the card.
-        cache_images: keep decoded images in memory.
+        cache_images: keep decoded images.
     """
     ordered = []
     for arrival in arrivals:

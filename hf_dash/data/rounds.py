@@ -20,7 +20,13 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.data.batches import EvenBatchSampler
-from hf_dash.data.examples import Augment, AugmentedExamples, ImageExamples, Transform
+from hf_dash.data.examples import (
+    Augment,
+    AugmentedExamples,
+    ImageExamples,
+    JoinedExamples,
+    Transform,
+)
 from hf_dash.data.order import cut_arrivals
 from hf_dash.data.stamps import check_unchanged, joint_stamps
 from hf_dash.data.stream_loader import StreamLoader
@@ -130,7 +136,7 @@ class Round:
                 f"round {self.index} holds streams, whose examples have no index; use"
                 " train_batches or gradient_batches"
             )
-        return ConcatDataset([a for a in arrivals if isinstance(a, ImageExamples)])
+        return JoinedExamples([a for a in arrivals if isinstance(a, ImageExamples)])
 
 
 def joint_fingerprint(parts: Sequence[ImageExamples | StreamedImages]) -> str:

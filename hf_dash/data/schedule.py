@@ -4,8 +4,9 @@ Flow: arrivals that were read once → checked against each other and the held-o
 objects and held-out examples, with classes matched by name.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from datasets import Dataset, concatenate_datasets
 
@@ -15,7 +16,9 @@ from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.held_out import check_overlap
 from hf_dash.data.names import check_shared, check_spelling, shown
+from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.rounds import Round
+from hf_dash.data.streams import StreamedImages
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
@@ -29,10 +32,11 @@ class Schedule:
     Args:
         arrivals: one per round, oldest first.
         held_out: at least one; classes are matched by name.
-        cache_images: keep decoded images in memory.
+        cache_images: keep decoded images.
         first_names: classes that come first in the model, before those of the arrivals.
         held_out_split: name of the held-out images, for the card.
         overlap: number of held-out images that are trained on, where that was allowed.
+        budget: for decoded images; several schedules of a run may share it.
 
     Example:
         >>> import hf_dash
@@ -50,6 +54,7 @@ class Schedule:
     first_names: tuple[str, ...] = ()
     held_out_split: str = "test"
     overlap: int = 0
+    budget: PixelBudget = field(default_factory=PixelBudget)
 
     def label_names(self, num_rounds: int | None = None) -> tuple[str, ...]:
         """Return the names of all classes in the first ``num_rounds`` arrivals, oldest first."""
@@ -78,9 +83,14 @@ class Schedule:
                 cache=self.cache_images,
                 label_noise=label_noise,
                 noise_seed=noise_seed + 1000 * index,
+                budget=self.budget,
             )
             for index, arrival in enumerate(self.arrivals)
         )
+        streams = [arrival for arrival in examples if isinstance(arrival, StreamedImages)]
+        if not all(stream.cache for stream in streams):
+            for stream in streams:  # a loader takes all with a cache or all without
+                stream.cache = False
         return [
             Round(
                 index,
@@ -117,7 +127,15 @@ class Schedule:
         for part in self.held_out:
             part.check_mode(transform)
         label_ids = [known.get(name, -1) for name in label_names(images)]
-        return ImageExamples(images, transform, in_memory=self.cache_images, label_ids=label_ids)
+        keys = [part.cache_key(transform) for part in self.held_out]
+        return ImageExamples(
+            images,
+            transform,
+            in_memory=self.cache_images,
+            label_ids=label_ids,
+            cache_key=None if None in keys else hashlib.sha256(repr(keys).encode()).hexdigest(),
+            budget=self.budget,
+        )
 
     @property
     def held_out_images(self) -> Dataset:

@@ -72,7 +72,7 @@ class Source:
         """Return the images and labels of these items."""
         if self.arrival.cache:
             pixels, labels = self.arrival.decoded[self.key]
-            return pixels[items], labels[items]
+            return self.arrival.normalized(pixels[items]), labels[items]
         return self.arrival.decode(items)
 
 
@@ -190,7 +190,7 @@ class Reader(TorchIterableDataset[Chunk]):
 
 @dataclass(frozen=True)
 class Decoder(TorchIterableDataset[tuple[int, Tensor, Tensor]]):
-    """All examples of several sources, decoded, in chunks."""
+    """All examples of several sources, decoded and not yet normalized, in chunks."""
 
     sources: tuple[Source, ...]
     batch_size: int
@@ -200,7 +200,7 @@ class Decoder(TorchIterableDataset[tuple[int, Tensor, Tensor]]):
         for number in range(worker, len(self.sources), workers):
             rows = self.sources[number].rows()
             while chunk := list(islice(rows, self.batch_size)):
-                yield number, *self.sources[number].arrival.decode(chunk)
+                yield number, *self.sources[number].arrival.decode_pixels(chunk)
 
 
 def in_turn(iterators: list[Iterator[Chunk]]) -> Iterator[Chunk]:

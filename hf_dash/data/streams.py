@@ -6,7 +6,7 @@ Differs from map-style arrivals: only the images in use are in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, overload
 
 import torch
@@ -40,8 +40,8 @@ class StreamedImages:
         num_examples: number of examples in the stream; None counts them on first use, in one pass
             that decodes no image.
         label_ids: the model's index for each of the stream's classes; None if they are the same.
-        cache: let a loader keep what it has decoded: one tensor per image, as the transform
-            returns it (12 KiB for 32×32 RGB as float32), for the images this process trains on.
+        cache: let a loader keep what it has decoded: one tensor per image, as the transform's
+            first step returns it (3 KiB for 32×32 RGB), for the images this process trains on.
             The first epoch then starts by decoding them all; batches are the same either way.
         fingerprint: of the stream, if known; see ``hf_dash.data.columns.fingerprint``.
         labels: the stream's own labels of all examples, if known, in any order.
@@ -153,13 +153,33 @@ class StreamedImages:
         Raises:
             ValueError: a label is not one of the stream's classes.
         """
+        pixels, labels = self.decode_pixels(rows)
+        return self.normalized(pixels), labels
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Return pixels as the model takes them; see ``ImageTransform``."""
+        normalize = getattr(self.transform, "normalize", None)
+        return pixels if normalize is None else normalize(pixels)
+
+    def num_bytes(self) -> int:
+        """Return the size of all decoded images; reads the first one."""
+        first = list(islice(self.rows(), 1))
+        return len(self) * self.decode_pixels(first)[0].nbytes if first else 0
+
+    def decode_pixels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Return images as caches keep them, before they are normalized, and labels.
+
+        Raises:
+            ValueError: a label is not one of the stream's classes.
+        """
         labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
         check_labels(labels, self.num_classes)
         if self.label_ids is not None:
             labels = torch.tensor(self.label_ids, dtype=torch.int64)[labels]
         decode = self._image.decode_example if isinstance(self._image, Image) else None
         images = [image if decode is None else decode(image) for image, _ in rows]
-        return torch.stack([self.transform(image) for image in images]), labels
+        pixels = getattr(self.transform, "checked_pixels", self.transform)
+        return torch.stack([pixels(image) for image in images]), labels
 
     def _part(self, num_shards: int, shard: int) -> IterableDataset:
         if num_shards == 1:

@@ -1,12 +1,15 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers import as_tensor, numbered
+from torch.utils.data import Subset
 
 from hf_dash import Round
 from hf_dash.data import ImageExamples, RandomCropFlip, flip_labels
-from hf_dash.data.examples import AugmentedExamples
+from hf_dash.data.examples import AugmentedExamples, JoinedExamples
 
 
 def all_views(image, fill, padding):
@@ -87,7 +90,7 @@ def test_labels_are_those_of_the_model():
             ImageExamples(numbered(3), as_tensor, label_ids=label_ids)
 
 
-def test_images_are_decoded_once_where_they_are_kept_in_memory():
+def test_images_are_decoded_once_where_they_are_kept():
     decoded = []
 
     def transform(number):
@@ -95,11 +98,29 @@ def test_images_are_decoded_once_where_they_are_kept_in_memory():
         return as_tensor(number)
 
     kept = ImageExamples(numbered(3), transform, in_memory=True)
-    assert [kept[1]["pixel_values"].item() for _ in range(2)] == [1, 1]
-    assert decoded == [0, 1, 2]
+    assert [kept[index]["pixel_values"].item() for index in (2, 2, 0, -1)] == [2, 2, 0, 2]
+    assert decoded == [0, 2]  # the first one tells the shape
     read = ImageExamples(numbered(3), transform)
     assert [read[1]["pixel_values"].item() for _ in range(2)] == [1, 1]
-    assert decoded == [0, 1, 2, 1, 1]
+    assert decoded == [0, 2, 1, 1]
+
+
+def test_a_batch_of_several_datasets_comes_in_the_order_asked_for():
+    parts = [ImageExamples(numbered(0, 3), as_tensor), ImageExamples(numbered(3, 5), as_tensor)]
+    joined = JoinedExamples([parts[0], Subset(parts[1], [1, 0]), parts[1]])
+    for dataset in (joined, AugmentedExamples(joined, lambda pixels, generator: pixels, None)):
+        rows = dataset.__getitems__([6, 0, 3, 3, 5])
+        assert [row["pixel_values"].item() for row in rows] == [4, 0, 4, 4, 3]
+        assert [row["labels"] for row in rows] == [dataset[i]["labels"] for i in (6, 0, 3, 3, 5)]
+
+
+def test_images_of_several_sizes_are_normalized_one_by_one():
+    transform = SimpleNamespace(
+        checked_pixels=lambda number: torch.ones(1, number + 1, 1),
+        normalize=lambda pixels: pixels / 2,
+    )
+    rows = ImageExamples(numbered(3), transform).__getitems__([0, 2])
+    assert [row["pixel_values"].sum().item() for row in rows] == [0.5, 1.5]
 
 
 def test_wrong_labels_are_trained_and_remembered():

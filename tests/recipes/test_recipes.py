@@ -204,6 +204,19 @@ def test_the_input_benchmark_compares_all_ways(tmp_path):
     assert "1.000 (1.000 … 1.000)" in done.stdout
 
 
+def test_the_counts_of_the_input_benchmark_are_right(tmp_path):
+    flags = ["--num_images", "8", "--size", "40", "--image_size", "32", "--workers", "0"]
+    done = launch("benchmarks/input_counts.py", tmp_path, *flags)
+    rows = [line.rsplit(",", 8) for line in done.stdout.splitlines() if line.count(",") >= 8]
+    counts = {row[0].strip('"'): [int(r[3]) for r in rows if r[0] == row[0]] for row in rows[1:]}
+    assert counts == {
+        "Pillow, decode alone": [8],
+        "hf_dash, kept": [8, 0],
+        "hf_dash, not kept": [8, 8],
+        "datasets, plain DataLoader": [8, 8],
+    }
+
+
 def test_the_learning_framework_is_swept(tmp_path):
     flags = ["--num_points", "100", "--num_experiments", "4", "--num_test_points", "0"]
     flags += ["--seeds", "2", "--sweep", "gamma", "5", "20", "--output_dir", "out"]

@@ -9,6 +9,7 @@ from hf_dash.data import Arrival
 from hf_dash.method.loss import default_loss
 from hf_dash.trainer import RoundTrainer, RoundTrainingArguments
 from hf_dash.trainer.round_trainer import accuracy, step_sizes
+from hf_dash.transforms import ImageTransform
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_steps_of_streams_can_be_dealt_out(num_processes):
 
 def test_accuracy_can_choose_the_best_model(digits, arguments, tmp_path):
     model = tiny_vit(tuple(hf_dash.data.label_names(digits)))
-    transform = hf_dash.models.ImageTransform(
+    transform = ImageTransform(
         lambda image: torch.tensor(np.asarray(image.resize((16, 16)))).permute(2, 0, 1) / 255,
         "RGB",
         "it takes RGB",

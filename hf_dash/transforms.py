@@ -1,0 +1,112 @@
+"""From images to model inputs, in two steps: pixels that can be kept, and their normalization.
+
+Flow: a PIL image → resized and cropped, uint8 → scaled and normalized, float32, many at once.
+Source: timm's and torchvision's evaluation transforms.
+Differs from them: the first step's result is a quarter as large, so it is what caches keep. Both
+steps together give the same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a PIL image of one mode to a tensor [channels, height, width].
+
+    Args:
+        pixels: the first step; uint8 [channels, height, width] if ``normalize`` follows.
+        mode: of the images; None takes any.
+        takes: the same in words, for errors.
+        normalize: the second step, from [..., channels, height, width] to the same shape in
+            float32; None if ``pixels`` does everything.
+        key: differs between transforms whose first steps differ, in other processes too; None if
+            that is not known.
+
+    Example:
+        >>> from PIL import Image
+        >>> from torchvision.transforms.functional import pil_to_tensor
+        >>> from hf_dash.transforms import ImageTransform
+        >>> halves = ImageTransform(pil_to_tensor, "L", "it takes 'L'", lambda pixels: pixels / 510)
+        >>> halves(Image.new("L", (2, 1), 255))
+        tensor([[[0.5000, 0.5000]]])
+    """
+
+    pixels: Callable[[Image.Image], Tensor]
+    mode: str | None
+    takes: str
+    normalize: Callable[[Tensor], Tensor] | None = None
+    key: str | None = None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Transform an image.
+
+        Raises:
+            ValueError: it has another mode.
+        """
+        pixels = self.checked_pixels(image)
+        return pixels if self.normalize is None else self.normalize(pixels)
+
+    def checked_pixels(self, image: Image.Image) -> Tensor:
+        """Take the first step.
+
+        Raises:
+            ValueError: the image has another mode.
+        """
+        self.check_mode(image.mode)
+        return self.pixels(image)
+
+    def check_mode(self, mode: str) -> None:
+        """Refuse another mode, instead of converting images silently."""
+        if self.mode is not None and mode != self.mode:
+            hint = f"load images with image_mode={self.mode!r}, or create a model of other in_chans"
+            if mode[0] in "IF":  # which Pillow converts by clipping
+                hint = "scale it to 8 bits first"
+            raise ValueError(f"image mode is {mode!r}, but {self.takes}; {hint}")
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Scale pixels from 0 … 255 to 0 … 1, then subtract the mean and divide by the deviation.
+
+    Args:
+        mean: [channels, 1, 1], float32.
+        std: [channels, 1, 1], float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return [..., channels, height, width] in float32, contiguous."""
+        floats = torch.empty(pixels.shape, dtype=self.mean.dtype).copy_(pixels)
+        return floats.div_(255).sub_(self.mean).div_(self.std)
+
+
+def split_transform(
+    transform: transforms.Compose, mode: str | None
+) -> tuple[Callable[[Image.Image], Tensor], Normalize | None]:
+    """Split a transform that ends in a conversion to floats and a normalization before these two.
+
+    Args:
+        transform: such as timm's for evaluation.
+        mode: of the images.
+
+    Returns:
+        The two steps of an :class:`ImageTransform`; any other transform is a first step, whole.
+    """
+    *geometry, to_floats, last = transform.transforms
+    is_usual = isinstance(last, transforms.Normalize) and "ToTensor" in type(to_floats).__name__
+    if mode is None or not is_usual:
+        return transform, None
+    mean, std = (_per_channel(values) for values in (last.mean, last.std))
+    return transforms.Compose([*geometry, transforms.PILToTensor()]), Normalize(mean, std)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1, 1)

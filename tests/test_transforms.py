@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import hf_dash
+from hf_dash.transforms import ImageTransform, Normalize, split_transform
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    sizes = [(40, 50, 3), (90, 30, 3), (32, 32, 3)]
+    return [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_both_steps_give_the_bits_of_timms_own_transform(images, mode):
+    channels = len(mode)
+    model = hf_dash.create_model(
+        "test_resnet", label_names=["a"], model_args={"in_chans": channels}, image_size=32
+    )
+    ours = hf_dash.models.image_transform(model)
+    config = timm.data.resolve_data_config(model.config.pretrained_cfg)
+    theirs = timm.data.create_transform(**config, is_training=False)
+    converted = [image.convert(mode) for image in images]
+    expected = torch.stack([theirs(image) for image in converted])
+    assert torch.equal(torch.stack([ours(image) for image in converted]), expected)
+    assert ours(converted[0]).is_contiguous()
+    pixels = torch.stack([ours.pixels(image) for image in converted])
+    assert pixels.dtype == torch.uint8
+    kept = pixels.clone()
+    assert torch.equal(ours.normalize(pixels), expected)
+    assert torch.equal(pixels, kept)
+
+
+def test_the_key_tells_transforms_apart():
+    def key(size):
+        model = hf_dash.create_model("test_resnet", label_names=["a"], image_size=size)
+        return hf_dash.models.image_transform(model).key
+
+    assert key(32) == key(32)
+    assert key(32) != key(64)
+
+
+def test_another_kind_of_transform_stays_whole():
+    floats = transforms.Compose([transforms.PILToTensor(), lambda pixels: pixels / 255])
+    assert split_transform(floats, "RGB") == (floats, None)
+    usual = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+    assert split_transform(usual, None) == (usual, None)
+
+
+def test_normalized_by_hand():
+    normalize = Normalize(torch.tensor([0.5]).view(1, 1, 1), torch.tensor([0.25]).view(1, 1, 1))
+    pixels = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
+    expected = torch.tensor([[[[-2.0, -1.2, 2.0]]]])  # (0 − 0.5) / 0.25, (0.2 − 0.5) / 0.25, …
+    torch.testing.assert_close(normalize(pixels), expected)
+
+
+def test_another_mode_is_refused():
+    transform = ImageTransform(lambda image: torch.zeros(1), "L", "it takes 'L'")
+    for step in (transform, transform.checked_pixels):
+        with pytest.raises(ValueError, match="image mode is 'RGB', but it takes 'L'"):
+            step(Image.new("RGB", (1, 1)))
