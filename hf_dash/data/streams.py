@@ -105,7 +105,7 @@ class StreamedImages:
         if isinstance(self._image, Image):
             columns = columns.cast_column("image", Image(mode=self._image.mode, decode=False))
         self._encoded = columns.with_format("arrow")
-        self.num_shards: int = stream.num_shards if _is_shardable(stream._ex_iterable) else 1
+        self.num_shards: int = stream.num_shards if is_shardable(stream._ex_iterable) else 1
 
     def __len__(self) -> int:
         if self._num_examples is None:
@@ -187,7 +187,7 @@ class StreamedImages:
         return self._encoded.shard(num_shards=num_shards, index=shard, contiguous=False)
 
 
-def _is_shardable(step: Any) -> bool:
+def is_shardable(step: Any) -> bool:
     """Check that the shards of a stream together hold each of its examples exactly once.
 
     False is always safe; it only costs reading time.
@@ -196,7 +196,7 @@ def _is_shardable(step: Any) -> bool:
     by_example = name == "MappedExamplesIterable" and not (step.with_indices or step.batched)
     if not (name in _SHARDABLE or by_example):
         return False
-    return not hasattr(step, "ex_iterable") or _is_shardable(step.ex_iterable)
+    return not hasattr(step, "ex_iterable") or is_shardable(step.ex_iterable)
 
 
 def _rows_at(

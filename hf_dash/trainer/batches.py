@@ -9,16 +9,19 @@ accumulation are left as they were.
 
 import copy
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import datasets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from hf_dash.data.streams import share_minibatches
+from hf_dash.data.stream_loader import in_turn
+from hf_dash.data.streams import is_shardable, share_minibatches
 from hf_dash.method.batches import (
     Batch,
     count_images,
@@ -29,9 +32,16 @@ from hf_dash.method.batches import (
 )
 from hf_dash.method.gradients import LossFn
 from hf_dash.method.preserve import states_preserved
+from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+logger = get_logger(__name__)
+
+# Shards of a stream that are read at a time.
+OPEN_SHARDS = 16
 
 
 @dataclass
@@ -117,7 +127,8 @@ def newest_of_dataset(
 
     Args:
         dataset: map-style: its tail is read, in order, batches counted from the newest example
-            backwards; a stream: its first batches, since its end cannot be seen from its beginning.
+            backwards; a stream: its first batches, since its end cannot be seen from its
+            beginning, taken from its shards in turn.
         loader: the Trainer's; its collator makes the batches, and of two ``datasets`` datasets
             only the columns that the Trainer's has are read where ``remove_unused_columns`` says.
         args: give this process's place among all.
@@ -156,17 +167,61 @@ def _begin_of_stream(
 ) -> Iterator[Batch]:
     # A stream begins anew with every iterator; each process takes every world-th batch, and what
     # the end of the stream cannot give to all of them equally is left out.
-    rank, world = args.process_index, args.world_size
+    rank, world, workers = args.process_index, args.world_size, loader.num_workers
+    if newest is not None and AcrossShards.takes(dataset):
+        dataset, workers = AcrossShards(dataset), 0
     batches = DataLoader(
         dataset,
         batch_size=batch_size,
         collate_fn=loader.collate_fn,
         drop_last=world > 1 and batch_size is not None,
-        num_workers=loader.num_workers,
+        num_workers=workers,
         worker_init_fn=loader.worker_init_fn,
     )
     groups = zip(*[iter(batches)] * world, strict=False)
-    return (group[rank] for group in islice(groups, newest))
+    return _watched(group[rank] for group in islice(groups, newest))
+
+
+class AcrossShards(IterableDataset[Any]):
+    """A stream's examples, taken from its shards in turn, so that the first ones are of many.
+
+    Args:
+        stream: see :meth:`takes`.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    @staticmethod
+    def takes(stream: Any) -> bool:
+        """Check that it is a stream of several shards, which together hold each example once."""
+        is_stream = isinstance(stream, datasets.IterableDataset)
+        return is_stream and stream.num_shards > 1 and is_shardable(stream._ex_iterable)
+
+    def __iter__(self) -> Iterator[Any]:
+        count = self.stream.num_shards
+        step = math.ceil(count / OPEN_SHARDS)
+        for first in range(step):
+            shards = [self.stream.shard(count, index) for index in range(first, count, step)]
+            yield from in_turn([iter(shard) for shard in shards])
+
+
+def _watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches; say at their end if all of their images were of one class."""
+    classes: set[int] = set()
+    images = 0
+    for batch in batches:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+            classes.update(labels.tolist())
+            images += len(labels)
+        yield batch
+    if images > 1 and len(classes) == 1 and is_main_process():
+        logger.warning(
+            "all %d images of the gradient pass have the label %d: the stream is sorted by class;"
+            " shuffle it, or give the callback gradient_dataset= with mixed images",
+            *(images, *classes),
+        )
 
 
 def _with_columns_of(dataset: Any, training: Any) -> Any:

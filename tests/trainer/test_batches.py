@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from datasets import Dataset
+from helpers import heard
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -73,6 +74,42 @@ def test_a_stream_is_sampled_from_its_beginning():
     loader = DataLoader(Numbers(), batch_size=4)
     shares = [lists(training_batches(loader, Rank(rank), 2)) for rank in range(2)]
     assert shares == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
+
+
+def sorted_stream(num_shards, num_classes=5, per_class=40):
+    """A stream of numbers sorted by class, and the numbers that were read of it."""
+    count, read = num_classes * per_class, []
+    rows = Dataset.from_dict({"x": range(count), "labels": [n // per_class for n in range(count)]})
+    stream = rows.to_iterable_dataset(num_shards=num_shards)
+    return stream.map(lambda row: read.append(row["x"]) or row), read
+
+
+def test_of_a_stream_of_many_shards_the_first_batches_hold_all_classes():
+    stream, read = sorted_stream(num_shards=40)
+    batches = list(training_batches(DataLoader(stream, batch_size=16), Rank(world_size=1), 2))
+    assert [sorted(set(batch["labels"].tolist())) for batch in batches] == [[0, 1, 2, 3, 4]] * 2
+    assert len(read) == 32  # no more than is used
+    with heard() as lines:
+        stream, _ = sorted_stream(num_shards=40)
+        list(newest_of_dataset(stream, DataLoader(stream), Rank(world_size=1), 2, 16))
+    assert lines == []
+
+
+def test_a_stream_of_many_shards_is_read_whole_in_any_order():
+    stream, _ = sorted_stream(num_shards=40)
+    found = training_batches(DataLoader(stream, batch_size=16), Rank(world_size=1), 100)
+    assert sorted(n for batch in found for n in batch["x"].tolist()) == list(range(200))
+
+
+def test_a_stream_sorted_by_class_is_warned_of():
+    stream, _ = sorted_stream(num_shards=1)
+    with heard() as lines:
+        list(training_batches(DataLoader(stream, batch_size=16), Rank(world_size=1), 2))
+    assert len(lines) == 1
+    assert "all 32 images of the gradient pass have the label 0" in lines[0]
+    with heard() as lines:
+        list(training_batches(DataLoader(stream, batch_size=16), Rank(world_size=1), 3))
+    assert lines == []
 
 
 def test_a_loader_of_another_kind_is_iterated():
