@@ -63,11 +63,11 @@ def main() -> None:
         return
 
     with accelerator.main_process_first():
-        held_out = hf_dash.data.load_held_out(data)
+        held_out, budget = hf_dash.data.load_held_out(data), data.pixel_budget
     verdict = hf_dash.promote(
         args.output_dir,
         args.challenger,
-        lambda transform: held_out.examples(transform, cache=data.cache_images),
+        lambda transform: held_out.examples(transform, cache=data.cache_images, budget=budget),
         champion=args.champion,
         force=args.force,
         rules=rules,

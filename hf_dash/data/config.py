@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import FASHION_MNIST
 from hf_dash.data.names import canonical
+from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.shards import Shard, merge_shards
 from hf_dash.data.sources import (
     ANONYMOUS,
@@ -167,6 +168,11 @@ class DataConfig:
     def source(self) -> str:
         """The name of the images to train on, as it was given."""
         return self.train_dir or str(self.dataset_name)
+
+    @property
+    def pixel_budget(self) -> PixelBudget:
+        """A budget for decoded images, of which nothing is used yet."""
+        return PixelBudget(self.cache_gb)
 
     @property
     def reading(self) -> Reading:

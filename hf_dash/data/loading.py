@@ -26,7 +26,6 @@ from hf_dash.data.config import DataConfig
 from hf_dash.data.held_out import drop_repeated, hold_out
 from hf_dash.data.names import check_spelling
 from hf_dash.data.order import BUFFER_SIZE, cut_arrivals, first_examples, in_arrival_order
-from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.schedule import Schedule
 from hf_dash.data.shards import check_types, merge_shards
 from hf_dash.data.sources import ANONYMOUS, Access
@@ -71,7 +70,7 @@ def load_schedules(
         return [file_schedule(data, records)] * len(seeds)
     wanted = None if examples_per_round is None else examples_per_round * num_rounds
     split, orders, held_out = _ordered(data, seeds, wanted)
-    budget = PixelBudget(data.cache_gb)
+    budget = data.pixel_budget
     schedules = []
     for arrival in orders:
         arrivals = _cut(arrival, num_rounds)
@@ -221,7 +220,7 @@ def file_schedule(data: DataConfig, records: Sequence[RoundRecord]) -> Schedule:
         (held_out,),
         data.cache_images,
         held_out_split=split,
-        budget=PixelBudget(data.cache_gb),
+        budget=data.pixel_budget,
     )
     schedule.check_classes(data)
     return schedule.checked(data)
@@ -265,7 +264,7 @@ def round_schedule(
     schedule = single_schedule(
         arrivals, held_out, seed=seed, held_out_split=split, cache_images=data.cache_images
     )
-    return replace(schedule, budget=PixelBudget(data.cache_gb)).checked(data)
+    return replace(schedule, budget=data.pixel_budget).checked(data)
 
 
 def load_held_out(data: DataConfig, access: Access = ANONYMOUS) -> Arrival:
