@@ -10,6 +10,7 @@ from . import starts as starts
 from . import studies as studies
 from . import trainer as trainer
 from . import training as training
+from . import transforms as transforms
 from . import utils as utils
 from ._version import __version__ as __version__
 from .data.config import DataConfig as DataConfig

@@ -1,7 +1,7 @@
 """Shuffled training batches straight from streams, the same number on every process.
 
-Flow: arrivals → the sources of one worker of one process → chunks, shuffled while encoded and
-decoded in workers → batches, cut in the main process.
+Flow: arrivals → the sources of one worker of one process, mixed in proportion to the arrivals'
+sizes → chunks, shuffled while encoded and decoded in workers → batches, cut in the main process.
 Source: the shuffle buffer of ``IterableDataset.shuffle``.
 Differs from a ``DataLoader`` of a stream: processes with fewer examples end together with the
 others, and a loader resumes with exactly the batches that would have followed. Differs from
@@ -11,16 +11,14 @@ others, and a loader resumes with exactly the batches that would have followed. 
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from itertools import count, islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from datasets import IterableDataset
-from datasets.iterable_dataset import ExamplesIterable
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -31,6 +29,11 @@ from hf_dash.data.streams import StreamedImages
 from hf_dash.utils.distributed import gather
 
 Chunk = dict[str, Any]
+
+T = TypeVar("T")
+
+# Random numbers drawn together.
+DRAWN_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,58 @@ def count_share(arrival: StreamedImages, num_processes: int, process_index: int)
     return sum(arrival.count(shards, i) for i in range(process_index, shards, num_processes))
 
 
-def _items(sources: list[Source]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for source in sources:
-        for number, item in enumerate(source.items()):
-            yield number, {"source": source, "item": item}
+def mixed(sources: Sequence[Source], generator: np.random.Generator) -> Iterator[tuple[int, Any]]:
+    """Yield all items of the sources, each with the number of its source.
+
+    The arrival of the next item is drawn with a chance in proportion to its size; each arrival's
+    sources follow one another in a random order.
+    """
+    numbers: dict[StreamedImages, list[int]] = {}
+    for number in generator.permutation(len(sources)).tolist():
+        numbers.setdefault(sources[number].arrival, []).append(number)
+    items = [_numbered(sources, own) for own in numbers.values()]
+    sizes = np.array([max(1, len(arrival)) for arrival in numbers], dtype=np.float64)
+    while sizes.any():
+        for arrival in generator.choice(len(items), DRAWN_AT_ONCE, p=sizes / sizes.sum()).tolist():
+            item = next(items[arrival], None)
+            if item is None:
+                sizes[arrival] = 0
+                break
+            yield item
 
 
-def _decode(sources: list[Source], items: list[Any]) -> tuple[Tensor, Tensor]:
+def _numbered(sources: Sequence[Source], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    for number in numbers:
+        for item in sources[number].items():
+            yield number, item
+
+
+def shuffled(items: Iterable[T], buffer_size: int, generator: np.random.Generator) -> Iterator[T]:
+    """Yield items in a random order: one from a buffer, into whose place the next one goes."""
+    items = iter(items)
+    buffer = list(islice(items, buffer_size))
+    places = _places(len(buffer), generator)
+    for item in items:
+        place = next(places)
+        yield buffer[place]
+        buffer[place] = item
+    for place in generator.permutation(len(buffer)).tolist():
+        yield buffer[place]
+
+
+def _places(count: int, generator: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from generator.integers(count, size=DRAWN_AT_ONCE).tolist()
+
+
+def _decode(sources: Sequence[Source], items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Tensor]:
     """Return the images and labels of items from several sources, in the given order."""
-    places: dict[Source, list[int]] = {}
-    for place, source in enumerate(sources):
-        places.setdefault(source, []).append(place)
-    parts = [source.decode([items[i] for i in at]) for source, at in places.items()]
+    places: dict[int, list[int]] = {}
+    for place, (number, _) in enumerate(items):
+        places.setdefault(number, []).append(place)
+    parts = [
+        sources[number].decode([items[place][1] for place in at]) for number, at in places.items()
+    ]
     order = torch.tensor([place for at in places.values() for place in at]).argsort()
     pixels, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return pixels[order], labels[order]
@@ -169,20 +212,20 @@ class Reader(TorchIterableDataset[Chunk]):
 
     def chunks(self, worker: int) -> Iterator[Chunk]:
         """Yield one worker's chunks; a skipped chunk gives only its length."""
-        own = self.process_index, worker
-        stream = IterableDataset(ExamplesIterable(_items, {"sources": self.sources(worker)}))
-        stream = stream.shuffle(
-            generator=np.random.default_rng([self.seed, *own]), buffer_size=self.buffer_size
-        )
-        stream.set_epoch(self.epoch)
-        for number, columns in enumerate(stream.iter(self.batch_size)):
+        own, sources = (self.process_index, worker), self.sources(worker)
+        generator = np.random.default_rng([self.seed, self.epoch, *own])
+        items = shuffled(mixed(sources, generator), self.buffer_size, generator)
+        for number in count():
+            chunk = list(islice(items, self.batch_size))
+            if not chunk:
+                return
             # Workers take turns, so at most this many examples come before the end of this chunk.
             if (number * max(1, self.num_workers) + worker + 1) * self.batch_size <= self.skip:
-                yield {"skipped": len(columns["item"])}
+                yield {"skipped": len(chunk)}
                 continue
             # Seeded per chunk, random transforms are the same with and without a skip.
             with _seeded(self.seed, self.epoch, *own, number):
-                pixels, labels = _decode(columns["source"], columns["item"])
+                pixels, labels = _decode(sources, chunk)
                 if self.augment is not None:
                     pixels = torch.stack([self.augment(image, None) for image in pixels])
             yield {"pixel_values": pixels, "labels": labels}

@@ -1,12 +1,13 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
 from helpers import FEATURES, as_tensor, both, broken_stream, numbered, numbers, run
 
 from hf_dash.data import StreamedImages, StreamLoader
-from hf_dash.data.stream_loader import _batch_sizes
+from hf_dash.data.stream_loader import _batch_sizes, shuffled
 from hf_dash.models import image_transform
 
 # Two workers are as right on a machine of one core, only slower.
@@ -60,6 +61,22 @@ def test_every_epoch_holds_every_example_in_a_seeded_new_order(num_workers, num_
 def test_old_and_new_examples_mix():
     first = flat(StreamLoader(streams(400, 400), 8, seed=0))[:100]
     assert 25 < sum(number < 400 for number in first) < 75
+
+
+def test_arrivals_mix_in_proportion_to_their_sizes():
+    for num_shards in (1, 3):
+        loader = StreamLoader(streams(3000, 600, num_shards=num_shards), 40, seed=0, buffer_size=50)
+        shares = [float((batch["pixel_values"] >= 3000).float().mean()) for batch in loader]
+        # A full shuffle draws a sixth of 40: its standard deviation is that of the binomial.
+        assert np.std(shares) <= 1.5 * (1 / 6 * 5 / 6 / 40) ** 0.5
+
+
+@pytest.mark.parametrize("buffer_size", [1, 7, 100])
+def test_a_buffer_mixes_what_is_near_and_loses_nothing(buffer_size):
+    found = list(shuffled(range(60), buffer_size, np.random.default_rng(0)))
+    assert sorted(found) == list(range(60))
+    assert all(number - place < buffer_size for place, number in enumerate(found))
+    assert (found == list(range(60))) == (buffer_size == 1)
 
 
 def test_digits_are_those_of_map_style_data(digits, small_model):
