@@ -146,7 +146,8 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
 
     Args:
         dataset: with the columns ``image`` and ``label``.
-        transform: from a PIL image to a tensor; must be deterministic if ``in_memory`` is set.
+        transform: from a PIL image to a tensor; must be deterministic if ``in_memory`` is set. None
+            where only labels and the fingerprint are asked for.
         in_memory: decode every image once, on its first use, and keep it in a file that workers
             share and the system holds in memory; see
             :class:`~hf_dash.data.pixel_cache.PixelCache`. Of an ``ImageTransform`` the pixels are
@@ -178,7 +179,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: Dataset,
-        transform: Transform,
+        transform: Transform | None,
         *,
         in_memory: bool = False,
         label_ids: Sequence[int] | None = None,
@@ -192,7 +193,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         self.dataset = dataset
         self.stamps = stamps or {}
         self.transform = transform
-        self._pixels = getattr(transform, "checked_pixels", transform)
+        self._pixels: Any = getattr(transform, "checked_pixels", transform)
         self._normalize = getattr(transform, "normalize", None)
         labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
         num_classes = dataset.features["label"].num_classes
@@ -210,7 +211,9 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
                 )
             labels = torch.tensor(label_ids, dtype=torch.int64)[labels]
         self._labels: list[int] = labels.tolist()
-        self._cache = self._open_cache(cache_key, budget) if in_memory and len(labels) else None
+        self._cache: PixelCache | None = None
+        if in_memory and transform is not None and len(labels):
+            self._cache = self._open_cache(cache_key, budget)
 
     def __len__(self) -> int:
         return len(self._labels)
