@@ -83,9 +83,10 @@ class Normalize:
     std: Tensor
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return [..., channels, height, width] in float32, contiguous."""
-        floats = torch.empty(pixels.shape, dtype=self.mean.dtype).copy_(pixels)
-        return floats.div_(255).sub_(self.mean).div_(self.std)
+        """Return [..., channels, height, width] in float32, contiguous, where the pixels are."""
+        device = pixels.device
+        floats = torch.empty(pixels.shape, dtype=self.mean.dtype, device=device).copy_(pixels)
+        return floats.div_(255).sub_(self.mean.to(device)).div_(self.std.to(device))
 
 
 def split_transform(

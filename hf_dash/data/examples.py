@@ -194,7 +194,8 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         self.stamps = stamps or {}
         self.transform = transform
         self._pixels: Any = getattr(transform, "checked_pixels", transform)
-        self._normalize = getattr(transform, "normalize", None)
+        # The second step of an ``ImageTransform``; None for other transforms.
+        self.normalize: Callable[[Tensor], Tensor] | None = getattr(transform, "normalize", None)
         labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
         num_classes = dataset.features["label"].num_classes
         check_labels(labels, num_classes)
@@ -236,17 +237,20 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return several examples; a ``DataLoader`` asks for a batch at once."""
         labels = [self._labels[index] for index in indices]
-        rows = [index % len(self) for index in indices]
-        pixels = self._decoded(rows) if self._cache is None else self._kept(rows, self._cache)
-        if self._normalize is not None and len({image.shape for image in pixels}) == 1:
+        pixels = self.pixels([index % len(self) for index in indices])
+        if self.normalize is not None and len({image.shape for image in pixels}) == 1:
             batch = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
-            pixels = self._normalize(batch)
-        elif self._normalize is not None:
-            pixels = [self._normalize(image) for image in pixels]
+            pixels = self.normalize(batch)
+        elif self.normalize is not None:
+            pixels = [self.normalize(image) for image in pixels]
         return [
             {"pixel_values": image, "labels": label}
             for image, label in zip(pixels, labels, strict=True)
         ]
+
+    def pixels(self, rows: Sequence[int]) -> list[Tensor] | Tensor:
+        """Return the pixels of images [channels, height, width], before ``normalize``."""
+        return self._decoded(rows) if self._cache is None else self._kept(rows, self._cache)
 
     def _decoded(self, rows: Sequence[int]) -> list[Tensor]:
         """Return the pixels of images, decoded now."""

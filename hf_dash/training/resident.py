@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from hf_dash.data.batches import EvenBatchSampler
-from hf_dash.data.examples import RandomCropFlip
+from hf_dash.data.examples import ImageExamples, RandomCropFlip
 from hf_dash.data.rounds import Round
 
 
@@ -151,16 +151,19 @@ def resident_batches(
         >>> batches.pixels.dtype, len(batches)
         (torch.uint8, 3)
     """
-    examples = round_.examples
-    rows = [examples[index] for index in range(len(examples))]
-    shapes = {tuple(row["pixel_values"].shape) for row in rows}
+    if round_.streams:
+        raise TypeError(f"round {round_.index} holds streams, whose images cannot be kept")
+    arrivals = [arrival for arrival in round_.arrivals if isinstance(arrival, ImageExamples)]
+    pixels = [image for arrival in arrivals for image in arrival.pixels(range(len(arrival)))]
+    shapes = {tuple(image.shape) for image in pixels}
     if len(shapes) > 1:
         raise ValueError(f"images must have one size to stay on a device, got {sorted(shapes)}")
     return ResidentBatches(
-        torch.stack([row["pixel_values"] for row in rows]).to(device),
-        torch.tensor([row["labels"] for row in rows]).to(device),
+        torch.stack(pixels).to(device),
+        torch.tensor([label for arrival in arrivals for label in arrival.labels]).to(device),
         batch_size,
         seed=seed,
+        normalize=arrivals[0].normalize,
         augment=augment,
         num_processes=num_processes,
         process_index=process_index,

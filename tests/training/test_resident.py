@@ -28,6 +28,7 @@ def test_batches_equal_the_loaders_in_every_epoch(two_rounds):
     loader = train_batches(two_rounds[1], 50, seed=3)
     resident = resident_batches(two_rounds[1], 50, seed=3)
     assert len(resident) == len(loader) == 3
+    assert resident.pixels.dtype == torch.uint8
     for _ in range(3):
         pairs = list(zip(loader, resident, strict=True))
         assert len(pairs) == 3
