@@ -35,7 +35,9 @@ class DashConfig:
             and its cosine could only be ±1. Measured over three rounds of CIFAR-10 and 3 seeds
             (recipes/results): on a bottleneck network of mostly 1×1 kernels filters end 0.8 points
             above kernels for a third more steps, auto 0.3; on a 3×3 network accuracies differ by
-            less than the seeds do. Too little to leave the paper: the default is ``"kernel"``.
+            less than the seeds do. Towards a checkpoint of mostly 1×1 kernels ``"auto"`` ends 0.7
+            points above kernels (−4.8 … 6.1, 5 seeds). Too little to leave the paper: the default
+            is ``"kernel"``.
         tolerance: share of the moving average that may be left out, in [0, 1). Only the newest
             K = ⌈ln(tolerance) / ln(1 − alpha)⌉ minibatches are read; 0 reads all.
         num_batches: K given outright instead, at least 1.
@@ -58,7 +60,8 @@ class DashConfig:
             norms are layer norms.
         base: the checkpoint that a fine-tuned model began from: a model folder, a Hub id
             (``user/name`` or ``user/name@revision``), or a state dict. Every vector of the change
-            w − w₀ shrinks instead of w, so that pretrained features stay. None or ``"zero"``
+            w − w₀ shrinks instead of w, so that pretrained features stay: measured 5.6 points above
+            a warm start (2.4 … 8.8, 5 seeds), and towards zero 17 below. None or ``"zero"``
             shrinks towards zero, as the paper does; :class:`~hf_dash.DashCallback` and the recipes
             take None for the checkpoint that the model's history names.
 
