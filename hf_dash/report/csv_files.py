@@ -2,16 +2,17 @@
 
 Flow: rows → text → a file in one step; a file → typed cells. A *wide* file has a key in its first
 columns and then one column per named number, present or not. Series of numbers, such as those of
-the learning framework, are wide: one row per series.
+the learning framework, are wide: one row per series. Files named ``.gz`` are compressed.
 """
 
 import csv
+import gzip
 from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from hf_dash.utils.files import write_text
+from hf_dash.utils.files import write_bytes
 
 MAY_BE_EMPTY = {"train_accuracy", "converged", "images_read", "parent", "weights_sha256"}
 
@@ -80,7 +81,9 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[str]]) 
     """Write a file in one step."""
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
+    content = text.getvalue().encode()
+    # Without the time, so that the same rows give the same file.
+    write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def read_csv(
@@ -93,7 +96,8 @@ def read_csv(
         columns: types of the first columns, by name.
         more: type of further columns, whatever their names; None where there must be none.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
         header = next(lines, [])
         if list(columns) != (header if more is None else header[: len(columns)]):

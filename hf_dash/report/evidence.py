@@ -5,8 +5,8 @@ shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what
 in common, each value once) → the same records, so that every table and figure works on them.
 Differs from ``history.json``: that file belongs to a run, which appends to it and checks its
 digest; this folder is for readers and diffs, and a sixth of the size. Seconds are rounded to
-``SECONDS_DIGITS`` decimals and factors to ``FACTOR_DIGITS``; everything else is exact. Promotions
-are not kept.
+``SECONDS_DIGITS`` decimals, factors to ``FACTOR_DIGITS``, accuracies of single classes to
+``CLASS_DIGITS``; everything else is exact. Promotions are not kept.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from hf_dash.utils.files import write_text
 
 SECONDS_DIGITS = 5
 FACTOR_DIGITS = 4
+CLASS_DIGITS = 6
 
 # Start, seed and round: the first columns of every file.
 Key = tuple[str, int, int]
@@ -123,7 +124,7 @@ def write_evidence(
         settings = {"like": {"folder": like, **there}, **_less(settings, base.settings)}
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
-    write_wide(folder / "per_class.csv", KEY, {_key(r): r.per_class_accuracy for r in own})
+    write_wide(folder / "per_class.csv", KEY, {_key(record): _classes(record) for record in own})
     write_wide(folder / "measurements.csv", MEASUREMENT, _measurements_of(own))
     _write_factors(folder / "factors.csv", own)
     said = {part: value for part, value in settings.items() if value}
@@ -197,7 +198,7 @@ def evidence_digest(folder: str | Path) -> str:
     folder = Path(folder)
     settings = read_settings(folder)
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.glob("*.csv*")):
         digest.update(path.read_bytes())
     data = {part: value for part, value in settings.items() if part != "about"}
     digest.update(json.dumps(data, sort_keys=True).encode())
@@ -355,6 +356,10 @@ def _write_factors(path: Path, records: Sequence[RoundRecord]) -> None:
             row = (*_key(record), *counts, seconds)
             rows[row] = tensors
     write_wide(path, KEY | SHRINK, rows)
+
+
+def _classes(record: RoundRecord) -> dict[str, float]:
+    return {name: round(a, CLASS_DIGITS) for name, a in record.per_class_accuracy.items()}
 
 
 def _factors(tensor: Mapping[str, Any]) -> str:

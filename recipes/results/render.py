@@ -54,7 +54,7 @@ def of_simulations(function):
 
     def make(folders, *path, seeds=("10",), **sizes):
         found = {}
-        series = hf_dash.report.read_series(folders[0] / "simulations.csv")
+        series = hf_dash.report.read_series(folders[0] / "simulations.csv.gz")
         for (setting, start, seed), numbers in series.items():
             named = dict(part.split("=") for part in setting.split())
             if int(seed) < int(seeds[0]) and all(named[name] in sizes[name] for name in sizes):
@@ -123,7 +123,7 @@ FIGURES = {
 def add(paths, folder, like):
     """Write a folder; its "about" stays where there is one."""
     if paths[0].endswith(".csv"):
-        return [hf_dash.report.add_series(path, folder / "simulations.csv") for path in paths]
+        return [hf_dash.report.add_series(path, folder / "simulations.csv.gz") for path in paths]
     history = hf_dash.report.join_histories(paths)
     about = {"commands": [], "commits": [], "network": "", "machine": "", "ground": ""}
     if (folder / "settings.json").is_file():

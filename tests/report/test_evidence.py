@@ -1,5 +1,6 @@
 """A history as a folder of CSV files: what is written is read back, what is damaged is named."""
 
+import gzip
 import json
 import re
 from dataclasses import replace
@@ -98,7 +99,10 @@ def as_written(records):
             for name in ("mean_factor", "share_at_lam"):
                 report[name] = pytest.approx(one.shrink[name], abs=5e-5)
         seconds = round(one.start_seconds, 5)
-        rounded.append(replace(one, shrink=report, start_seconds=seconds))
+        classes = {name: round(value, 6) for name, value in one.per_class_accuracy.items()}
+        rounded.append(
+            replace(one, shrink=report, start_seconds=seconds, per_class_accuracy=classes)
+        )
     return rounded
 
 
@@ -205,8 +209,14 @@ def test_series_of_two_runs_are_read_back(tmp_path):
     runs = [simulate(start, seed=seed, **small) for start in ("warm", "ideal") for seed in (0, 1)]
     for setting, group in (("γ=8", runs[:3]), ("γ=8", runs[2:]), ("γ=9", runs[:1])):
         write_simulations({setting: group}, tmp_path / "run.csv")
-        add_series(tmp_path / "run.csv", tmp_path / "all.csv")
+        for name in ("all.csv", "all.csv.gz"):
+            add_series(tmp_path / "run.csv", tmp_path / name)
     found = read_series(tmp_path / "all.csv")
+    assert read_series(tmp_path / "all.csv.gz") == found
+    assert (
+        gzip.decompress((tmp_path / "all.csv.gz").read_bytes())
+        == (tmp_path / "all.csv").read_bytes()
+    )
     assert list(found) == [
         *(("γ=8", one.start, str(one.seed)) for one in runs),
         ("γ=9", "warm", "0"),
