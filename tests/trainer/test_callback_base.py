@@ -73,7 +73,9 @@ def test_fresh_first_weights_need_no_base_and_no_warning(tmp_path, two_rounds, w
 
 
 def test_an_unknown_origin_warns_with_the_numbers_and_the_way_out(tmp_path, two_rounds, warnings):
-    callback = shrunk(tmp_path / "out", two_rounds[0], loaded(tmp_path / "model"))
+    model = loaded(tmp_path / "model")
+    model.timm_model.bn1.bias.data.fill_(0.1)  # as if trained
+    callback = shrunk(tmp_path / "out", two_rounds[0], model)
     assert callback.report.config.base is None
     for word in ("45 %", "28 %", "base=", "base='zero'", str(tmp_path / "model")):
         assert word in warnings.text
