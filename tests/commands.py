@@ -3,6 +3,7 @@
 A world is a folder: two shards of images, held-out ones, and what the command continues from.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from helpers import REPOSITORY
 from hub_double import TOKENS
 
 import hf_dash
+
+RESULTS = REPOSITORY / "recipes" / "results" / "faults"
 
 MODEL = {"layers": [1, 1, 0, 0], "channels": [4, 8, 8, 8], "stem_width": 4}
 COLUMNS = ["--dataset_name", "shards", "--test_dataset_name", "held_out.parquet"]
@@ -49,6 +52,14 @@ HOME = {"continual": "run", "retrain": "child", "promote": "run", "publish": "mo
 READ = {"continual": f"run/{FIRST}", "retrain": "parent", "promote": f"run/{SECOND}"}
 READ["publish"] = "model"
 
+# For a command to push what it has done.
+PUSH = {
+    "continual": ["--push_to_hub", "--hub_model_id", "user/run"],
+    "retrain": ["--push_to_hub", "--hub_model_id", "user/child"],
+    "promote": ["--push_to_hub", "--hub_model_id", "user/run", "--hub_revision", "challenger"],
+    "publish": [],
+}
+
 # What differs between two runs of a command: clocks, and digests of what they are in.
 TIMES = {"start_seconds", "train_seconds", "seconds", "time", "previous", "digest"}
 
@@ -79,9 +90,9 @@ def perform(command, flags, fault, kill_at, count_in):
     torch.set_num_threads(1)
     use_stand_ins()
     if fault is not None:
-        import faults
+        from faults import FAULTS
 
-        faults.FAULTS[fault].inside()
+        FAULTS[fault].inside()
     script, *given = COMMANDS[command]
     events, touching = [0], []
     if kill_at is not None or count_in is not None:
@@ -157,28 +168,40 @@ def expect(done):
 
 
 def final_state(command, world, hub):
-    """Return what must not depend on what happened on the way."""
-    if command == "publish":
-        repository = hub.repositories["user/model"]
-        titles = [commit.title for commit in repository.log()]
-        return titles, list(repository.tags), hub.files("user/model")
+    """Return what must not depend on what happened on the way, on disk and on the Hub."""
     home = world / HOME[command]
-    return {str(path.relative_to(home)): plain(path) for path in files_of(home)}
+    state = {str(path.relative_to(home)): plain(path, path.read_bytes()) for path in files_of(home)}
+    for name, repository in hub.repositories.items():
+        titles = [commit.title for commit in repository.log()]
+        files = {n: plain(Path(n), content) for n, content in hub.files(name).items()}
+        open_ones = len(repository.pull_requests) - len(repository.closed)
+        state[f"on the Hub: {name}"] = titles, sorted(repository.tags), files, open_ones
+    return state
 
 
 def files_of(folder):
     return sorted(path for path in folder.rglob("*") if not path.is_dir() and path.name != ".lock")
 
 
-def plain(path):
+def plain(path, content):
     """Return the content of a file without what differs between two runs."""
     if path.suffix == ".json":
-        return without_times(json.loads(path.read_text()))
+        return without_times(json.loads(content))
     # The card tells seconds.
-    return "a card" if path.name == "README.md" else path.read_bytes()
+    return "a card" if path.name == "README.md" else content
 
 
 def without_times(value):
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if k not in TIMES}
     return [without_times(one) for one in value] if isinstance(value, list) else value
+
+
+def write_where_asked(path, header, rows):
+    """Write a committed table, in a test run with ``WRITE_FAULTS`` set."""
+    if "WRITE_FAULTS" in os.environ:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)

@@ -1,12 +1,14 @@
 """Fixtures that all tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from commands import make_worlds
 from datasets import Dataset
 from helpers import EveryLayer, hub_address, make_tiny_timm
 from hub_double import TOKENS, HubDouble
@@ -58,6 +60,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting before another attempt at the Hub, and little for an answer."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("hf_dash.hub.client.TIMEOUT", 0.5)
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A world of each of the four commands; copy it before use."""
+    return make_worlds(tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.fixture(scope="session")

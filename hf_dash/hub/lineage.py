@@ -92,7 +92,7 @@ def find_parent(
         folder = fetch_model(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
         commit = folder.name
     weights = require_safetensors(str(folder))
-    records = read_history(folder / HISTORY).records if (folder / HISTORY).is_file() else []
+    records = read_history(folder / HISTORY).records if (folder / HISTORY).exists() else []
     if records:
         check_files(folder, records[-1], exported=True)
     checksum = sha256_of(weights) if weights.name == WEIGHTS else None

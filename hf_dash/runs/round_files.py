@@ -78,7 +78,7 @@ def check_replaceable(folder: Path, records: Iterable[RoundRecord]) -> None:
     """
     if (folder / ROUNDS).is_dir():
         raise ValueError(f"output_dir {str(folder)!r} is the folder of a run: give another one")
-    if not (folder / HISTORY).is_file():
+    if not (folder / HISTORY).exists():
         return
     found, kept = read_history(folder / HISTORY), list(records)
     lost = [record for record in found.records if record not in kept]

@@ -53,6 +53,7 @@ from hf_dash.utils.files import (
     flush_folder,
     one_writer,
     read_json,
+    remove,
     write_text,
 )
 
@@ -131,8 +132,9 @@ def open_model_folder(folder: str | Path) -> Iterator[None]:
         def open_it() -> None:
             stack.enter_context(one_writer(folder))
             finish_replacing(Path(folder))
-            for leftover in (ASIDE, *(path.name for path in Path(folder).glob(".*.tmp"))):
-                shutil.rmtree(Path(folder) / leftover, ignore_errors=True)
+            for place in (ASIDE, ".*.tmp"):
+                for leftover in Path(folder).glob(place):
+                    remove(leftover)
 
         by_main(open_it)
         yield
@@ -170,10 +172,7 @@ def recover(output_dir: str | Path, history: History) -> None:
     output_dir = Path(output_dir)
     for place in LEFTOVERS:
         for leftover in output_dir.glob(place):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            remove(leftover)
     for pending in output_dir.glob(f"*/{PENDING}"):
         finish_replacing(pending.parent)
     missing = _unrecorded(output_dir, history)

@@ -41,6 +41,9 @@ from hf_dash.training.evaluation import check_readable
 from hf_dash.utils.distributed import by_main, hardware
 from hf_dash.utils.files import ASIDE, check_free_space, flush_folder
 
+# Settings of a shrink that a resumed training cannot change any more.
+SHRINKS_BY = {"alpha", "lam", "grouping", "variant", "tolerance", "num_batches", "include_frozen"}
+
 # Below the output directory: what was trained, until it is exported.
 KEPT = ".trained"
 
@@ -85,7 +88,7 @@ class TrainerRound:
                 have changed.
         """
         folder = Path(self.output_dir)
-        if not (folder / HISTORY).is_file():
+        if not (folder / HISTORY).exists():
             return None
         found = read_history(folder / HISTORY)
         newest = found.records[-1] if found.records else None
@@ -269,8 +272,8 @@ class TrainerRound:
                 f" {checkpoint!r}"
             )
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("alpha", "lam", "grouping", "variant"):
-            was, now = report["config"].get(name), getattr(callback.config, name)
+        for name in sorted(SHRINKS_BY & report["config"].keys()):
+            was, now = report["config"][name], getattr(callback.config, name)
             if was != now:
                 raise ValueError(
                     f"resume_from_checkpoint {checkpoint!r} was shrunk with {name} {was!r}, but"

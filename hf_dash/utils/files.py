@@ -102,6 +102,14 @@ def finish_replacing(folder: Path) -> None:
     pending.rmdir()
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_json(path: Path, largest: int) -> Any:
     """Read a JSON file of at most ``largest`` bytes.
 

@@ -63,6 +63,15 @@ def test_a_parent_is_verified(hub, tmp_path, name, where):
         find_parent(str(tmp_path) if where == "local" else "user/model")
 
 
+def test_a_history_that_cannot_be_read_is_not_passed_over(tmp_path):
+    """The rounds behind the model would be lost."""
+    make_round(tmp_path, 1)
+    (tmp_path / "history.json").unlink()
+    (tmp_path / "history.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"history\.json"):
+        find_parent(str(tmp_path))
+
+
 def test_what_is_no_folder_must_be_an_id(hub):
     with pytest.raises(ValueError, match="model_name_or_path must be 'user/name' or 'name' of"):
         find_parent("runs/no/folder")

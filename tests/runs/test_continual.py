@@ -8,6 +8,7 @@ from helpers import heard, same_state, state_of
 
 import hf_dash
 from hf_dash._version import library_versions
+from hf_dash.data.stamps import stamps_of
 from hf_dash.pretrained import load_checkpoint
 from hf_dash.runs.continual import _start, _Task, seed_of_round
 from hf_dash.training.loop import train_round
@@ -181,6 +182,27 @@ def test_other_data_are_refused(two_rounds, accelerator, tmp_path, digits):
     with pytest.raises(ValueError, match="round 1 of 'dash' was trained on other data"):
         saved_run(tmp_path, rounds, accelerator)
     assert (tmp_path / "history.json").read_bytes() == before
+
+
+def test_a_shard_that_is_replaced_in_mid_run_is_noticed(
+    two_rounds, accelerator, tmp_path, monkeypatch
+):
+    """Else it would be trained on under the fingerprint of the one before."""
+    shard, run = tmp_path / "tuesday.parquet", tmp_path / "run"
+    shard.write_text("images")
+    two_rounds[1].new.stamps = stamps_of([shard])
+
+    def replaced_meanwhile(*arguments, **settings):
+        shard.write_text("other images")
+        return train_round(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_dash.runs.continual.train_round", replaced_meanwhile)
+        with pytest.raises(ValueError, match=r"tuesday\.parquet was replaced while"):
+            saved_run(run, two_rounds, accelerator)
+    assert [path.parent.name for path in run.glob("rounds/*/*")] == ["001"]
+    two_rounds[1].new.stamps = stamps_of([shard])
+    assert len(saved_run(run, two_rounds, accelerator)[1].records) == 2
 
 
 def test_only_the_newest_rounds_are_kept(two_rounds, accelerator, tmp_path):

@@ -1,15 +1,22 @@
 """Each of the four commands, killed by SIGKILL at many points, ends with the same state."""
 
+import csv
 import json
 import signal
 
 import pytest
-from commands import COMMANDS, copy_world, expect, final_state, make_worlds, run
+from commands import COMMANDS, RESULTS, copy_world, expect, final_state, run, write_where_asked
+
+TABLE = RESULTS / "kills.csv"
+HEADER = ["command", "events", "of them at files", "kills", "other ends"]
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    return make_worlds(tmp_path_factory.mktemp("worlds"))
+def rows():
+    """The committed table, as it comes out."""
+    rows = []
+    yield rows
+    write_where_asked(TABLE, HEADER, rows)
 
 
 @pytest.fixture(params=COMMANDS)
@@ -36,22 +43,38 @@ def points_of(number, events, touching):
     return sorted({*at_files, *spaced})
 
 
-def check_kills(command, worlds, undisturbed, hub, folder, number):
-    expected, events, touching = undisturbed
-    points = points_of(number, events, touching)
-    assert len(points) >= number
+def other_ends(command, worlds, expected, hub, folder, points):
+    """Kill a command at each point, then let it finish; return the points with another end."""
+    others = []
     for point in points:
         hub.repositories.clear()
         world = copy_world(worlds[command], folder / str(point))
         assert run(command, world, kill_at=point).returncode == -signal.SIGKILL
         expect(run(command, world))
-        assert final_state(command, world, hub) == expected, f"killed at event {point}"
+        if final_state(command, world, hub) != expected:
+            others.append(point)
+    return others
 
 
-def test_killed_at_some_points(command, worlds, undisturbed, hub, tmp_path):
-    check_kills(command, worlds, undisturbed, hub, tmp_path, 2)
+def test_killed_in_the_middle_of_its_files(command, worlds, undisturbed, hub, tmp_path):
+    expected, events, touching = undisturbed
+    points = touching or range(1, events)  # a push writes no file
+    middle = points[len(points) // 2]
+    assert other_ends(command, worlds, expected, hub, tmp_path, [middle]) == []
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_points(command, worlds, undisturbed, hub, tmp_path):
-    check_kills(command, worlds, undisturbed, hub, tmp_path, 50)
+def test_killed_at_fifty_points(command, worlds, undisturbed, hub, rows, tmp_path):
+    expected, events, touching = undisturbed
+    points = points_of(50, events, touching)
+    others = other_ends(command, worlds, expected, hub, tmp_path, points)
+    rows.append([command, events, len(touching), len(points), len(others)])
+    assert len(points) >= 50
+    assert others == []
+
+
+def test_the_committed_table_is_of_fifty_kills_each():
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        table = {row["command"]: row for row in csv.DictReader(file)}
+    assert list(table) == list(COMMANDS)
+    assert all(int(row["kills"]) >= 50 and row["other ends"] == "0" for row in table.values())

@@ -88,6 +88,10 @@ def test_a_folder_is_replaced_only_where_nothing_recorded_is_lost(tmp_path):
     (tmp_path / "history.json").write_text("{")
     with pytest.raises(ValueError, match=r"history\.json is not a whole hf_dash history"):
         check_replaceable(tmp_path, records)
+    (tmp_path / "history.json").unlink()
+    (tmp_path / "history.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"history\.json"):
+        check_replaceable(tmp_path, records)
     (tmp_path / "rounds").mkdir()
     with pytest.raises(ValueError, match="is the folder of a run"):
         check_replaceable(tmp_path, records)

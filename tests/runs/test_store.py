@@ -291,6 +291,8 @@ def test_a_model_folder_is_put_in_order_first(tmp_path):
     (pending / "config.json").write_text("new")
     (pending / "stale.json").write_text('["factors.png"]')
     (tmp_path / ".aside").mkdir()
+    # A kill leaves single files too.
+    (tmp_path / ".history.json.tmp").write_text("half")
     for name in ("config.json", "factors.png", "mine.txt"):
         (tmp_path / name).write_text("old")
     with open_model_folder(tmp_path):

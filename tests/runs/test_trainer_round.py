@@ -10,6 +10,7 @@ from hf_dash import DashCallback
 from hf_dash._version import library_versions
 from hf_dash.data import ImageExamples
 from hf_dash.data.rounds import joint_fingerprint
+from hf_dash.data.stamps import stamps_of
 from hf_dash.history import write_history
 from hf_dash.runs import TrainerRound
 
@@ -127,6 +128,22 @@ def test_a_diverged_model_is_not_kept(two_rounds, small_model, tmp_path):
     task = make_task(tmp_path, two_rounds)
     with pytest.raises(FloatingPointError, match="the weights are not finite"):
         task.train_(trainer)
+    assert not task.kept.exists()
+
+
+def test_a_shard_that_is_replaced_in_mid_run_is_noticed(two_rounds, small_model, tmp_path):
+    shard = tmp_path / "tuesday.parquet"
+    shard.write_text("images")
+    two_rounds[1].new.stamps = stamps_of([shard])
+
+    def begin():
+        shard.write_text("other images")
+        return 0.0
+
+    task = make_task(tmp_path, two_rounds)
+    trainer = make_trainer(tmp_path, small_model, two_rounds[1])
+    with pytest.raises(ValueError, match=r"tuesday\.parquet was replaced while"):
+        task.train_(trainer, begin=begin)
     assert not task.kept.exists()
 
 

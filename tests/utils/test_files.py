@@ -1,12 +1,18 @@
 import hashlib
+import os
 
 import pytest
 from children import CONTEXT
 
 import hf_dash
 from hf_dash.utils.files import (
+    RESERVE,
+    check_free_space,
+    check_output_dir,
     files_written_aside,
     flush_folder,
+    public,
+    remove,
     sha256_of,
     write_bytes,
     write_text,
@@ -92,3 +98,72 @@ def test_two_processes_never_share_a_folder(tmp_path):
     other.join()
     with hf_dash.utils.one_writer(tmp_path):
         pass
+
+
+def test_a_folder_to_write_into_is_made(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    assert check_output_dir(str(folder)) == folder
+    assert folder.is_dir()
+    assert check_output_dir(folder) == folder
+
+
+@pytest.mark.parametrize("given", ["", "  "])
+def test_a_folder_to_write_into_has_a_name(given):
+    with pytest.raises(ValueError, match=f"output_dir must name a folder, got '{given}'"):
+        check_output_dir(given)
+
+
+@pytest.mark.parametrize("below", [".", "x", "x/y"])
+def test_a_file_is_not_a_folder_to_write_into(tmp_path, below):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=r"output_dir must be a folder, .*mine is a file"):
+        check_output_dir(tmp_path / "mine" / below)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_folder_to_write_into_is_writable(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match="output_dir must be a folder's path, got 3"):
+        check_output_dir(3)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="output_dir must be writable"):
+        check_output_dir(tmp_path)
+
+
+def test_a_full_disk_is_noticed_before_it_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 3 * RESERVE})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    check_free_space(tmp_path, 2 * RESERVE)
+    with pytest.raises(OSError, match=r"has 3\.1 MB left, but about 3\.1 MB will be written"):
+        check_free_space(tmp_path, 2 * RESERVE + 1)
+
+
+def test_files_and_folders_are_removed_but_not_what_links_lead_to(tmp_path):
+    folder, link, file = tmp_path / "folder", tmp_path / "link", tmp_path / "file"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    file.write_text("b")
+    link.symlink_to(folder)
+    for path in (link, file, file):
+        remove(path)
+    assert os.listdir(tmp_path) == ["folder"]
+    remove(folder)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("/home/me/images", "images"),
+        ("~/images/", "images"),
+        ("../images", "images"),
+        (r"C:\Users\me\images", "images"),
+        ("/home/me/shards/*.parquet", "shards/*.parquet"),
+        (["/home/me/a", "user/b"], ["a", "user/b"]),
+        ("user/model", "user/model"),
+        ("cosine", "cosine"),
+        (0.1, 0.1),
+        (None, None),
+    ],
+)
+def test_of_places_only_names_are_told(setting, told):
+    assert public(setting) == told

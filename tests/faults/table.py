@@ -1,0 +1,157 @@
+"""The table of faults: a row is one thing that goes wrong, a column is one of the four commands.
+
+- ``refused``: an error that names it; no file has changed, on disk or on the Hub.
+- ``finished``: an error, a warning or a kill in the middle; without its cause the same command then
+  ends as if nothing had been.
+- ``right``: no error; the end is as if nothing had been.
+- ``-``: it says nothing about the command.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from commands import COMMANDS, HOME, READ
+
+from hf_dash.utils.chain import digest_of
+
+OUTCOMES = {"R": "refused", "F": "finished", "=": "right", "-": "-"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Args:
+        area: what it goes wrong with.
+        text: what goes wrong.
+        outcomes: of continual, retrain, promote, publish; one letter each, see ``OUTCOMES``.
+        says: pattern of the error, where there is one.
+        damage: is done to the world before the command.
+        inside: is done in the command's own process.
+        hub: is done to the Hub before the command, which then pushes.
+        flags: more of the command's; ``{home}`` is the flag of the folder that it writes.
+        but: names of files whose content may differ from an undisturbed one.
+    """
+
+    area: str
+    text: str
+    outcomes: str
+    says: str = ""
+    damage: Callable[["World"], None] | None = None
+    inside: Callable[[], None] | None = None
+    hub: Callable[[object], None] | None = None
+    flags: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+
+    def outcome(self, command):
+        return OUTCOMES[self.outcomes[list(COMMANDS).index(command)]]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where things lie in the world of a command."""
+
+    folder: Path
+    command: str
+
+    @property
+    def home(self):
+        return self.folder / HOME[self.command]
+
+    @property
+    def model(self):
+        """The folder of the model that is read."""
+        return self.folder / READ[self.command]
+
+    @property
+    def history(self):
+        """The history that is read."""
+        place = {"retrain": "parent"}.get(self.command, HOME[self.command])
+        return self.folder / place / "history.json"
+
+    @property
+    def held_out(self):
+        return self.folder / "held_out.parquet"
+
+    @property
+    def arriving(self):
+        """The shard that is new."""
+        return self.folder / "shards" / "tuesday.parquet"
+
+    @property
+    def seen(self):
+        """The shard that was trained on before."""
+        return self.folder / "shards" / "monday.parquet"
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(area, text, outcomes, says="", **how):
+    """Enter a row."""
+    name = f"{area}: {text}"
+    assert name not in FAULTS, name
+    FAULTS[name] = Fault(area, text, outcomes, says, **how)
+
+
+def to(place, change):
+    """Do something to one file of a world."""
+    return lambda world: change(place(world))
+
+
+# What is done to files.
+
+
+def flip(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+def into_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def linked_elsewhere(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def edited(change):
+    """Change the JSON of a file."""
+
+    def write(path):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return write
+
+
+def rewritten(change, redigest=True):
+    """Change the JSON of a history; by somebody who knows how the digest is made, or not."""
+
+    def write(content):
+        digest = content.pop("digest")
+        change(content)
+        content["digest"] = digest_of(content) if redigest else digest
+
+    return edited(write)
