@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_it_never_shrinks_on_resume(tmp_path, two_rounds):
     whole, _ = trained(tmp_path, two_rounds[0], [Spy()], **options)
     spy = Spy()
     trainer = make_trainer(tmp_path, two_rounds[0], [spy], **options)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with heard(logging.WARNING) as messages:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert messages == ["DASH: training resumes at step 2: no shrink"]
     assert spy.report is None
     assert same_state(spy.before, spy.after)
     assert same_state(whole, state_of(trainer.model))

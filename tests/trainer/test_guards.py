@@ -37,6 +37,9 @@ def test_a_new_head_is_named(tmp_path):
         tmp_path, num_labels=5, ignore_mismatched_sizes=True
     )
     assert "'classifier.weight' is newly initialized" in objection(more)
+    trained_vit().vit.save_pretrained(tmp_path / "body")
+    body = ViTForImageClassification.from_pretrained(tmp_path / "body", num_labels=5)
+    assert "'classifier.weight' is newly initialized" in objection(body)
     with torch.no_grad():
         more.classifier.bias.add_(0.01)  # trained by whatever loop
     assert objection(more) == ""
