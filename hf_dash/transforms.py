@@ -88,6 +88,10 @@ class Normalize:
         floats = torch.empty(pixels.shape, dtype=self.mean.dtype, device=device).copy_(pixels)
         return floats.div_(255).sub_(self.mean.to(device)).div_(self.std.to(device))
 
+    def to(self, device: torch.device | str) -> "Normalize":
+        """Return one that is on a device already, so that no call copies anything to it."""
+        return Normalize(self.mean.to(device), self.std.to(device))
+
 
 def split_transform(
     transform: transforms.Compose, mode: str | None

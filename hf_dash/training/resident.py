@@ -17,6 +17,7 @@ from torch.utils.data import RandomSampler
 from hf_dash.data.batches import EvenBatchSampler
 from hf_dash.data.examples import ImageExamples, RandomCropFlip
 from hf_dash.data.rounds import Round
+from hf_dash.transforms import Normalize
 
 
 class ResidentBatches:
@@ -64,6 +65,8 @@ class ResidentBatches:
             )
         self.pixels, self.labels = pixels, labels
         self.normalize, self.augment = normalize, augment
+        fill = () if augment is None else augment.fill
+        self._fill = torch.tensor(fill).to(pixels.device)
         self.num_processes, self.process_index = num_processes, process_index
         self._generator = torch.Generator().manual_seed(seed)
         sampler = RandomSampler(range(len(labels)), generator=self._generator)
@@ -87,7 +90,7 @@ class ResidentBatches:
             if self.normalize is not None:
                 images = self.normalize(images)
             if self.augment is not None:
-                images = crop_and_flip(images, views[number], self.augment)
+                images = crop_and_flip(images, views[number], self._fill, self.augment.padding)
             yield {"pixel_values": images, "labels": self.labels[rows]}
 
     def _draw(self, count: int, augment: RandomCropFlip) -> Tensor:
@@ -97,20 +100,20 @@ class ResidentBatches:
         return torch.cat([offsets, flips], dim=1)
 
 
-def crop_and_flip(images: Tensor, views: Tensor, augment: RandomCropFlip) -> Tensor:
+def crop_and_flip(images: Tensor, views: Tensor, fill: Tensor, padding: int) -> Tensor:
     """Return one view of each image, as :class:`RandomCropFlip` makes them one by one.
 
     Args:
         images: [images, channels, height, width].
         views: [images, 3]: the first row and the first column of the padded image, each in
             [0, 2 · padding], and 1 to flip it left to right.
-        augment: gives padding and fill.
+        fill: [channels]: the value of the padding.
+        padding: pixels added on every side.
     """
     count, channels, height, width = images.shape
-    pad = augment.padding
-    fill = images.new_tensor(augment.fill).view(1, channels, 1, 1)
-    padded = fill.repeat(count, 1, height + 2 * pad, width + 2 * pad)
-    padded[:, :, pad : pad + height, pad : pad + width] = images
+    frame = fill.to(images.dtype).view(1, channels, 1, 1)
+    padded = frame.repeat(count, 1, height + 2 * padding, width + 2 * padding)
+    padded[:, :, padding : padding + height, padding : padding + width] = images
     top, left, flip = views.unbind(1)
     across = torch.arange(width, device=images.device).expand(count, width)
     across = torch.where(flip[:, None] == 1, width - 1 - across, across)
@@ -158,12 +161,13 @@ def resident_batches(
     shapes = {tuple(image.shape) for image in pixels}
     if len(shapes) > 1:
         raise ValueError(f"images must have one size to stay on a device, got {sorted(shapes)}")
+    normalize = arrivals[0].normalize
     return ResidentBatches(
         torch.stack(pixels).to(device),
         torch.tensor([label for arrival in arrivals for label in arrival.labels]).to(device),
         batch_size,
         seed=seed,
-        normalize=arrivals[0].normalize,
+        normalize=normalize.to(device) if isinstance(normalize, Normalize) else normalize,
         augment=augment,
         num_processes=num_processes,
         process_index=process_index,
