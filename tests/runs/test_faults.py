@@ -24,8 +24,8 @@ from helpers import hub_address
 from hub_double import HubDouble
 
 TABLE = RESULTS / "faults.csv"
-HEADER = ["area", "fault", *COMMANDS, "message"]
-LONGEST = 160  # characters of a message
+HEADER = ["fault", *COMMANDS, "message"]
+LONGEST = 100  # characters of a message
 CELLS = [(name, c) for name, fault in FAULTS.items() for c in COMMANDS if fault.outcome(c) != "-"]
 
 # A dozen that once went wrong.
@@ -73,17 +73,16 @@ def seen():
 
 
 def row_of(name, cells):
-    fault = FAULTS[name]
     outcomes = [cells[command][0] if command in cells else "-" for command in COMMANDS]
     messages = [message for _, message in cells.values() if message]
     message = messages[0] if messages else ""
     shown = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
-    return [fault.area, fault.text, *outcomes, shown]
+    return [name, *outcomes, shown]
 
 
 def read_table():
     with TABLE.open(newline="", encoding="utf-8") as file:
-        return {f"{row['area']}: {row['fault']}": row for row in csv.DictReader(file)}
+        return {row["fault"]: row for row in csv.DictReader(file)}
 
 
 def prepare(pushes, command, worlds, hub, pushed, folder):
