@@ -19,7 +19,7 @@ from hub_double import TOKENS
 
 import hf_dash
 
-RESULTS = REPOSITORY / "recipes" / "results" / "faults"
+TABLES = Path(__file__).parent / "faults"
 
 MODEL = {"layers": [1, 1, 0, 0], "channels": [4, 8, 8, 8], "stem_width": 4}
 COLUMNS = ["--dataset_name", "shards", "--test_dataset_name", "held_out.parquet"]

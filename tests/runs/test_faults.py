@@ -11,7 +11,7 @@ from commands import (
     COMMANDS,
     HOME,
     PUSH,
-    RESULTS,
+    TABLES,
     copy_world,
     expect,
     final_state,
@@ -23,7 +23,7 @@ from faults.folders import HOLDERS
 from helpers import hub_address
 from hub_double import HubDouble
 
-TABLE = RESULTS / "faults.csv"
+TABLE = TABLES / "faults.csv"
 HEADER = ["fault", *COMMANDS, "message"]
 LONGEST = 100  # characters of a message
 CELLS = [(name, c) for name, fault in FAULTS.items() for c in COMMANDS if fault.outcome(c) != "-"]

@@ -5,9 +5,9 @@ import json
 import signal
 
 import pytest
-from commands import COMMANDS, RESULTS, copy_world, expect, final_state, run, write_where_asked
+from commands import COMMANDS, TABLES, copy_world, expect, final_state, run, write_where_asked
 
-TABLE = RESULTS / "kills.csv"
+TABLE = TABLES / "kills.csv"
 HEADER = ["command", "events", "of them at files", "kills", "other ends"]
 
 
