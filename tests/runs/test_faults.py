@@ -185,7 +185,7 @@ def test_some_faults(name, command, worlds, ends, seen, hub, tmp_path):
     check(name, command, worlds, None, ends, seen, hub, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "command"), CELLS)
 def test_every_fault(name, command, worlds, pushed, ends, seen, hub, tmp_path):
     check(name, command, worlds, pushed, ends, seen, hub, tmp_path)

@@ -63,7 +63,7 @@ def test_killed_in_the_middle_of_its_files(command, worlds, undisturbed, hub, tm
     assert other_ends(command, worlds, expected, hub, tmp_path, [middle]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_at_fifty_points(command, worlds, undisturbed, hub, rows, tmp_path):
     expected, events, touching = undisturbed
     points = points_of(50, events, touching)
