@@ -131,8 +131,8 @@ def verdicts_table(folders: Sequence[str | Path], start: str = "dash") -> Markdo
         >>> about = {"ground": "an example", "network": "tiny"}
         >>> hf_dash.report.write_evidence(hf_dash.History(None, {}, records), "tiny", about=about)
         >>> table = hf_dash.report.verdicts_table(["tiny"])
-        >>> [cell.strip() for cell in table.splitlines()[-1].split("|")][5:7]
-        ['no', 'cold']
+        >>> [cell.strip() for cell in table.splitlines()[-1].split("|")][5:8]
+        ['no', 'never', 'cold']
     """
     rows = []
     for folder in map(Path, folders):
