@@ -132,7 +132,7 @@ def verdicts_table(folders: Sequence[str | Path], start: str = "dash") -> Markdo
         >>> hf_dash.report.write_evidence(hf_dash.History(None, {}, records), "tiny", about=about)
         >>> table = hf_dash.report.verdicts_table(["tiny"])
         >>> [cell.strip() for cell in table.splitlines()[-1].split("|")][5:8]
-        ['no', 'never', 'cold']
+        ['no', 'never', 'warm']
     """
     rows = []
     for folder in map(Path, folders):
