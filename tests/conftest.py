@@ -8,6 +8,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import socket
 import tempfile
 
@@ -34,6 +35,8 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 # Two test processes share the machine; results must not hang on the number of threads anyway.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
