@@ -19,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+from accelerate.commands import accelerate_cli
 
 import hf_dash
 
@@ -26,6 +27,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *(module.name for module in pkgutil.walk_packages(hf_dash.__path__, "hf_dash.")),
+        "accelerate.commands.accelerate_cli",
         "matplotlib.pyplot",
         "sklearn.datasets",
         "sklearn.model_selection",
@@ -93,3 +95,9 @@ def run_script(path, flags):
     sys.argv = [str(path), *flags]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_launcher(path, flags):
+    """Run a script as ``accelerate launch path flags…`` does."""
+    sys.argv = ["accelerate", "launch", str(path), *flags]
+    accelerate_cli.main()

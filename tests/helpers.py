@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from children import Child, join, run_script
+from children import Child, join, run_launcher, run_script
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch import Tensor, nn
@@ -157,16 +157,19 @@ def launch(
     *flags: str,
     check: bool = True,
     launcher: bool = True,
+    binary: bool = False,
     **environment: str,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a recipe as a user does and return what it printed.
 
-    ``launcher=False`` saves the many seconds that ``accelerate launch`` and the recipe take to
-    import: for recipes that another test has launched with it.
+    ``accelerate launch`` runs in a forked child, which saves the seconds of its own imports, and
+    starts the recipe as a fresh interpreter; with ``binary=True`` it is a fresh one too.
+    ``launcher=False`` runs the recipe in a forked child: for what another test has launched.
     """
     script = REPOSITORY / "recipes" / recipe
-    if not launcher:
-        (done,) = join([Child(run_script, script, flags, folder=folder, **environment)])
+    if not binary:
+        run_it = run_launcher if launcher else run_script
+        (done,) = join([Child(run_it, script, flags, folder=folder, **environment)])
         if check:
             done.check_returncode()
         return done

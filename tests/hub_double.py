@@ -173,7 +173,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault not in (None, "drip"):
                 raise Refused(fault, f"injected {fault}")
             with self.hub.lock:
-                self.answer(*self.dispatch(url.path))
+                answer = self.dispatch(url.path)
+            self.answer(*answer)
         except Refused as refused:
             headers = {"X-Error-Message": refused.message}
             if refused.code is not None:

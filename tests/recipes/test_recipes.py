@@ -21,7 +21,7 @@ CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
 def finished(tmp_path_factory):
     """The comparison on digits, two small rounds, one epoch each."""
     folder = tmp_path_factory.mktemp("recipes")
-    done = launch("continual_rounds.py", folder, *SMALL)
+    done = launch("continual_rounds.py", folder, *SMALL, binary=True)
     return folder, done
 
 
@@ -85,6 +85,7 @@ def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
 def test_all_starts_run_on_noisy_labels(tmp_path):
     flags = ["--starts", "all", "--num_rounds", "2", "--examples_per_round", "40", *QUICK]
     flags += ["--label_noise", "0.2", "--measure_memorization", "--export_start", "dash"]
+    flags += ["--max_eval_samples", "200"]
     done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
     assert [r.start for r in records if r.round_index == 2] == list(hf_dash.STARTS)
@@ -190,6 +191,7 @@ def test_bad_flags_end_with_a_clear_message(tmp_path, flags, message):
 def test_cifar10_streams_through_the_comparison(tmp_path):
     flags = ["--dataset_name", str(CIFAR10), "--streaming", "--num_rounds", "3"]
     flags += ["--examples_per_round", "100", "--starts", "warm", "dash", *QUICK]
+    flags += ["--max_eval_samples", "200"]
     launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
     assert [r.num_total for r in records] == [100, 200, 300] * 2
@@ -198,7 +200,7 @@ def test_cifar10_streams_through_the_comparison(tmp_path):
 
 def test_the_input_benchmark_compares_all_ways(tmp_path):
     flags = ["--num_examples", "64", "--num_rounds", "2", "--batch_size", "16", "--repeats", "1"]
-    done = launch("benchmarks/input.py", tmp_path, *flags, "--num_workers", "0")
+    done = launch("benchmarks/input.py", tmp_path, *flags, "--num_workers", "0", launcher=False)
     lines = done.stdout.splitlines()
     assert [line[2:5] for line in lines if line.startswith("| (")] == [f"({w})" for w in "abcde"]
     assert "1.000 (1.000 … 1.000)" in done.stdout
@@ -206,7 +208,7 @@ def test_the_input_benchmark_compares_all_ways(tmp_path):
 
 def test_the_counts_of_the_input_benchmark_are_right(tmp_path):
     flags = ["--num_images", "8", "--size", "40", "--image_size", "32", "--workers", "0"]
-    done = launch("benchmarks/input_counts.py", tmp_path, *flags)
+    done = launch("benchmarks/input_counts.py", tmp_path, *flags, launcher=False)
     rows = [line.rsplit(",", 8) for line in done.stdout.splitlines() if line.count(",") >= 8]
     counts = {row[0].strip('"'): [int(r[3]) for r in rows if r[0] == row[0]] for row in rows[1:]}
     assert counts == {
@@ -244,6 +246,7 @@ def test_the_learning_framework_is_swept(tmp_path):
 
 def test_lengths_of_pretraining_are_compared(tmp_path):
     flags = ["--num_examples", "80", "--pretrain_epochs", "1", "2", "--starts", "warm", *QUICK]
+    flags += ["--max_eval_samples", "200"]
     done = launch("memorization.py", tmp_path, *flags)
     output = tmp_path / "runs" / "memorization"
     records = hf_dash.read_history(output / "history.json").records
@@ -260,7 +263,8 @@ def test_lengths_of_pretraining_are_compared(tmp_path):
 def test_the_framework_benchmark_compares_with_the_plain_loops(tmp_path):
     flags = ["--num_experiments", "2", "--loop_experiments", "1", "--repeats", "1"]
     flags += ["--figure_seeds", "1"]
-    done = launch("benchmarks/framework.py", tmp_path, *flags, "--num_test_points", "100")
+    flags += ["--num_test_points", "100"]
+    done = launch("benchmarks/framework.py", tmp_path, *flags, launcher=False)
     lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     names = [line[1].strip() for line in lines]
     assert names[2:] == ["random", "warm", "ideal", "partial"]
