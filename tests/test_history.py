@@ -5,7 +5,7 @@ import pytest
 from helpers import REPOSITORY, SHRINK, record
 
 from hf_dash import History, read_history
-from hf_dash.history import Promotion, open_history, write_history
+from hf_dash.history import MAY_DIFFER, Promotion, open_history, write_history
 
 
 def test_records_come_back_as_they_were(tmp_path):
@@ -101,6 +101,24 @@ def test_a_run_goes_on_with_its_own_history_only(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(alpha was 0.3, is 0.1\): give its"):
         open_history(path, {**settings, "alpha": 0.1, "num_rounds": 3})
     assert open_history(None, settings).records == []
+
+
+def test_settings_that_change_no_result_may_change_on_record(tmp_path):
+    path = tmp_path / "history.json"
+    settings = {"augment": False, "streaming": False, "num_workers": 0, "micro_batch_size": None}
+    open_history(path, settings, may_differ=MAY_DIFFER).append(record())
+    others = {**settings, "num_workers": 2, "micro_batch_size": 8}
+    open_history(path, others, may_differ=MAY_DIFFER).append(record(round_index=2))
+    (change,) = read_history(path).changes
+    assert change.changes == {"num_workers": [0, 2], "micro_batch_size": [None, 8]}
+
+
+@pytest.mark.parametrize("matter", ["augment", "streaming"])
+def test_where_workers_draw_images_their_number_stays(tmp_path, matter):
+    path = tmp_path / "history.json"
+    open_history(path, {matter: True, "num_workers": 0}, may_differ=MAY_DIFFER).append(record())
+    with pytest.raises(ValueError, match="num_workers was 0, is 2"):
+        open_history(path, {matter: True, "num_workers": 2}, may_differ=MAY_DIFFER)
 
 
 def test_promotions_come_back_as_they_were_and_survive_new_records(tmp_path):

@@ -1,6 +1,7 @@
 """DashCallback over a session: several trainings, resumes, bound to its Trainer, by hand."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -499,6 +500,28 @@ def test_the_trainers_own_sampler_is_honored(tmp_path, two_rounds, bound):
         trainer.train()
     assert callback.report.num_images == len(read) == 32
     assert set(read) <= set(range(10))
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_the_trainers_workers_decode(tmp_path, two_rounds, bound):
+    class ByWorker(torch.utils.data.Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            (tmp_path / f"{index} by {os.getpid()}").touch()
+            return two_rounds[0].examples[index]
+
+    plain = make_trainer(tmp_path, two_rounds[0], max_steps=1, dataloader_num_workers=2)
+    trainer = Trainer(plain.model, plain.args, train_dataset=ByWorker(), callbacks=[Stop()])
+    trainer.add_callback(hf_dash.DashCallback(trainer=trainer if bound else None))
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    read = [path.name.split(" by ") for path in tmp_path.glob("* by *")]
+    assert sorted(int(index) for index, _ in read) == list(range(32))
+    workers = {process for _, process in read}
+    assert len(workers) == 2
+    assert str(os.getpid()) not in workers
 
 
 def test_labels_of_another_name_and_form_are_the_trainers_affair(tmp_path):
