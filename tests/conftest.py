@@ -1,7 +1,7 @@
 """What a test session needs before libraries are imported: a folder of its own, no network, no GPU.
 
-All that tests and libraries write lies in one folder of the temporary directory, which goes when
-all tests have passed and is named when they have not.
+All that tests and libraries write lies in one folder, in memory if there is room or else in the
+temporary directory. It goes when all tests have passed and is named when they have not.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import tempfile
+from pathlib import Path
 
 import pytest
 import xdist
@@ -20,8 +21,16 @@ def remove_folder() -> None:
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
+def folder_in_memory() -> str | None:
+    """Return where files lie in memory, if there is room: nobody waits until they are on a disk."""
+    there = Path("/dev/shm")
+    roomy = "TMPDIR" not in os.environ and there.is_dir() and os.access(there, os.W_OK)
+    return str(there) if roomy and shutil.disk_usage(there).free > 8e9 else None
+
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
-    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="hf_dash_tests_")
+    own = tempfile.mkdtemp(prefix="hf_dash_tests_", dir=folder_in_memory())
+    os.environ["TMPDIR"] = tempfile.tempdir = own
     atexit.register(remove_folder)
 # The clients read the Hub's address at import: a port of this process's own, at which nobody
 # listens until a test asks for ``hub``.
