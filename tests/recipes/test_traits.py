@@ -48,7 +48,7 @@ def prepare(trait, recipe, folder):
     if recipe == "promote":
         history = hf_dash.History(folder / "run" / "history.json", {})
         history.path.parent.mkdir()
-        history.append(record())
+        history.append(record(weights_sha256=None))
         hf_dash.save_model(model, folder / "run" / history.records[0].folder)
     source = ["--dataset_name", name]
     if other != name:
