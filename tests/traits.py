@@ -409,7 +409,6 @@ FILES = [
     Trait(
         "several splits written by save_to_disk",
         saved_splits,
-        saved_without_its_data,
         held_out=saved_splits,
         own={"promote": 6},
     ),
