@@ -32,11 +32,10 @@ from transformers import (
 from hf_dash.hub.client import model_folder
 from hf_dash.model_config import check_config
 from hf_dash.transforms import ImageTransform, split_transform
-from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import files_written_aside
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 NAMES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -255,9 +254,8 @@ def grow_head(
                 f" {tuple(old.shape)} to {tuple(fresh.shape)}"
             )
     grown.timm_model.load_state_dict(state)
-    if is_main_process():
-        shown = ", ".join(new_names)
-        logger.warning("head grows %d → %d: %s", len(names), config.num_labels, shown)
+    shown = ", ".join(new_names)
+    logger.warning("head grows %d → %d: %s", len(names), config.num_labels, shown)
     grown.to(model.device)  # type: ignore[arg-type]  # transformers wraps it without its types
     return grown.train(model.training), rows
 
@@ -339,8 +337,7 @@ def load_model(
             )
         return grow_head(model, new, seed=seed)[0]
     names = new if len(new) == len(label_names or ()) else [*known, *new]
-    if is_main_process():
-        logger.warning("fresh head of %d classes: %s", len(names), ", ".join(names))
+    logger.warning("fresh head of %d classes: %s", len(names), ", ".join(names))
     return load(
         num_labels=len(names),
         id2label=dict(enumerate(names)),

@@ -26,10 +26,10 @@ from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_sha
 from hf_dash.data.stamps import Stamps, joint_stamps
 from hf_dash.data.streams import StreamedImages
 from hf_dash.data.survey import Survey, drop_rows, survey_rows
-from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 AnyImages = ImageExamples | StreamedImages
 
@@ -235,7 +235,7 @@ def _say_lost_classes(arrival: Arrival, survey: Survey, names: RowNames) -> None
     """Name the classes of which corrupt images leave nothing."""
     found, left = ({*part.labels.tolist()} for part in (survey, survey.good))
     lost = [label_names(arrival.dataset)[label] for label in sorted(found - left) if label >= 0]
-    if lost and is_main_process():
+    if lost:
         logger.warning("%s: no image is left of the classes %s", names.shards[0], shown(lost))
 
 
@@ -349,10 +349,8 @@ def _check_others(pattern: str, shards: Sequence[Path], allow_missing: bool) -> 
     if not others:
         return
     message = f"{pattern!r} holds {others[:5]}, which are not shards: {' or '.join(LOADERS)}"
-    if not allow_missing:
-        raise ValueError(f"{message}, or a folder of images; allow_missing=True leaves them out")
-    if is_main_process():
-        logger.warning(message)
+    remedy = ", or a folder of images; allow_missing=True leaves them out"
+    refuse_unless(allow_missing, message, remedy, logger)
 
 
 def _find(pattern: str) -> list[Path]:

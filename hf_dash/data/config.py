@@ -19,11 +19,10 @@ from hf_dash.data.sources import (
     folder_source,
 )
 from hf_dash.utils.checks import check_flag
-from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.flags import documented
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 # The split to hold out, if none is named, in order of preference.
 HELD_OUT_SPLITS = ("validation", "test")
@@ -233,8 +232,7 @@ class DataConfig:
             check_split(found, self.train_split)
             split = found
         split = source.split(split)
-        if is_main_process():
-            logger.info("held out: split %r of %s", split, source.name)
+        logger.info("held out: split %r of %s", split, source.name)
         return split, source.open(split, options)
 
     def _share(self) -> tuple[str, list[Shard]]:

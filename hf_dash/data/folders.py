@@ -20,10 +20,10 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from hf_dash.data.names import canonical, shown
-from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 # Largest share of the images that may be missing without allow_missing.
 MISSING_SHARE = 0.01
@@ -76,7 +76,7 @@ class FolderImages:
             ValueError: that is a whole class, an archive, or more than 1 % of the images, and
                 ``allow_missing`` is not set.
         """
-        if self.hidden and is_main_process():
+        if self.hidden:
             logger.info("%s: hidden, and not read: %s", name, shown(self.hidden))
         if not self.left_out and not self.empty:
             return
@@ -90,10 +90,8 @@ class FolderImages:
         )
         packed = any(path.lower().endswith(PACKED) for path in self.left_out)
         many = len(self.left_out) > MISSING_SHARE * total
-        if (self.empty or packed or many) and not allow_missing:
-            raise ValueError(f"{message}; allow_missing=True continues without them")
-        if is_main_process():
-            logger.warning(message)
+        allowed = allow_missing or not (self.empty or packed or many)
+        refuse_unless(allowed, message, "; allow_missing=True continues without them", logger)
 
 
 def find_images(folder: Path, class_folder: str | None = None) -> FolderImages:

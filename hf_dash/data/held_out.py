@@ -15,10 +15,10 @@ import numpy as np
 from hf_dash.data.arrivals import Arrival
 from hf_dash.data.shards import RowNames
 from hf_dash.data.survey import Survey
-from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 # Pairs of images named in a message.
 SHOWN = 3
@@ -84,10 +84,8 @@ def check_overlap(
         f"{count:,} of {len(both):,} held-out images are also training images:"
         f" {', '.join(pairs[:SHOWN])}{', …' if count > SHOWN else ''}"
     )
-    if not allow_overlap:
-        raise ValueError(f"{message}; allow_overlap=True continues and records it")
-    if is_main_process():
-        logger.warning(message)
+    remedy = "; allow_overlap=True continues and records it"
+    refuse_unless(allow_overlap, message, remedy, logger)
     return count
 
 
@@ -117,8 +115,7 @@ def drop_repeated(arrivals: Sequence[Arrival], num_kept: int = 0) -> list[Arriva
                 continue
             repeated |= set(survey.example_ids[inside].tolist())
             files = [file for file in files if file != shard]
-            if is_main_process():
-                logger.warning("%s has the same images as %s: counted once", shard, seen[digest][1])
+            logger.warning("%s has the same images as %s: counted once", shard, seen[digest][1])
         kept.append(replace(arrival.without(frozenset(repeated)), files=tuple(files)))
     return kept
 

@@ -8,10 +8,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 # The names by which splits go, after the one that they are known by here.
 SPLITS = {
@@ -81,10 +81,8 @@ def check_shared(
         f"{what} must share a class with its parent, which knows {shown(known)}, got"
         f" {shown(arriving)}: {hint}"
     )
-    if not allow_disjoint:
-        raise ValueError(f"{message}; allow_disjoint_classes=True trains on it as new classes")
-    if is_main_process():
-        logger.warning(message)
+    remedy = "; allow_disjoint_classes=True trains on it as new classes"
+    refuse_unless(allow_disjoint, message, remedy, logger)
 
 
 def shown(names: Sequence[str]) -> str:

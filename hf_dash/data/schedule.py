@@ -19,10 +19,9 @@ from hf_dash.data.names import check_shared, check_spelling, shown
 from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.rounds import Round
 from hf_dash.data.streams import StreamedImages
-from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class Schedule:
         known, held_out = self.label_names(), label_names(self.held_out_images)
         check_shared(known, held_out, "the held-out images", allow_disjoint=allow)
         unknown = sorted(set(held_out) - set(known))
-        if unknown and is_main_process():
+        if unknown:
             logger.warning("no image to train on has the held-out classes %s", shown(unknown))
 
     def after(self, names: Sequence[str], data: DataConfig) -> "Schedule":

@@ -32,10 +32,10 @@ from hf_dash.data.shards import (
     shard_kind,
     standard_shard,
 )
-from hf_dash.utils.distributed import is_main_process
+from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 # Splits of shards that are named like ``name-00000-of-00010.parquet``.
 _NUMBERED = re.compile(r"(.+)-\d+-of-\d+")
@@ -131,10 +131,7 @@ class Source:
 
     def _check_left_out(self, allow_missing: bool) -> None:
         message = f"{self.name!r}: {shown(self.left_out)} belong to none of its splits and shards"
-        if not allow_missing:
-            raise ValueError(f"{message}; allow_missing=True leaves them out")
-        if is_main_process():
-            logger.warning(message)
+        refuse_unless(allow_missing, message, "; allow_missing=True leaves them out", logger)
 
 
 def without_copies(shards: Mapping[str, Path]) -> dict[str, Path]:
@@ -145,7 +142,7 @@ def without_copies(shards: Mapping[str, Path]) -> dict[str, Path]:
         key = str(path.resolve())
         if path.is_file() and sizes[path.stat().st_size] > 1:
             key = content_key(path)
-        if first.setdefault(key, name) != name and is_main_process():
+        if first.setdefault(key, name) != name:
             logger.warning("%s is the same as %s: counted once", name, first[key])
     return {name: shards[name] for name in first.values()}
 

@@ -32,13 +32,12 @@ from hf_dash.method.batches import (
 )
 from hf_dash.method.gradients import LossFn
 from hf_dash.method.preserve import states_preserved
-from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-logger = get_logger(__name__)
+logger = get_logger(__name__, main_process_only=True)
 
 # Shards of a stream that are read at a time.
 OPEN_SHARDS = 16
@@ -216,7 +215,7 @@ def _watched(batches: Iterator[Batch]) -> Iterator[Batch]:
             classes.update(labels.tolist())
             images += len(labels)
         yield batch
-    if images > 1 and len(classes) == 1 and is_main_process():
+    if images > 1 and len(classes) == 1:
         logger.warning(
             "all %d images of the gradient pass have the label %d: the stream is sorted by class;"
             " shuffle it, or give the callback gradient_dataset= with mixed images",

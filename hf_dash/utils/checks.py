@@ -1,5 +1,6 @@
 """Checks of arguments: the error names the argument, its value, and what is allowed."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -8,6 +9,23 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
+
+
+def refuse_unless(allowed: bool, message: str, remedy: str, logger: logging.Logger) -> None:
+    """Refuse what the user has to allow; where it is allowed, say it.
+
+    Args:
+        allowed: by a flag of the user's.
+        message: what was found.
+        remedy: ends the error, and says how to allow it.
+        logger: of the module that has found it.
+
+    Raises:
+        ValueError: it is not allowed.
+    """
+    if not allowed:
+        raise ValueError(f"{message}{remedy}")
+    logger.warning(message)
 
 
 def check_number(name: str, value: object, allowed: str, low: float, high: float) -> float:

@@ -2,8 +2,10 @@
 
 import logging
 
+from hf_dash.utils.distributed import is_main_process
 
-def get_logger(name: str) -> logging.Logger:
+
+def get_logger(name: str, *, main_process_only: bool = False) -> logging.Logger:
     """Return a logger below ``hf_dash``, which inherits level and handlers from ``transformers``.
 
     So ``transformers.utils.logging.set_verbosity_info()`` shows hf_dash's lines too. Where
@@ -11,9 +13,17 @@ def get_logger(name: str) -> logging.Logger:
 
     Args:
         name: ``__name__`` of the module that logs.
+        main_process_only: what it logs, all processes find out: one of them says it.
     """
     logging.getLogger("hf_dash").parent = logging.getLogger("transformers")
-    return logging.getLogger(name)
+    logger = logging.getLogger(name)
+    if main_process_only:
+        logger.addFilter(_is_by_main)
+    return logger
+
+
+def _is_by_main(record: logging.LogRecord) -> bool:
+    return is_main_process()
 
 
 def show_info() -> None:
