@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import fsspec
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+)
 from PIL import Image as PILImage
 
 from hf_dash.data.names import normalized
@@ -180,6 +188,25 @@ def relabeled(dataset: AnyDataset, ids: dict[Any, int], names: Sequence[str]) ->
         input_columns=["label"],
     )
     return mapped.cast_column("image", image)
+
+
+def all_names(datasets: Iterable[AnyDataset]) -> list[str]:
+    """Return the names of all classes of several datasets, each once, as they first appear."""
+    return list(dict.fromkeys(name for dataset in datasets for name in label_names(dataset)))
+
+
+def matched(dataset: AnyDataset, names: Sequence[str]) -> AnyDataset:
+    """Return a dataset whose labels are positions among ``names``, which hold its classes."""
+    own = label_names(dataset)
+    if own == list(names):
+        return dataset
+    return relabeled(dataset, {i: names.index(name) for i, name in enumerate(own)}, names)
+
+
+def joined(parts: Sequence[AnyDataset]) -> AnyDataset:
+    """Return datasets of the same columns as one."""
+    whole: AnyDataset = parts[0] if len(parts) == 1 else concatenate_datasets(list(parts))
+    return whole
 
 
 def replace_labels(dataset: Dataset, labels: Sequence[int | None], feature: ClassLabel) -> Dataset:

@@ -3,7 +3,7 @@
 Flow: flags of a recipe → ``DataConfig`` → the shards to train on and the shards held out, opened.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import FASHION_MNIST
@@ -18,7 +18,7 @@ from hf_dash.data.sources import (
     first_of,
     folder_source,
 )
-from hf_dash.utils.checks import check_flag
+from hf_dash.utils.checks import check_count, check_flag, check_number
 from hf_dash.utils.flags import documented
 from hf_dash.utils.logging import get_logger
 
@@ -125,14 +125,13 @@ class DataConfig:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("allow_missing", "allow_overlap", "allow_disjoint_classes"):
             check_flag(name, getattr(self, name))
-        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
-            raise ValueError(f"train_val_split must be in (0, 1), got {self.train_val_split!r}")
+        if self.train_val_split is not None:
+            check_number("train_val_split", self.train_val_split, "(0, 1)", 0, 1)
         if self.cache_gb is not None and not self.cache_gb >= 0:
             raise ValueError(f"cache_gb must be at least 0, got {self.cache_gb!r}")
         for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         self._check_source()
         self._check_files()
 
@@ -216,7 +215,7 @@ class DataConfig:
             ValueError: it is not clear what to hold out, it is the split trained on, or it cannot
                 be read.
         """
-        options = Reading(**{**vars(self.reading), "streaming": False})
+        options = replace(self.reading, streaming=False)
         if self.validation_dir is not None:
             return "validation", folder_source(self.validation_dir).open("train", options)
         if self.test_dataset_name is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from hf_dash.data.columns import AnyDataset
+from hf_dash.data.columns import AnyDataset, undecoded
 
 # Examples of a stream to draw the next one from.
 BUFFER_SIZE = 10_000
@@ -75,8 +75,7 @@ Row = dict[str, Any]
 
 def _numbered_rows(stream: IterableDataset) -> Iterator[Row]:
     """Yield the rows of a stream in source order, with images as stored."""
-    encoded = stream.cast_column("image", Image(mode=stream.features["image"].mode, decode=False))
-    return ({"example_id": index, **row} for index, row in enumerate(encoded))
+    return ({"example_id": index, **row} for index, row in enumerate(undecoded(stream)))
 
 
 def _drawn(rows: Iterator[Row], generator: np.random.Generator, buffer_size: int) -> Iterator[Row]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.data.batches import EvenBatchSampler
+from hf_dash.data.columns import undecoded
 from hf_dash.data.examples import (
     Augment,
     AugmentedExamples,
@@ -260,18 +261,14 @@ def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> Ite
     if not round_.streams:
         raise ValueError(f"round {round_.index} must hold streams")
     parts = [
-        _encoded(arrival).map(partial(_add_arrival, index=index))
+        undecoded(arrival.stream.select_columns(["image", "label"])).map(
+            partial(_add_arrival, index=index)
+        )
         for index, arrival in enumerate(round_.streams)
     ]
     shuffled = concatenate_datasets(parts).shuffle(seed=seed, buffer_size=buffer_size)
     columns = ["image", "label", "arrival"]
     return shuffled.map(partial(_decode, arrivals=round_.streams), remove_columns=columns)
-
-
-def _encoded(arrival: StreamedImages) -> IterableDataset:
-    stream = arrival.stream.select_columns(["image", "label"])
-    mode = stream.features["image"].mode
-    return stream.cast_column("image", Image(mode=mode, decode=False))
 
 
 def _add_arrival(row: dict[str, Any], index: int) -> dict[str, Any]:

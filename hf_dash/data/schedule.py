@@ -7,11 +7,12 @@ objects and held-out examples, with classes matched by name.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from hf_dash.data.arrivals import Arrival
-from hf_dash.data.columns import label_names, relabeled
+from hf_dash.data.columns import all_names, joined, label_names, matched
 from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.held_out import check_overlap
@@ -57,7 +58,7 @@ class Schedule:
 
     def label_names(self, num_rounds: int | None = None) -> tuple[str, ...]:
         """Return the names of all classes in the first ``num_rounds`` arrivals, oldest first."""
-        named = [name for a in self.arrivals[:num_rounds] for name in label_names(a.dataset)]
+        named = all_names(arrival.dataset for arrival in self.arrivals[:num_rounds])
         return tuple(dict.fromkeys([*self.first_names, *named]))
 
     def rounds(
@@ -116,8 +117,8 @@ class Schedule:
                 mode that the transform does not take.
         """
         known = {name: index for index, name in enumerate(self.label_names())}
-        images = self.held_out_images
-        unknown = [name for name in label_names(images) if name not in known]
+        names = self.held_out_names
+        unknown = [name for name in names if name not in known]
         if unknown and not allow_unknown:
             raise ValueError(
                 f"neither the model nor the training images know the labels {unknown} of the"
@@ -125,10 +126,10 @@ class Schedule:
             )
         for part in self.held_out:
             part.check_mode(transform)
-        label_ids = [known.get(name, -1) for name in label_names(images)]
+        label_ids = [known.get(name, -1) for name in names]
         keys = [part.cache_key(transform) for part in self.held_out]
         return ImageExamples(
-            images,
+            self.held_out_images,
             transform,
             in_memory=self.cache_images,
             label_ids=label_ids,
@@ -138,8 +139,14 @@ class Schedule:
 
     @property
     def held_out_images(self) -> Dataset:
-        """The held-out images as one dataset."""
-        return _merged([part.dataset for part in self.held_out])
+        """The held-out images as one dataset, classes matched by name."""
+        parts = [matched(part.dataset, self.held_out_names) for part in self.held_out]
+        return cast(Dataset, joined(parts))
+
+    @property
+    def held_out_names(self) -> list[str]:
+        """The names of all classes that are held out."""
+        return all_names(part.dataset for part in self.held_out)
 
     def checked(self, data: DataConfig) -> "Schedule":
         """Check that names of classes differ clearly and that no held-out image is trained on.
@@ -154,7 +161,7 @@ class Schedule:
             ValueError: names of classes look alike, or held-out images are trained on and that is
                 not allowed.
         """
-        check_spelling([*self.label_names(), *label_names(self.held_out_images)])
+        check_spelling([*self.label_names(), *self.held_out_names])
         overlap = sum(
             check_overlap(self.arrivals, part, allow_overlap=data.allow_overlap)
             for part in self.held_out
@@ -172,7 +179,7 @@ class Schedule:
             known = self.label_names(index) if index else self.first_names
             what = f"the arrival {list(arrival.files)}"
             check_shared(known, label_names(arrival.dataset), what, allow_disjoint=allow)
-        known, held_out = self.label_names(), label_names(self.held_out_images)
+        known, held_out = self.label_names(), self.held_out_names
         check_shared(known, held_out, "the held-out images", allow_disjoint=allow)
         unknown = sorted(set(held_out) - set(known))
         if unknown:
@@ -189,19 +196,7 @@ class Schedule:
         new = label_names(self.arrivals[-1].dataset)
         check_shared(names, new, f"the new arrival {data.source!r}", allow_disjoint=allow)
         continued = replace(self, first_names=tuple(names))
-        known, held_out = continued.label_names(), label_names(self.held_out_images)
+        known, held_out = continued.label_names(), self.held_out_names
         check_shared(known, held_out, "the held-out images", allow_disjoint=allow)
         check_spelling([*known, *held_out])
         return continued
-
-
-def _merged(parts: Sequence[Dataset]) -> Dataset:
-    """Concatenate datasets; match their labels by name."""
-    names = list(dict.fromkeys(name for part in parts for name in label_names(part)))
-    translated = [
-        part
-        if label_names(part) == names
-        else relabeled(part, {i: names.index(n) for i, n in enumerate(label_names(part))}, names)
-        for part in parts
-    ]
-    return translated[0] if len(translated) == 1 else concatenate_datasets(translated)

@@ -27,7 +27,6 @@ from datasets import (
     Features,
     Image,
     Value,
-    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -38,10 +37,12 @@ from hf_dash.data.columns import (
     BATCH_SIZE,
     AnyDataset,
     Reading,
+    all_names,
+    joined,
     label_kind,
     label_names,
     map_columns,
-    relabeled,
+    matched,
     replace_labels,
     standard_columns,
     undecoded,
@@ -144,8 +145,8 @@ def open_shard(path: Path, name: str, options: Reading) -> Shard:
             raise ValueError(f"a shard must be a folder or end in {' or '.join(LOADERS)}")
         if kind in openers:
             return openers[kind](path, name, options)
-        source = _load_file(path, kind, options.streaming)
         num_rows = ParquetFile(path).metadata.num_rows if kind == "parquet" else None
+        source = _load_file(path, kind, options.streaming, num_rows)
         stamps = stamps_of([path]) if options.streaming else {}
         shard = standard_shard(name, source, options, num_rows=num_rows, stamps=stamps)
         if isinstance(source, Dataset) and num_rows not in (None, len(source)):
@@ -196,11 +197,11 @@ def _streamed(shard: Shard) -> Shard:
     return replace(shard, dataset=shard.dataset.to_iterable_dataset())
 
 
-def _load_file(path: Path, kind: str, streaming: bool) -> AnyDataset:
+def _load_file(path: Path, kind: str, streaming: bool, num_rows: int | None) -> AnyDataset:
     if kind == "webdataset":
         _check_tar_end(path)
     files = {"train": glob.escape(str(path))}
-    if kind == "parquet" and not streaming and ParquetFile(path).metadata.num_rows == 0:
+    if num_rows == 0 and not streaming:
         # ``datasets`` refuses to prepare an empty file, but its stream knows the columns.
         stream = load_dataset(kind, data_files=files, split="train", streaming=True)
         return Dataset.from_dict({name: [] for name in stream.features}, features=stream.features)
@@ -328,24 +329,19 @@ def merge_shards(shards: Sequence[Shard], *, numbered: bool = True) -> tuple[Any
     """
     for shard in shards:
         check_types(shard.name, shard.types, shards[0].name, shards[0].types)
-    names = list(dict.fromkeys(n for shard in shards for n in label_names(shard.dataset)))
+    names = all_names(shard.dataset for shard in shards)
     image = Image(mode=shards[0].dataset.features["image"].mode)
     features = Features({"image": image, "label": ClassLabel(names=names)})
     if not numbered:
-        parts = [_matched(shard, features) for shard in shards]
-        return _joined(parts), _row_names(shards)
+        parts = [matched(shard.dataset.cast_column("image", image), names) for shard in shards]
+        return joined(parts), _row_names(shards)
     features["example_id"] = Value("int64")
     row_names = _row_names(shards, count=True)
     parts = [
         _numbered(shard, features, start)
         for shard, start in zip(shards, row_names.starts, strict=True)
     ]
-    return _joined(parts), row_names
-
-
-def _joined(parts: Sequence[AnyDataset]) -> AnyDataset:
-    joined: AnyDataset = parts[0] if len(parts) == 1 else concatenate_datasets(list(parts))
-    return joined
+    return joined(parts), row_names
 
 
 def _row_names(shards: Sequence[Shard], count: bool = False) -> RowNames:
@@ -356,14 +352,6 @@ def _row_names(shards: Sequence[Shard], count: bool = False) -> RowNames:
     # The length of the last one does not matter.
     starts = [0, *accumulate(shard.count() for shard in shards[:-1])]
     return RowNames(names, tuple(starts), tuple(shard.paths for shard in shards))
-
-
-def _matched(shard: Shard, features: Features) -> AnyDataset:
-    """Return a shard's images and labels, with the classes of all shards."""
-    own, names = label_names(shard.dataset), features["label"].names
-    if own == names:
-        return shard.dataset.cast_column("image", features["image"])
-    return relabeled(shard.dataset, {i: names.index(name) for i, name in enumerate(own)}, names)
 
 
 def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:

@@ -13,7 +13,7 @@ import torch
 from datasets import Image, IterableDataset
 from torch import Tensor
 
-from hf_dash.data.columns import fingerprint
+from hf_dash.data.columns import fingerprint, undecoded
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
 
@@ -101,9 +101,7 @@ class StreamedImages:
         self._fingerprint = fingerprint
         self._labels = None if labels is None else list(labels)
         self._image = features["image"]
-        columns = stream.select_columns(["image", "label"])
-        if isinstance(self._image, Image):
-            columns = columns.cast_column("image", Image(mode=self._image.mode, decode=False))
+        columns = undecoded(stream.select_columns(["image", "label"]))
         self._encoded = columns.with_format("arrow")
         self.num_shards: int = stream.num_shards if is_shardable(stream._ex_iterable) else 1
 
