@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import numpy as np
@@ -153,6 +154,13 @@ class Arrival:
             except ValueError as error:
                 raise ValueError(f"{self.names.name(example_id)}: {error}") from error
 
+    def with_rows(self, dataset: Dataset) -> "Arrival":
+        """Return the arrival with some of its rows, in the order given."""
+        survey = self.survey and self.survey.of(dataset["example_id"][:])
+        return replace(
+            self, dataset=dataset, num_examples=len(dataset), fingerprint=None, survey=survey
+        )
+
     def without(self, example_ids: frozenset[int]) -> "Arrival":
         """Return a surveyed arrival without some of its examples."""
         if not example_ids or self.survey is None:
@@ -172,6 +180,18 @@ class EmptyArrivalError(ValueError):
     """An arrival does not hold any example."""
 
 
+def unread(shards: Sequence[Shard], files: Sequence[str] = (), *, numbered: bool = True) -> Arrival:
+    """Put shards together, before anything in them is read."""
+    dataset, names = merge_shards(shards, numbered=numbered)
+    stamps = joint_stamps(shard.stamps for shard in shards)
+    return Arrival(tuple(files), dataset, None, types=shards[0].types, names=names, stamps=stamps)
+
+
+def left_out_of(shards: Sequence[Shard]) -> tuple[str, ...]:
+    """Return the images of shards that could not be loaded, each with the reason."""
+    return tuple(f"{shard.name}/{entry}" for shard in shards for entry in shard.left_out)
+
+
 def arrive(
     shards: Sequence[Shard],
     config: DataConfig,
@@ -184,23 +204,15 @@ def arrive(
     Raises:
         ValueError: see :func:`load_arrival`.
     """
-    dataset, names = merge_shards(shards)
-    arrival = Arrival(
-        tuple(files),
-        dataset,
-        None,
-        types=shards[0].types,
-        names=names,
-        stamps=joint_stamps(shard.stamps for shard in shards),
-    )
+    arrival = unread(shards, files)
+    names = cast(RowNames, arrival.names)
     known = None if skip is None else names.find(skip)
-    left_out = [f"{shard.name}/{entry}" for shard in shards for entry in shard.left_out]
     arrival = read_once(arrival, config, known_bad=known)
     if arrival.num_examples == 0:
         raise EmptyArrivalError(
             f"{list(names.shards)} hold no example, {len(arrival.skipped)} skipped"
         )
-    return replace(arrival, skipped=(*arrival.skipped, *left_out))
+    return replace(arrival, skipped=(*arrival.skipped, *left_out_of(shards)))
 
 
 def read_once(

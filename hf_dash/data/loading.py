@@ -17,9 +17,11 @@ from hf_dash.data.arrivals import (
     EmptyArrivalError,
     arrivals_root,
     arrive,
+    left_out_of,
     load_arrival,
     new_arrivals,
     read_once,
+    unread,
 )
 from hf_dash.data.columns import AnyDataset, label_names
 from hf_dash.data.config import DataConfig
@@ -27,9 +29,8 @@ from hf_dash.data.held_out import drop_repeated, hold_out
 from hf_dash.data.names import check_spelling
 from hf_dash.data.order import BUFFER_SIZE, cut_arrivals, first_examples, in_arrival_order
 from hf_dash.data.schedule import Schedule
-from hf_dash.data.shards import check_types, merge_shards
+from hf_dash.data.shards import check_types
 from hf_dash.data.sources import ANONYMOUS, Access
-from hf_dash.data.stamps import joint_stamps
 from hf_dash.history import RoundRecord
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
@@ -88,11 +89,9 @@ def _ordered(
     """Return one dataset in each seed's order, read once, and what is held out."""
     split, held_out_shards = data.open_held_out()
     shards = data.open_train()
-    dataset, names = merge_shards(shards, numbered=not data.streaming)
-    dataset = first_examples(dataset, data.max_train_samples)
-    stamps = joint_stamps(shard.stamps for shard in shards)
-    arriving = Arrival((), dataset, None, names=names, stamps=stamps)
-    left_out = tuple(f"{shard.name}/{entry}" for shard in shards for entry in shard.left_out)
+    arriving = unread(shards, numbered=not data.streaming)
+    dataset = first_examples(arriving.dataset, data.max_train_samples)
+    arriving = replace(arriving, dataset=dataset)
     if held_out_shards:
         held_out = arrive(held_out_shards, data)
     else:
@@ -100,7 +99,7 @@ def _ordered(
         (arriving,), (held_out,) = _hold_out([read_once(arriving, data)], data)
     ordered = [in_arrival_order(arriving.dataset, seed=seed, num_examples=wanted) for seed in seeds]
     arrivals = _read_orders(arriving, ordered, data)
-    arrivals = [replace(a, skipped=(*a.skipped, *left_out)) for a in arrivals]
+    arrivals = [replace(a, skipped=(*a.skipped, *left_out_of(shards))) for a in arrivals]
     return split, arrivals, _in_fixed_order(_limited(held_out, data.max_eval_samples))
 
 
@@ -121,30 +120,14 @@ def _read_orders(arriving: Arrival, ordered: Sequence[Dataset], data: DataConfig
     for order in ordered:
         ids = np.array(order["example_id"][:])
         good = order.select(np.flatnonzero(np.isin(ids, whole.survey.example_ids)))
-        survey = whole.survey.of(good["example_id"][:])
-        arrivals.append(
-            replace(whole, dataset=good, num_examples=len(good), fingerprint=None, survey=survey)
-        )
+        arrivals.append(whole.with_rows(good))
     return arrivals
 
 
 def _cut(arrival: Arrival, num_rounds: int) -> tuple[Arrival, ...]:
     """Cut an arrival into equal ones; the first one tells what was left out."""
-    parts = []
-    for index, part in enumerate(cut_arrivals(arrival.dataset, num_rounds)):
-        survey = arrival.survey and arrival.survey.of(part["example_id"][:])
-        skipped = arrival.skipped if index == 0 else ()
-        parts.append(
-            replace(
-                arrival,
-                dataset=part,
-                num_examples=len(part),
-                skipped=skipped,
-                fingerprint=None,
-                survey=survey,
-            )
-        )
-    return tuple(parts)
+    parts = [arrival.with_rows(part) for part in cut_arrivals(arrival.dataset, num_rounds)]
+    return (parts[0], *(replace(part, skipped=()) for part in parts[1:]))
 
 
 def cut_schedule(
@@ -318,10 +301,9 @@ def _limited(arrival: Arrival, count: int | None) -> Arrival:
     if count is None or (arrival.num_examples or 0) <= count:
         return arrival
     dataset = first_examples(arrival.dataset, count)
-    survey = arrival.survey
-    if isinstance(dataset, Dataset) and survey is not None:
-        survey = survey.of(dataset["example_id"][:])
-    return replace(arrival, dataset=dataset, num_examples=count, fingerprint=None, survey=survey)
+    if isinstance(dataset, Dataset):
+        return arrival.with_rows(dataset)
+    return replace(arrival, dataset=dataset, num_examples=count, fingerprint=None)
 
 
 def _in_fixed_order(arrival: Arrival) -> Arrival:
