@@ -8,6 +8,7 @@ steps together give the same bits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,6 +44,11 @@ class ImageTransform:
     normalize: Callable[[Tensor], Tensor] | None = None
     key: str | None = None
 
+    @classmethod
+    def of(cls, transform: Callable[[Any], Tensor]) -> "ImageTransform":
+        """Return any transform as one of these: as it is, or else as a first step of any mode."""
+        return transform if isinstance(transform, cls) else cls(transform, None, "it takes any")
+
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an image.
 
@@ -58,7 +64,8 @@ class ImageTransform:
         Raises:
             ValueError: the image has another mode.
         """
-        self.check_mode(image.mode)
+        if self.mode is not None:
+            self.check_mode(image.mode)
         return self.pixels(image)
 
     def check_mode(self, mode: str) -> None:

@@ -27,6 +27,7 @@ from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_sha
 from hf_dash.data.stamps import Stamps, joint_stamps
 from hf_dash.data.streams import StreamedImages
 from hf_dash.data.survey import Survey, drop_rows, survey_rows
+from hf_dash.transforms import ImageTransform
 from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
@@ -130,7 +131,7 @@ class Arrival:
 
         Images are known by their content, in the order in which they are.
         """
-        how = getattr(transform, "key", None)
+        how = ImageTransform.of(transform).key
         if how is None or self.survey is None:
             return None
         mode = self.dataset.features["image"].mode
@@ -145,9 +146,9 @@ class Arrival:
         Raises:
             ValueError: it does not; the message names an image.
         """
-        check = getattr(transform, "check_mode", None)
-        if check is None or self.survey is None or self.names is None:
+        if self.survey is None or self.names is None:
             return
+        check = ImageTransform.of(transform).check_mode
         for mode, example_id in self.survey.modes.items():
             try:
                 check(mode)

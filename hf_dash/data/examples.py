@@ -26,6 +26,7 @@ from hf_dash.data.columns import fingerprint
 from hf_dash.data.pixel_cache import PixelBudget, PixelCache
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
+from hf_dash.transforms import ImageTransform
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -193,9 +194,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         self.dataset = dataset
         self.stamps = stamps or {}
         self.transform = transform
-        self._pixels: Any = getattr(transform, "checked_pixels", transform)
-        # The second step of an ``ImageTransform``; None for other transforms.
-        self.normalize: Callable[[Tensor], Tensor] | None = getattr(transform, "normalize", None)
+        self._steps = None if transform is None else ImageTransform.of(transform)
         labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
         num_classes = dataset.features["label"].num_classes
         check_labels(labels, num_classes)
@@ -248,13 +247,20 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
             for image, label in zip(pixels, labels, strict=True)
         ]
 
+    @property
+    def normalize(self) -> Callable[[Tensor], Tensor] | None:
+        """The second step of the transform; None if it has only one."""
+        return None if self._steps is None else self._steps.normalize
+
     def pixels(self, rows: Sequence[int]) -> list[Tensor] | Tensor:
         """Return the pixels of images [channels, height, width], before ``normalize``."""
         return self._decoded(rows) if self._cache is None else self._kept(rows, self._cache)
 
     def _decoded(self, rows: Sequence[int]) -> list[Tensor]:
         """Return the pixels of images, decoded now."""
-        return [self._pixels(image) for image in self.dataset[list(rows)]["image"]]
+        if self._steps is None:
+            raise ValueError("transform must be given to read images, got None")
+        return [self._steps.checked_pixels(x) for x in self.dataset[list(rows)]["image"]]
 
     def _kept(self, rows: Sequence[int], cache: PixelCache) -> Tensor:
         """Return the pixels of images; those that are not kept yet are decoded and kept."""

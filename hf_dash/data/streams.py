@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_dash.data.columns import fingerprint, undecoded
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
+from hf_dash.transforms import ImageTransform
 
 Row = tuple[Any, int]
 
@@ -92,7 +93,7 @@ class StreamedImages:
             )
         self.stream = stream
         self.stamps = stamps or {}
-        self.transform = transform
+        self.transform = ImageTransform.of(transform)
         self.label_ids = None if label_ids is None else tuple(label_ids)
         self.cache = cache
         # Decoded by loaders: images and labels by source, see Source.key.
@@ -156,7 +157,7 @@ class StreamedImages:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Return pixels as the model takes them; see ``ImageTransform``."""
-        normalize = getattr(self.transform, "normalize", None)
+        normalize = self.transform.normalize
         return pixels if normalize is None else normalize(pixels)
 
     def num_bytes(self) -> int:
@@ -176,8 +177,7 @@ class StreamedImages:
             labels = torch.tensor(self.label_ids, dtype=torch.int64)[labels]
         decode = self._image.decode_example if isinstance(self._image, Image) else None
         images = [image if decode is None else decode(image) for image, _ in rows]
-        pixels = getattr(self.transform, "checked_pixels", self.transform)
-        return torch.stack([pixels(image) for image in images]), labels
+        return torch.stack([self.transform.checked_pixels(image) for image in images]), labels
 
     def _part(self, num_shards: int, shard: int) -> IterableDataset:
         if num_shards == 1:

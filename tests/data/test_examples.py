@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch.utils.data import Subset
 from hf_dash import Round
 from hf_dash.data import ImageExamples, RandomCropFlip, flip_labels
 from hf_dash.data.examples import AugmentedExamples, JoinedExamples
+from hf_dash.transforms import ImageTransform
 
 
 def all_views(image, fill, padding):
@@ -115,9 +114,8 @@ def test_a_batch_of_several_datasets_comes_in_the_order_asked_for():
 
 
 def test_images_of_several_sizes_are_normalized_one_by_one():
-    transform = SimpleNamespace(
-        checked_pixels=lambda number: torch.ones(1, number + 1, 1),
-        normalize=lambda pixels: pixels / 2,
+    transform = ImageTransform(
+        lambda number: torch.ones(1, number + 1, 1), None, "it takes any", lambda pixels: pixels / 2
     )
     rows = ImageExamples(numbered(3), transform).__getitems__([0, 2])
     assert [row["pixel_values"].sum().item() for row in rows] == [0.5, 1.5]
