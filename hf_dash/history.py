@@ -247,10 +247,14 @@ class History:
         return head_of(self.entries)
 
     @property
+    def taken(self) -> list[Promotion]:
+        """The decisions that brought a model into use: all but rejections, oldest first."""
+        return [entry for entry in self.promotions if entry.kind != "reject"]
+
+    @property
     def champion(self) -> str | None:
-        """Folder of the model in use: of the last entry that is not a rejection; None before."""
-        taken = [entry.challenger for entry in self.promotions if entry.kind != "reject"]
-        return taken[-1] if taken else None
+        """Folder of the model in use; None before the first decision."""
+        return self.taken[-1].challenger if self.taken else None
 
     @property
     def digest(self) -> str:

@@ -93,9 +93,12 @@ def find_parent(
         commit = folder.name
     weights = require_safetensors(str(folder))
     records = read_history(folder / HISTORY).records if (folder / HISTORY).exists() else []
+    checksum = None
     if records:
         check_files(folder, records[-1], exported=True)
-    checksum = sha256_of(weights) if weights.name == WEIGHTS else None
+        checksum = records[-1].weights_sha256
+    if checksum is None and weights.name == WEIGHTS:
+        checksum = sha256_of(weights)
     if commit is None:
         return Parent(folder.resolve().name, records, folder, weights_sha256=checksum)
     return Parent(

@@ -29,6 +29,7 @@ from hf_dash.runs.round_files import (
     check_files,
     check_replaceable,
     checksums_of,
+    recorded_checksums,
 )
 from hf_dash.trainer.logging import REPORT_NAME
 from hf_dash.utils.files import files_written_aside, one_writer, write_text
@@ -259,10 +260,7 @@ def _copy_loaded(source: Path, target: Path) -> None:
 
 def _with_checksums(folder: Path, record: RoundRecord) -> RoundRecord:
     """Return a record with the checksums of its files; refuse files of another one."""
-    sums = checksums_of(folder)
-    known = dict(record.file_sha256 or {})
-    if record.weights_sha256 is not None:
-        known[WEIGHTS] = record.weights_sha256
+    sums, known = checksums_of(folder), recorded_checksums(record)
     wrong = [name for name, value in sums.items() if known.get(name, value) != value]
     if wrong:
         raise ValueError(

@@ -180,6 +180,8 @@ def run_rounds(
             model, _ = _with_classes_of(round_, model, run.seed)
             parent, trained = done, False
             continue
+        if not trained:
+            check_readable("held_out", held_out)
         if run.output_dir is not None and parent is not None:
             load_weights_(model, run.output_dir, parent)
             kept = load_optimizer_state(run.output_dir, parent)
@@ -330,7 +332,6 @@ def _train(
     if run.output_dir is not None:
         state = list(model.state_dict().values())
         check_free_space(Path(run.output_dir), size_of(state) * copies_kept(run.training))
-    check_readable("held_out", task.held_out)
     measured = {} if parent is None else {"before": task.measure(model)}
     begun, start_seconds = _start(task, model, rows)
     if parent is not None:

@@ -145,7 +145,7 @@ def promote(
         history = by_main(partial(read_run, output_dir, wait=WAIT))
         record, folder = _find_round(history, output_dir, "challenger", challenger)
         if champion is None and record.folder == history.champion:
-            return Verdict(True, f"the champion already: {_entry_of_champion(history).reason}")
+            return Verdict(True, f"the champion already: {history.taken[-1].reason}")
         rival_name = history.champion if champion is None else champion
         rival = _find_rival(history, output_dir, rival_name, record)
         entry, verdict = _compare(record, folder, rival, shown, rules, accelerator)
@@ -170,10 +170,6 @@ def _swap(output_dir: str | Path, champion: str | None, entry: Promotion) -> boo
             return False
         record_promotion(output_dir, history, entry)
     return True
-
-
-def _entry_of_champion(history: History) -> Promotion:
-    return next(entry for entry in reversed(history.promotions) if entry.kind != "reject")
 
 
 def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") -> Promotion:
@@ -210,7 +206,7 @@ def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") ->
         if record.folder == history.champion:
             raise ValueError(f"to must not be the champion itself, got {to!r}")
         rounds = {r.folder: r.round_index for r in history.records}
-        taken = {entry.challenger for entry in history.promotions if entry.kind != "reject"}
+        taken = {entry.challenger for entry in history.taken}
         if record.folder not in taken and record.round_index >= rounds[history.champion]:
             raise ValueError(
                 f"to must be of an earlier round than the champion, {history.champion!r}, or have"

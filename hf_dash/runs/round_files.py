@@ -33,6 +33,14 @@ def checksums_of(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in LOADED if (folder / name).is_file()}
 
 
+def recorded_checksums(record: RoundRecord) -> dict[str, str]:
+    """Return the SHA-256 of a round's files by name, as far as its record holds them."""
+    sums = dict(record.file_sha256 or {})
+    if record.weights_sha256 is not None:
+        sums[WEIGHTS] = record.weights_sha256
+    return sums
+
+
 def check_files(folder: Path, record: RoundRecord, *, exported: bool = False) -> None:
     """Check that the files of a round are those its record was written for.
 
@@ -46,10 +54,7 @@ def check_files(folder: Path, record: RoundRecord, *, exported: bool = False) ->
     Raises:
         ValueError: a file is gone or has changed; the message names it.
     """
-    expected = dict(record.file_sha256 or {})
-    if record.weights_sha256 is not None:
-        expected[WEIGHTS] = record.weights_sha256
-    for name, checksum in expected.items():
+    for name, checksum in recorded_checksums(record).items():
         if not (exported and name == OPTIMIZER):
             check_file(folder / name, checksum)
 

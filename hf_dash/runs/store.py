@@ -11,7 +11,7 @@ the entry before it: a history that lacks an entry in between is refused.
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -281,23 +281,55 @@ def save_trained(
     check_finite(model.state_dict())
     aside, trained = _aside(target), _trained(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (aside, trained):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        save_model(model, aside)
+
+    def save(folder: Path) -> None:
+        save_model(model, folder)
         if optimizer_state:
-            save_file(optimizer_state, aside / OPTIMIZER)
-        sums = checksums_of(aside)
-        record = replace(record, file_sha256=sums, weights_sha256=sums[WEIGHTS], previous=None)
-        write_history(aside / TRAINED, settings, [record])
-        flush_folder(aside)
-        os.rename(aside, trained)
+            save_file(optimizer_state, folder / OPTIMIZER)
+
+    try:
+        return keep_trained(aside, trained, save, replace(record, previous=None), settings)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"{target} could not be saved: {error}; earlier rounds are whole, and the same command"
             " continues after them"
         ) from error
+
+
+def keep_trained(
+    aside: Path,
+    trained: Path,
+    save: Callable[[Path], None],
+    record: RoundRecord,
+    settings: Mapping[str, Any],
+) -> RoundRecord:
+    """Save a trained round with its record into one folder, in one step; both paths are replaced.
+
+    Args:
+        aside: where it is written.
+        trained: where it is then.
+        save: writes the round's files into a folder that it makes.
+        record: of the round.
+        settings: of the run.
+
+    Returns:
+        The record with the checksums of the files.
+
+    Raises:
+        OSError, SafetensorError: the files could not be written; nothing of them is left.
+    """
+    for leftover in (aside, trained):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        save(aside)
+        sums = checksums_of(aside)
+        record = replace(record, file_sha256=sums, weights_sha256=sums.get(WEIGHTS))
+        write_history(aside / TRAINED, dict(settings), [record])
+        flush_folder(aside)
+        os.rename(aside, trained)
+    except (OSError, SafetensorError):
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return record
 
 

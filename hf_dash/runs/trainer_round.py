@@ -7,7 +7,6 @@ Differs from :func:`~hf_dash.run_rounds`: the parent may lie anywhere, in the ou
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,25 +20,23 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_dash._version import library_versions
 from hf_dash.data.examples import ImageExamples
 from hf_dash.data.rounds import Round, joint_fingerprint
-from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history, write_history
+from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history
 from hf_dash.models import load_model, model_labels, save_model
 from hf_dash.runs.round_files import (
     HISTORY,
-    WEIGHTS,
     check_files,
     check_finite,
     check_replaceable,
-    checksums_of,
     recorded_shrink,
     size_of,
 )
-from hf_dash.runs.store import TRAINED
+from hf_dash.runs.store import TRAINED, keep_trained
 from hf_dash.starts import is_dash
 from hf_dash.trainer.callback import DashCallback
 from hf_dash.trainer.logging import REPORT_NAME
 from hf_dash.training.evaluation import check_readable
 from hf_dash.utils.distributed import by_main, hardware
-from hf_dash.utils.files import ASIDE, check_free_space, flush_folder
+from hf_dash.utils.files import ASIDE, check_free_space
 
 # Settings of a shrink that a resumed training cannot change any more.
 SHRINKS_BY = {"alpha", "lam", "grouping", "variant", "tolerance", "num_batches", "include_frozen"}
@@ -211,21 +208,8 @@ class TrainerRound:
     def _keep(
         self, model: PreTrainedModel, image_processor: Any | None, record: RoundRecord
     ) -> RoundRecord:
-        folder = Path(self.output_dir)
-        aside = folder / ASIDE
-        for leftover in (aside, self.kept):
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            save_model(model, aside, image_processor)
-            sums = checksums_of(aside)
-            record = replace(record, file_sha256=sums, weights_sha256=sums.get(WEIGHTS))
-            write_history(aside / TRAINED, dict(self.settings), [record])
-            flush_folder(aside)
-            os.rename(aside, self.kept)
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        return record
+        save = partial(save_model, model, image_processor=image_processor)
+        return keep_trained(Path(self.output_dir) / ASIDE, self.kept, save, record, self.settings)
 
     def _record(
         self, trainer: Trainer, seconds: float, shrink: dict[str, Any] | None
