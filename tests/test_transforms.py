@@ -64,3 +64,12 @@ def test_another_mode_is_refused():
     for step in (transform, transform.checked_pixels):
         with pytest.raises(ValueError, match="image mode is 'RGB', but it takes 'L'"):
             step(Image.new("RGB", (1, 1)))
+
+
+def test_any_transform_can_be_taken_for_one_of_two_steps():
+    whole = ImageTransform(lambda image: torch.ones(1), "L", "it takes 'L'", lambda pixels: -pixels)
+    assert ImageTransform.of(whole) is whole
+    plain = ImageTransform.of(lambda number: torch.full((1,), float(number)))
+    assert plain(3).tolist() == plain.checked_pixels(3).tolist() == [3.0]
+    assert (plain.normalize, plain.key) == (None, None)
+    plain.check_mode("RGB")

@@ -208,8 +208,11 @@ class TrainerRound:
     def _keep(
         self, model: PreTrainedModel, image_processor: Any | None, record: RoundRecord
     ) -> RoundRecord:
-        save = partial(save_model, model, image_processor=image_processor)
-        return keep_trained(Path(self.output_dir) / ASIDE, self.kept, save, record, self.settings)
+        def save(folder: Path) -> None:
+            save_model(model, folder, image_processor)
+
+        aside = Path(self.output_dir) / ASIDE
+        return keep_trained(aside, self.kept, save, record, self.settings)
 
     def _record(
         self, trainer: Trainer, seconds: float, shrink: dict[str, Any] | None

@@ -1,7 +1,9 @@
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from helpers import heard
 
 from hf_dash.utils.checks import (
     check_confidence,
@@ -9,6 +11,7 @@ from hf_dash.utils.checks import (
     check_flag,
     check_kind,
     check_number,
+    refuse_unless,
     with_settings,
 )
 
@@ -83,3 +86,12 @@ def test_settings_change_a_copy_and_unknown_ones_list_the_known():
     assert config == Config()
     with pytest.raises(TypeError, match=r"among \['alpha', 'lam'\], got \['lambda', 'x'\]"):
         with_settings(config, {"lambda": 1, "lam": 0.5, "x": 2})
+
+
+def test_what_is_not_allowed_is_refused_and_what_is_allowed_is_said():
+    logger = logging.getLogger("hf_dash.refusals")
+    with pytest.raises(ValueError, match="5 % are left out; allow_missing=True goes on"):
+        refuse_unless(False, "5 % are left out", "; allow_missing=True goes on", logger)
+    with heard() as messages:
+        refuse_unless(True, "5 % are left out", "; allow_missing=True goes on", logger)
+    assert messages == ["5 % are left out"]

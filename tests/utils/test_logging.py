@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+from helpers import heard
 from transformers.utils import logging as transformers_logging
 
 from hf_dash.utils.logging import get_logger
@@ -43,3 +44,12 @@ def test_the_level_of_hf_dash_can_be_set_alone(verbosity):
         assert not get_logger("hf_dash.somewhere").isEnabledFor(logging.WARNING)
     finally:
         logging.getLogger("hf_dash").setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("is_main", "said"), [(True, ["found", "mine"]), (False, ["mine"])])
+def test_what_all_find_out_the_main_process_says(monkeypatch, is_main, said):
+    monkeypatch.setattr("hf_dash.utils.logging.is_main_process", lambda: is_main)
+    with heard() as messages:
+        get_logger("hf_dash.of_all", main_process_only=True).warning("found")
+        get_logger("hf_dash.of_each").warning("mine")
+    assert messages == said
