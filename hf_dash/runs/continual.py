@@ -180,6 +180,8 @@ def run_rounds(
             model, _ = _with_classes_of(round_, model, run.seed)
             parent, trained = done, False
             continue
+        if run.training.on_device and round_.streams:
+            raise ValueError("on_device must be False for streams, which are read as they come")
         if not trained:
             check_readable("held_out", held_out)
         if run.output_dir is not None and parent is not None:
@@ -294,8 +296,6 @@ def _train_one(
 ) -> tuple[PreTrainedModel, RoundRecord, dict[str, Tensor]]:
     """Start, train, keep, evaluate and record one round."""
     run, round_ = task.run, task.round_
-    if run.training.on_device and round_.streams:
-        raise ValueError("on_device must be False for streams, whose images are read as they come")
     set_seed(task.seed)
     model, rows = _with_classes_of(round_, model, task.seed)
     record: RoundRecord | None = None
