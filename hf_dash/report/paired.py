@@ -11,7 +11,7 @@ owe to a lucky seed cancels, and fewer seeds tell smaller differences.
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -83,7 +83,8 @@ def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] =
         joined.check_same_run(history)
         for record in history.records:
             if record.seed not in skip_seeds:
-                joined.append(record)
+                # Each followed another entry where it was written.
+                joined.append(replace(record, previous=None))
     return joined
 
 

@@ -79,22 +79,23 @@ def plot_factors(folders, path, start, seed, round):
     hf_dash.report.plot_factors(record, path)
 
 
-def plot_front(records, path):
-    """Draw accuracy over the number of images: cold, warm and DASH, named where they end."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for start, color in (("cold", "#0072B2"), ("warm", "#D55E00"), ("dash", "#009E73")):
-        own = [record for record in records if record.start == start]
-        images, accuracies = [r.num_total for r in own], [100 * r.accuracy for r in own]
-        axes.plot(images, accuracies, "o-", color=color, linewidth=2, markersize=4)
-        name = f"{start.replace('dash', 'DASH')}, {accuracies[-1]:.0f} %"
-        where = {"xy": (images[-1], accuracies[-1]), "xytext": (8, 0), "va": "center"}
-        axes.annotate(name, textcoords="offset points", color=color, fontsize=11, **where)
-    axes.set(xlabel="images so far (1,000 new ones per round)", ylabel="held-out accuracy (%)")
-    axes.set_title("CIFAR-10 arriving in rounds, ResNet-18 (one seed)")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+def plot_front(folders, path):
+    """Draw accuracy over the number of images, a panel per folder: dots of seeds, their mean."""
+    figure = Figure(figsize=(2 + 4.5 * len(folders), 3.5), layout="constrained")
+    for panel, folder in enumerate(folders, 1):
+        evidence = hf_dash.report.read_evidence(folder)
+        axes = figure.add_subplot(1, len(folders), panel)
+        for name, color in (("cold", "#0072B2"), ("warm", "#D55E00"), ("DASH", "#009E73")):
+            seen = {}
+            for record in evidence.records:
+                if record.start == name.lower():
+                    seen.setdefault(record.num_total, []).append(100 * record.accuracy)
+            (*_, last), means = seen, [np.mean(accuracies) for accuracies in seen.values()]
+            axes.plot(seen, means, "-", seen, list(seen.values()), "o", color=color, markersize=4)
+            axes.text(last, means[-1], f"  {name}, {means[-1]:.0f} %", color=color, va="center")
+        axes.set_title(f"{evidence.settings['about']['network']}; seeds: {len(seen[last])}")
+        axes.set(xlabel="CIFAR-10 images so far", ylabel="held-out accuracy (%)")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -113,7 +114,7 @@ TABLES = {
 }
 FIGURES = {
     "factors": plot_factors,
-    "front": of_records(plot_front),
+    "front": plot_front,
     "pretraining": of_records(hf_dash.studies.plot_pretraining),
     "rounds": of_records(hf_dash.report.plot_rounds),
     "simulations": of_simulations(hf_dash.studies.plot_simulations),

@@ -170,6 +170,16 @@ def test_ledgers_of_one_protocol_are_joined(tmp_path):
     assert {r.seed for r in join_histories(paths, skip_seeds=[0]).records} == {1, 2}
 
 
+def test_histories_that_runs_have_written_are_joined(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, records in zip(paths, (COLD, DASH), strict=True):
+        history = History(path, {})
+        for record in records:
+            history.append(record)
+    assert join_histories(paths).records == [*COLD, *DASH]
+    assert {r.seed for r in join_histories(paths, skip_seeds=[0]).records} == {1, 2}
+
+
 def test_workers_are_shared_where_they_matter(tmp_path):
     for name, workers, start in (("a", 0, COLD), ("b", 0, DASH), ("c", 2, DASH)):
         settings = {"streaming": True, "num_workers": workers}
