@@ -92,8 +92,7 @@ class RoundRecord:
         weights_sha256: of the final weights' file.
         data_fingerprint: of the labeled images trained on, old and new.
         files: names of the files that arrived in this round, where arrivals are files.
-        skipped: images among these that were left out: corrupt ones as ``"file:row"`` or by their
-            path, others with the reason.
+        skipped: images left out of these: corrupt ones as ``"file:row"`` or path; others why.
         overlap: number of held-out images among those trained on, where that was allowed.
         images_read: by the start's pass and the training together.
         memorization: what was measured right ``"before"`` and ``"after"`` the start.
@@ -101,6 +100,7 @@ class RoundRecord:
         hardware: processes, device and precision.
         held_out_fingerprint: of the images that ``accuracy`` was measured on.
         file_sha256: of every file in the round's folder that the next round may load.
+        replay: which old images were trained on, where these were not all; see ``Round``.
         previous: digest of the entry before in the history it was recorded in.
     """
 
@@ -131,6 +131,7 @@ class RoundRecord:
     parent_sha256: str | None = None
     overlap: int | None = None
     file_sha256: dict[str, str] | None = None
+    replay: dict[str, Any] | None = None
     previous: str | None = field(default=None, compare=False)
 
     @property

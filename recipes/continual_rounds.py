@@ -105,6 +105,7 @@ def compare(accelerator, history, run, source, data, training, dash, start_confi
         create = partial(checkpoint.create_model if checkpoint else fresh, **first, seed=seed)
         transform = hf_dash.models.image_transform(create())
         rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
+        rounds = data.replay.rounds(rounds, seed)
         held_out = schedule.held_out_examples(transform)
         for start in run.starts:
             one = hf_dash.runs.Run(

@@ -67,6 +67,7 @@ def retrain(source, data, choice, dash, args, hub) -> None:
     transform = hf_dash.models.image_transform(model, processor)
     index = parent.records[-1].round_index + 1 if parent.records else 1
     round_ = replace(schedule.rounds(transform)[-1], index=index)
+    (round_,) = data.replay.rounds([round_], args.seed)
     held_out = schedule.held_out_examples(transform, allow_unknown=False)
 
     trainer = make_trainer(model, args, round_, held_out, start)

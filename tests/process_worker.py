@@ -379,6 +379,20 @@ def go_through_rounds(folder, accelerator):
     return {"records": [asdict(record) for record in history.records], "weights": weights}
 
 
+def replay(accelerator):
+    """What a process draws of the old images, and how many new ones its batches then hold."""
+    digits = hf_dash.load_images("digits").select(range(64))
+    transform = hf_dash.models.image_transform(make_tiny_timm())
+    rounds = list(hf_dash.data.cut_rounds(digits, 4, transform))
+    settings = hf_dash.data.Replay(1.0, "class_balanced", new_share=0.25)
+    drawn = settings.rounds(rounds, seed=5)
+    loader = hf_dash.data.train_batches(drawn[3], 8, seed=0, num_processes=2)
+    old = {tuple(e["pixel_values"].flatten().tolist()) for e in drawn[3].seen}
+    batches = [batch["pixel_values"].flatten(1).tolist() for batch in accelerator.prepare(loader)]
+    share = [sum(tuple(image) not in old for image in batch) for batch in batches]
+    return {"drawn": [one.replay for one in drawn], "new": share, "batches": batches}
+
+
 def write(result, case, rank, folder):
     path = f"{folder}/{case}.{rank}.json"
     with open(path + ".tmp", "w") as file:
@@ -391,7 +405,9 @@ def main():
     dist.all_reduce = counted_all_reduce
     accelerator = Accelerator(cpu=True)
     for case in cases:
-        if case == "memorization":
+        if case == "replay":
+            write(replay(accelerator), case, accelerator.process_index, folder)
+        elif case == "memorization":
             write(memorization(accelerator), case, accelerator.process_index, folder)
         elif case == "trainer":
             train(case, folder, accelerator.process_index, accelerator.num_processes)

@@ -10,6 +10,7 @@ from .loading import load_held_out as load_held_out
 from .loading import load_schedules as load_schedules
 from .loading import round_schedule as round_schedule
 from .order import in_arrival_order as in_arrival_order
+from .replay import Replay as Replay
 from .rounds import Round as Round
 from .rounds import cut_rounds as cut_rounds
 from .rounds import gradient_batches as gradient_batches

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
@@ -62,6 +63,52 @@ def balanced_weights(counts: Sequence[int]) -> Tensor:
     present = numbers > 0
     weights = numbers.sum() / (present.sum() * numbers.clamp(min=1))
     return torch.where(present, weights, torch.zeros(()))
+
+
+class NewShareSampler(Sampler[int]):
+    """The order of an epoch in which new examples have the same share everywhere.
+
+    An epoch has as many places as there are examples. Old and new ones fill theirs in random
+    orders of their own, which begin again where there are more places than examples.
+
+    Args:
+        num_old: number of old examples, whose indices come first; at least 1.
+        num_new: number of new examples; at least 1.
+        new_share: in (0, 1).
+        seed: seed for the orders, at least 0; each epoch has its own.
+
+    Example:
+        >>> from hf_dash.data.batches import NewShareSampler
+        >>> order = list(NewShareSampler(num_old=90, num_new=10, new_share=0.5, seed=0))
+        >>> len(order), [sum(index >= 90 for index in order[i : i + 20]) for i in (0, 20, 80)]
+        (100, [10, 10, 10])
+    """
+
+    def __init__(self, num_old: int, num_new: int, new_share: float, seed: int) -> None:
+        self.num_old, self.num_new = num_old, num_new
+        self.new_share, self.seed, self.epoch = new_share, seed, 0
+
+    def __len__(self) -> int:
+        return self.num_old + self.num_new
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        self.epoch += 1
+        is_new = np.diff(np.floor(np.arange(len(self) + 1) * self.new_share + 0.5)) > 0
+        order = np.empty(len(self), dtype=np.int64)
+        order[is_new] = self.num_old + _repeated(self.num_new, int(is_new.sum()), generator)
+        order[~is_new] = _repeated(self.num_old, int((~is_new).sum()), generator)
+        return iter(order.tolist())
+
+
+def _repeated(count: int, places: int, generator: np.random.Generator) -> np.ndarray:
+    """Return so many of ``count`` numbers, in random orders one after the other."""
+    orders = [generator.permutation(count) for _ in range(math.ceil(places / count))]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *orders])[:places]
 
 
 class EvenBatchSampler(BatchSampler):

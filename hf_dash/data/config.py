@@ -9,6 +9,7 @@ from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import FASHION_MNIST
 from hf_dash.data.names import canonical
 from hf_dash.data.pixel_cache import PixelBudget
+from hf_dash.data.replay import Replay, parse_samples
 from hf_dash.data.shards import Shard, merge_shards
 from hf_dash.data.sources import (
     ANONYMOUS,
@@ -69,6 +70,13 @@ class DataConfig:
         arrive_by: ``examples`` cuts one dataset into rounds, ``files`` takes new shards as they
             appear.
         files_per_round: New shards per round, at least 1; all by default. Only if shards arrive.
+        replay_samples: Train on a sample of the old images, drawn anew in every round: an integer
+            is a number of images, a number with a decimal point a ratio to the round's new images
+            (1.0 draws as many as are new). Larger than what there is takes all. By default all.
+        replay_strategy: ``uniform`` (the default), ``class_balanced``, or ``recency`` (an image
+            that arrived j rounds ago has the weight 1/j). Only with ``replay_samples``.
+        new_share: Share of the round's new images in every training batch, in (0, 1), whose other
+            images are old; by default in proportion.
         on_bad_example: ``error`` stops at a corrupt image, ``skip`` leaves it out and lists it.
         compare_images_by: ``bytes`` or ``pixels``: how held-out and training images are compared.
             Pixels find an image that was stored again in another format.
@@ -107,6 +115,10 @@ class DataConfig:
     class_folder: str | None = None
     arrive_by: str = "examples"
     files_per_round: int | None = None
+    # Text first: this is what parsers take it for.
+    replay_samples: int | str | float | None = None
+    replay_strategy: str | None = None
+    new_share: float | None = None
     on_bad_example: str = "error"
     compare_images_by: str = "bytes"
     allow_missing: bool = False
@@ -134,6 +146,7 @@ class DataConfig:
                 check_count(name, getattr(self, name))
         self._check_source()
         self._check_files()
+        self._check_replay()
 
     def _check_source(self) -> None:
         # train_dir takes the place of the default, and of nothing else.
@@ -161,6 +174,24 @@ class DataConfig:
                 "files_per_round must be at least 1, and None unless arrive_by is 'files', got"
                 f" {count!r} with arrive_by {self.arrive_by!r}"
             )
+
+    def _check_replay(self) -> None:
+        object.__setattr__(self, "replay_samples", parse_samples(self.replay_samples))
+        self.replay  # noqa: B018 checks its fields
+        if self.replay_strategy is not None and self.replay_samples is None:
+            raise ValueError(
+                "replay_samples must be given with replay_strategy, got"
+                f" {self.replay_strategy!r} alone"
+            )
+        for name in ("replay_samples", "new_share"):
+            if self.streaming and getattr(self, name) is not None:
+                raise ValueError(f"{name} must be None with streaming, got {getattr(self, name)!r}")
+
+    @property
+    def replay(self) -> Replay:
+        """Which old images a round trains on."""
+        strategy = self.replay_strategy or Replay.strategy
+        return Replay(parse_samples(self.replay_samples), strategy, self.new_share)
 
     @property
     def source(self) -> str:

@@ -8,6 +8,8 @@ Differs from torchvision's ``RandomCrop``: draws come from a given generator, an
 black as the model sees it, after normalization.
 """
 
+import copy
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -212,8 +214,10 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
             labels = torch.tensor(label_ids, dtype=torch.int64)[labels]
         self._labels: list[int] = labels.tolist()
         self._cache: PixelCache | None = None
-        if in_memory and transform is not None and len(labels):
-            self._cache = self._open_cache(cache_key, budget)
+        self._keeps = in_memory and transform is not None and len(labels) > 0
+        self._cache_key, self._budget = cache_key, budget
+        if cache_key is None:
+            self.open()
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -229,6 +233,29 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.dataset)
         return self._fingerprint
+
+    def open(self) -> None:
+        """Open the file for decoded images, if they are kept; workers begun later share it.
+
+        Where it has a ``cache_key``, any worker finds it, and the first use opens it.
+        """
+        if self._keeps:
+            self._keeps = False
+            self._cache = self._open_cache(self._cache_key, self._budget)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "ImageExamples":
+        """Return some of the examples, in the order given, with the labels that they have here."""
+        chosen = np.asarray(rows, dtype="<i8")
+        part = copy.copy(self)
+        part.dataset = self.dataset.select(chosen)
+        part._labels = np.array(self._labels, dtype=np.int64)[chosen].tolist()
+        part.flipped = np.flatnonzero(np.isin(chosen, self.flipped)).tolist()
+        part._fingerprint = _part_of(self._fingerprint, chosen)
+        part._cache, part._cache_key = None, _part_of(self._cache_key, chosen)
+        part._keeps = (self._keeps or self._cache is not None) and len(chosen) > 0
+        if part._cache_key is None:
+            part.open()
+        return part
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -254,6 +281,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
 
     def pixels(self, rows: Sequence[int]) -> list[Tensor] | Tensor:
         """Return the pixels of images [channels, height, width], before ``normalize``."""
+        self.open()
         return self._decoded(rows) if self._cache is None else self._kept(rows, self._cache)
 
     def _decoded(self, rows: Sequence[int]) -> list[Tensor]:
@@ -286,6 +314,13 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
             return None
         cache.write(0, first)
         return cache
+
+
+def _part_of(checksum: str | None, rows: np.ndarray) -> str | None:
+    """Return the checksum of some rows of what has this checksum, if it is known."""
+    if checksum is None:
+        return None
+    return hashlib.sha256(checksum.encode() + rows.tobytes()).hexdigest()
 
 
 def flip_labels(

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
-from hf_dash.data.batches import EvenBatchSampler
+from hf_dash.data.batches import EvenBatchSampler, NewShareSampler
 from hf_dash.data.columns import undecoded
 from hf_dash.data.examples import (
     Augment,
@@ -41,13 +41,19 @@ class Round:
 
     Args:
         index: 1 for the first round.
-        arrivals: everything that has arrived, oldest first; the last one is new in this round.
+        arrivals: everything to train on, oldest first; the last one is new in this round.
             All are map-style or all are streams.
         label_names: classes known by now, in the model's order; empty if the model knows them all
             from the first round.
         files: names of the shards that arrived in this round, if shards arrive.
         skipped: images left out of them; see :class:`Arrival`.
         overlap: number of held-out images that are trained on, where that was allowed.
+        replay: what was drawn of the old images, by name: ``samples``, ``strategy`` and ``seed`` as
+            they were set, ``num_drawn`` images of ``num_old``, from ``num_arrivals`` arrivals, and
+            the ``sha256`` of their places; None trains on all. ``arrivals`` then hold what was
+            drawn, and what is new.
+        new_share: share of the new images in every training batch, in (0, 1); None mixes in
+            proportion.
 
     Raises:
         ValueError: nothing is new, or map-style arrivals are mixed with streams.
@@ -67,6 +73,8 @@ class Round:
     files: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     overlap: int = 0
+    replay: dict[str, Any] | None = None
+    new_share: float | None = None
 
     def __post_init__(self) -> None:
         kinds = sorted({type(arrival).__name__ for arrival in self.arrivals})
@@ -87,7 +95,7 @@ class Round:
 
     @property
     def num_total(self) -> int:
-        """The number of old and new examples."""
+        """The number of examples to train on, old and new."""
         return sum(len(arrival) for arrival in self.arrivals)
 
     @property
@@ -97,7 +105,7 @@ class Round:
 
     @property
     def seen(self) -> "ConcatDataset[dict[str, Any]] | None":
-        """What arrived in earlier rounds, oldest first; None in the first round."""
+        """What is trained on of earlier rounds, oldest first; None in the first round."""
         return self._joined(self.arrivals[:-1]) if len(self.arrivals) > 1 else None
 
     def class_counts(self) -> list[int]:
@@ -137,7 +145,22 @@ class Round:
                 f"round {self.index} holds streams, whose examples have no index; use"
                 " train_batches or gradient_batches"
             )
-        return JoinedExamples([a for a in arrivals if isinstance(a, ImageExamples)])
+        images = [arrival for arrival in arrivals if isinstance(arrival, ImageExamples)]
+        for arrival in images:
+            arrival.open()
+        return JoinedExamples(images)
+
+    def order(self, seed: int, generator: torch.Generator | None = None) -> "Sampler[int]":
+        """Return a sampler of the order of an epoch, which gives another one in every epoch.
+
+        Args:
+            seed: seed for the order where ``new_share`` is set.
+            generator: gives the order where it is not.
+        """
+        num_old = self.num_total - self.num_new
+        if self.new_share is None or num_old == 0:
+            return RandomSampler(range(self.num_total), generator=generator)
+        return NewShareSampler(num_old, self.num_new, self.new_share, seed)
 
 
 def joint_fingerprint(parts: Sequence[ImageExamples | StreamedImages]) -> str:
@@ -224,10 +247,10 @@ def train_batches(
     examples: TorchDataset[dict[str, Any]] = round_.examples
     if augment is not None:
         examples = AugmentedExamples(examples, augment, generator)
-    sampler = RandomSampler(round_.examples, generator=generator)
+    order = round_.order(seed, generator)
     return DataLoader(
         examples,
-        batch_sampler=EvenBatchSampler(sampler, batch_size, num_processes),
+        batch_sampler=EvenBatchSampler(order, batch_size, num_processes),
         generator=generator,
         num_workers=num_workers,
         # Workers that end with the epoch lose the images they have decoded.

@@ -128,7 +128,7 @@ class Schedule:
             part.check_mode(transform)
         label_ids = [known.get(name, -1) for name in names]
         keys = [part.cache_key(transform) for part in self.held_out]
-        return ImageExamples(
+        examples = ImageExamples(
             self.held_out_images,
             transform,
             in_memory=self.cache_images,
@@ -136,6 +136,8 @@ class Schedule:
             cache_key=None if None in keys else hashlib.sha256(repr(keys).encode()).hexdigest(),
             budget=self.budget,
         )
+        examples.open()
+        return examples
 
     @property
     def held_out_images(self) -> Dataset:

@@ -4,7 +4,7 @@ Flow: records → what is recorded in them, and "not recorded" or "not measured"
 Two accuracies stand side by side only where both are of exactly the same held-out images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_dash.data.names import shown
@@ -120,6 +120,8 @@ def data_table(
         ["held out", f"{num_held_out:,} images: {held_out_split}"],
         ["their fingerprint", _fingerprint(record.held_out_fingerprint)],
     ]
+    if record.replay:
+        rows.append(["of the old images", _replayed(record.replay)])
     if record.files:
         rows.append(["new files", ", ".join(record.files)])
     if record.skipped:
@@ -127,6 +129,12 @@ def data_table(
     if record.overlap:
         rows.append(["held out and trained on", f"{record.overlap:,} images, on purpose"])
     return markdown_table(["", "recorded"], rows)
+
+
+def _replayed(replay: Mapping[str, Any]) -> str:
+    drawn, old = replay["num_drawn"], replay["num_old"]
+    how = f"{replay['strategy']}, seed {replay['seed']}"
+    return f"{drawn:,} of {old:,} replayed ({how}); a start from scratch sees no others either"
 
 
 def _fingerprint(value: str | None) -> str:

@@ -378,6 +378,7 @@ def _record(task: _Task, result: TrainingResult, report: ShrinkReport | None) ->
         files=list(round_.files) or None,
         skipped=list(round_.skipped) or None,
         overlap=round_.overlap or None,
+        replay=round_.replay,
         images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),

@@ -236,6 +236,7 @@ class TrainerRound:
             shrink=None if shrink is None else recorded_shrink(shrink),
             skipped=list(self.round_.skipped) or None,
             overlap=self.round_.overlap or None,
+            replay=self.round_.replay,
             images_read=_images_read(trainer, self.round_, shrink),
             versions=library_versions(),
             hardware=hardware(trainer.accelerator),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
@@ -84,7 +84,7 @@ class RoundTrainer(Trainer):
             sizes = step_sizes(self.round.num_total, size, num_processes)
             loader: DataLoader[Any] = DataLoader(EvenStream(chunks, sizes), batch_size=None)
         else:
-            sampler = EvenBatchSampler(RandomSampler(images), size, num_processes)
+            sampler = EvenBatchSampler(self.round.order(args.seed), size, num_processes)
             loader = DataLoader(
                 images,
                 batch_sampler=sampler,

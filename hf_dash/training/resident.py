@@ -9,10 +9,11 @@ for a whole epoch, so they are others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, Sampler
 
 from hf_dash.data.batches import EvenBatchSampler
 from hf_dash.data.examples import ImageExamples, RandomCropFlip
@@ -32,6 +33,7 @@ class ResidentBatches:
         augment: crops and flips of normalized images; None trains on the images as they are.
         num_processes: that share the batches; all must be given the same images and seed.
         process_index: index of this process.
+        order: gives the order of an epoch; None draws it from ``seed``.
 
     Raises:
         ValueError: ``augment`` does not fit the channels, or there are fewer examples than
@@ -57,6 +59,7 @@ class ResidentBatches:
         augment: RandomCropFlip | None = None,
         num_processes: int = 1,
         process_index: int = 0,
+        order: "Callable[[torch.Generator], Sampler[int]] | None" = None,
     ) -> None:
         if augment is not None and len(augment.fill) != pixels.shape[1]:
             raise ValueError(
@@ -69,7 +72,9 @@ class ResidentBatches:
         self._fill = torch.tensor(fill).to(pixels.device)
         self.num_processes, self.process_index = num_processes, process_index
         self._generator = torch.Generator().manual_seed(seed)
-        sampler = RandomSampler(range(len(labels)), generator=self._generator)
+        sampler: Sampler[int] = RandomSampler(range(len(labels)), generator=self._generator)
+        if order is not None:
+            sampler = order(self._generator)
         self._sampler = EvenBatchSampler(sampler, batch_size, num_processes)
 
     def __len__(self) -> int:
@@ -171,4 +176,5 @@ def resident_batches(
         augment=augment,
         num_processes=num_processes,
         process_index=process_index,
+        order=partial(round_.order, seed),
     )

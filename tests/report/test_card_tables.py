@@ -50,6 +50,14 @@ def test_from_scratch_is_the_same_data_seed_and_round():
     assert from_scratch_of([record("dash", 0, 2)], [record("cold", 0, 2)]) is None
 
 
+def test_what_is_replayed_is_told():
+    replay = {"strategy": "recency", "seed": 3, "num_drawn": 500, "num_old": 12000}
+    rows = rows_of(data_table(record(replay=replay), "digits", None, "test", 360))
+    (told,) = rows["of the old images"]
+    assert told.startswith("500 of 12,000 replayed (recency, seed 3)")
+    assert "of the old images" not in rows_of(data_table(record(), "digits", None, "test", 360))
+
+
 def test_held_out_images_are_the_same_by_their_fingerprint_alone():
     assert same_held_out(FIRST, SECOND)
     assert not same_held_out(FIRST, record(held_out_fingerprint="other"))

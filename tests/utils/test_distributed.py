@@ -50,7 +50,7 @@ TWO = [
 TWO_ONLY = ["memorization", "predict", "sam", "rounds", "accuracy_bound", "accuracy_unbound"]
 
 
-TWO_ONLY += ["undisturbed", "undisturbed_stream", "dealt_map", "dealt_stream"]
+TWO_ONLY += ["replay", "undisturbed", "undisturbed_stream", "dealt_map", "dealt_stream"]
 
 
 FOUR = ["ddp", "ddp_no_batch_norm", "fsdp", "trainer"]
@@ -208,6 +208,20 @@ def test_processes_share_one_ledger(results):
     assert [r["parent"] for r in records] == [None, "rounds/001/dash_seed0"]
     assert all(r["weights_sha256"] for r in records)
     assert records[1]["shrink"]["num_images"] == 64
+
+
+def test_two_processes_draw_the_same_old_images(results):
+    first, second = results[2]["replay"]
+    assert first["drawn"] == second["drawn"]
+    assert [one and one["num_drawn"] for one in first["drawn"]] == [None, 16, 16, 16]
+    # 32 places of which a quarter are for new images, in 4 batches of 8 that two processes share.
+    assert first["new"] == second["new"] == [2, 2]
+    images = [
+        tuple(image) for rank in (first, second) for batch in rank["batches"] for image in batch
+    ]
+    # Each of the 16 old images and 8 of the 16 new ones; 24 places are old images'.
+    assert len(images) == 32
+    assert len(set(images)) == 24
 
 
 @pytest.mark.parametrize("case", ["accuracy_bound", "accuracy_unbound"])
