@@ -24,7 +24,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import HfArgumentParser
 
 import hf_dash
-from hf_dash.data.replay import STRATEGIES, parse_samples
 
 HEADER = ["strategy", "round", "old", "drawn", "arrivals opened", "trained on", "decoded"]
 HEADER += ["seconds to draw", "CPU-s of an epoch", "bytes held per old image"]
@@ -35,6 +34,7 @@ class Arguments:
     num_new: int = field(default=1000, metadata={"help": "Images of every arrival."})
     rounds: list[int] = field(default_factory=lambda: [2, 10, 100])
     replay_samples: str = field(default="1.0", metadata={"help": "As in the other recipes."})
+    strategies: list[str] = field(default_factory=lambda: ["uniform", "class_balanced", "recency"])
     num_classes: int = 1000
     output: str | None = None
 
@@ -63,9 +63,9 @@ def measure(strategy, index, dataset, args):
     process = psutil.Process()
     before = process.memory_info().rss
     arrivals = tuple(hf_dash.data.ImageExamples(dataset, counted) for _ in range(index))
-    samples = parse_samples(args.replay_samples)
+    replay = hf_dash.DataConfig(replay_samples=args.replay_samples, replay_strategy=strategy).replay
     begin = time.perf_counter()
-    (round_,) = hf_dash.data.Replay(samples, strategy).rounds([hf_dash.Round(index, arrivals)], 0)
+    (round_,) = replay.rounds([hf_dash.Round(index, arrivals)], 0)
     seconds = time.perf_counter() - begin
     held = process.memory_info().rss - before
     begin = time.process_time()
@@ -81,7 +81,7 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     torch.set_num_threads(1)
     dataset, rows = images_of(args), []
-    for strategy in STRATEGIES:
+    for strategy in args.strategies:
         rows += [measure(strategy, index, dataset, args) for index in args.rounds]
     csv.writer(sys.stdout).writerows([HEADER, *rows])
     if args.output:
