@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import timm
@@ -6,7 +8,7 @@ from PIL import Image
 from torchvision import transforms
 
 import hf_dash
-from hf_dash.transforms import ImageTransform, Normalize, split_transform
+from hf_dash.transforms import CenterCrop, ImageTransform, Normalize, split_transform
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,26 @@ def test_normalized_by_hand():
     pixels = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
     expected = torch.tensor([[[[-2.0, -1.2, 2.0]]]])  # (0 − 0.5) / 0.25, (0.2 − 0.5) / 0.25, …
     torch.testing.assert_close(normalize(pixels), expected)
+
+
+def test_a_large_batch_is_normalized_to_the_bits_of_single_images():
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.7])
+    normalize = Normalize(mean.view(3, 1, 1), std.view(3, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (9, 3, 200, 180), dtype=torch.uint8, generator=generator)
+    apart = [transforms.functional.normalize(image / 255, mean, std) for image in pixels]
+    assert torch.equal(normalize(pixels), torch.stack(apart))
+    assert torch.equal(normalize(pixels[4]), apart[4])
+    assert torch.equal(pickle.loads(pickle.dumps(normalize))(pixels[4]), apart[4])
+    assert normalize(pixels[:0]).shape == (0, 3, 200, 180)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 32), (33, 47)])
+def test_a_crop_copies_only_what_it_cuts(size):
+    image = Image.effect_noise(size, 64)
+    cut = CenterCrop(32)(image)
+    assert (cut is image) == (size == (32, 32))
+    assert cut.tobytes() == transforms.CenterCrop(32)(image).tobytes()
 
 
 def test_another_mode_is_refused():

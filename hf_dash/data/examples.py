@@ -24,11 +24,13 @@ from torch.utils.data import ConcatDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as vision
 
-from hf_dash.data.columns import fingerprint
+from hf_dash.data.columns import fingerprint, undecoded
+from hf_dash.data.decoding import image_decoder
+from hf_dash.data.image_batch import Examples, ImageBatch, joined, stacked
 from hf_dash.data.pixel_cache import PixelBudget, PixelCache
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
-from hf_dash.transforms import ImageTransform
+from hf_dash.transforms import ImageTransform, Normalize
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -106,39 +108,47 @@ class AugmentedExamples(TorchDataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Return several examples; a ``DataLoader`` asks for a batch at once."""
         generator = self.generator if get_worker_info() is None else None
+        examples = read_examples(self.examples, indices)
+        views = stacked(
+            (self.augment(example["pixel_values"], generator) for example in examples),
+            len(examples),
+        )
+        if isinstance(views, Tensor) and isinstance(examples, Examples):
+            return Examples(ImageBatch(views, examples.batch.labels))
         return [
-            {**example, "pixel_values": self.augment(example["pixel_values"], generator)}
-            for example in read_examples(self.examples, indices)
+            {**example, "pixel_values": view} for example, view in zip(examples, views, strict=True)
         ]
 
 
 def read_examples(
     dataset: "TorchDataset[dict[str, Any]]", indices: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """Return several examples of a dataset, at once if it can."""
     at_once = getattr(dataset, "__getitems__", None)
-    return [dataset[index] for index in indices] if at_once is None else list(at_once(indices))
+    if at_once is None:
+        return [dataset[index] for index in indices]
+    examples: Sequence[dict[str, Any]] = at_once(indices)
+    return examples
 
 
 class JoinedExamples(ConcatDataset[dict[str, Any]]):
     """Several datasets one after the other, each asked at once for its part of a batch."""
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Return several examples; a ``DataLoader`` asks for a batch at once."""
         places: dict[int, list[int]] = {}
         numbers = [bisect_right(self.cumulative_sizes, index) for index in indices]
         for place, number in enumerate(numbers):
             places.setdefault(number, []).append(place)
-        examples: list[dict[str, Any]] = [{}] * len(indices)
+        parts = []
         for number, at in places.items():
             start = self.cumulative_sizes[number - 1] if number else 0
-            own = read_examples(self.datasets[number], [indices[place] - start for place in at])
-            for place, example in zip(at, own, strict=True):
-                examples[place] = example
-        return examples
+            rows = [indices[place] - start for place in at]
+            parts.append((at, read_examples(self.datasets[number], rows)))
+        return parts[0][1] if len(parts) == 1 else joined(parts)
 
 
 Transform = Callable[[Any], Tensor]
@@ -194,6 +204,8 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         budget: PixelBudget | None = None,
     ) -> None:
         self.dataset = dataset
+        self._encoded = undecoded(dataset)
+        self._decode = image_decoder(dataset.features["image"])
         self.stamps = stamps or {}
         self.transform = transform
         self._steps = None if transform is None else ImageTransform.of(transform)
@@ -260,19 +272,21 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Return several examples; a ``DataLoader`` asks for a batch at once."""
         labels = [self._labels[index] for index in indices]
         pixels = self.pixels([index % len(self) for index in indices])
-        if self.normalize is not None and len({image.shape for image in pixels}) == 1:
-            batch = pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
-            pixels = self.normalize(batch)
-        elif self.normalize is not None:
-            pixels = [self.normalize(image) for image in pixels]
-        return [
-            {"pixel_values": image, "labels": label}
-            for image, label in zip(pixels, labels, strict=True)
-        ]
+        normalize = self.normalize
+        if not isinstance(pixels, Tensor):
+            pixels = pixels if normalize is None else [normalize(image) for image in pixels]
+            return [
+                {"pixel_values": image, "labels": label}
+                for image, label in zip(pixels, labels, strict=True)
+            ]
+        if normalize is not None and not isinstance(normalize, Normalize):
+            # What is not known may not survive the way from a worker.
+            pixels, normalize = normalize(pixels), None
+        return Examples(ImageBatch(pixels, torch.tensor(labels, dtype=torch.int64), normalize))
 
     @property
     def normalize(self) -> Callable[[Tensor], Tensor] | None:
@@ -284,16 +298,16 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         self.open()
         return self._decoded(rows) if self._cache is None else self._kept(rows, self._cache)
 
-    def _decoded(self, rows: Sequence[int]) -> list[Tensor]:
+    def _decoded(self, rows: Sequence[int]) -> list[Tensor] | Tensor:
         """Return the pixels of images, decoded now."""
         if self._steps is None:
             raise ValueError("transform must be given to read images, got None")
-        return [self._steps.checked_pixels(x) for x in self.dataset[list(rows)]["image"]]
+        step, encoded = self._steps.checked_pixels, self._encoded[list(rows)]["image"]
+        return stacked((step(self._decode(image)) for image in encoded), len(rows))
 
     def _kept(self, rows: Sequence[int], cache: PixelCache) -> Tensor:
         """Return the pixels of images; those that are not kept yet are decoded and kept."""
-        batch = torch.empty(len(rows), *cache.shape, dtype=cache.dtype)
-        missing = [place for place, row in enumerate(rows) if not cache.read(row, batch[place])]
+        batch, missing = cache.read(rows)
         if missing:
             decoded = self._decoded([rows[place] for place in missing])
             for place, pixels in zip(missing, decoded, strict=True):

@@ -14,18 +14,19 @@ import shutil
 import time
 import uuid
 import weakref
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
+import xxhash
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
+from hf_dash.utils.memory import empty_tensor
 
 logger = get_logger(__name__)
 
@@ -132,9 +133,9 @@ class PixelCache:
         >>> from hf_dash.data.pixel_cache import PixelCache
         >>> cache = PixelCache(count=2, shape=(1, 2, 2), dtype=torch.uint8)
         >>> cache.write(1, torch.full((1, 2, 2), 7, dtype=torch.uint8))
-        >>> pixels = torch.empty(1, 2, 2, dtype=torch.uint8)
-        >>> cache.read(0, pixels), cache.read(1, pixels), int(pixels.sum())
-        (False, True, 28)
+        >>> images, missing = cache.read([0, 1])
+        >>> missing, int(images[1].sum())
+        ([0], 28)
     """
 
     def __init__(
@@ -150,11 +151,19 @@ class PixelCache:
         if key is None:
             weakref.finalize(self, _remove, self.path, os.getpid())
 
-    def read(self, index: int, pixels: Tensor) -> bool:
-        """Copy an image into ``pixels``; False if it is not there as it was written."""
-        header, content = bytearray(HEADER), _bytes_of(pixels)
-        length = os.preadv(self._file.fileno(), [header, content], index * self._record)
-        return length == self._record and int.from_bytes(header, "little") == _checksum(content)
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Return images [images, *shape], and the places of those that are not as written."""
+        records = empty_tensor((len(indices), self._record), torch.uint8)
+        content, file = memoryview(records.view(-1).numpy()), self._file.fileno()
+        missing = []
+        for place, index in enumerate(indices):
+            record = content[place * self._record : (place + 1) * self._record]
+            length = os.preadv(file, [record], index * self._record)
+            header = int.from_bytes(record[:HEADER], "little")
+            if length < self._record or header != _checksum(record[HEADER:]):
+                missing.append(place)
+        pixels = records[:, HEADER:].view(self.dtype)
+        return pixels.unflatten(1, self.shape), missing
 
     def write(self, index: int, pixels: Tensor) -> None:
         """Keep an image; a full disk is said once, and the image is then decoded every time.
@@ -217,4 +226,4 @@ def _bytes_of(pixels: Tensor) -> memoryview:
 
 
 def _checksum(content: memoryview) -> int:
-    return 1 + zlib.crc32(content)
+    return xxhash.xxh3_64_intdigest(content) or 1

@@ -28,6 +28,7 @@ from hf_dash.data.examples import (
     JoinedExamples,
     Transform,
 )
+from hf_dash.data.image_batch import collate, collate_values
 from hf_dash.data.order import cut_arrivals
 from hf_dash.data.stamps import check_unchanged, joint_stamps
 from hf_dash.data.stream_loader import StreamLoader
@@ -253,7 +254,7 @@ def train_batches(
         batch_sampler=EvenBatchSampler(order, batch_size, num_processes),
         generator=generator,
         num_workers=num_workers,
-        # Workers that end with the epoch lose the images they have decoded.
+        collate_fn=collate,
         persistent_workers=num_workers > 0,
     )
 
@@ -343,4 +344,5 @@ def gradient_batches(
         )
     if round_.streams:
         return StreamGradientBatches(round_.streams, shares)
-    return DataLoader(round_.examples, batch_sampler=[list(share) for share in shares])
+    batches = [list(share) for share in shares]
+    return DataLoader(round_.examples, batch_sampler=batches, collate_fn=collate_values)
