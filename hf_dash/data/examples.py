@@ -224,7 +224,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
                     f" classes, got {list(label_ids)}"
                 )
             labels = torch.tensor(label_ids, dtype=torch.int64)[labels]
-        self._labels: list[int] = labels.tolist()
+        self._labels: np.ndarray = labels.numpy()
         self._cache: PixelCache | None = None
         self._keeps = in_memory and transform is not None and len(labels) > 0
         self._cache_key, self._budget = cache_key, budget
@@ -237,7 +237,8 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
     @property
     def labels(self) -> list[int]:
         """The label each example is trained with, in the model's indices."""
-        return self._labels
+        labels: list[int] = self._labels.tolist()
+        return labels
 
     @property
     def fingerprint(self) -> str:
@@ -260,7 +261,8 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         chosen = np.asarray(rows, dtype="<i8")
         part = copy.copy(self)
         part.dataset = self.dataset.select(chosen)
-        part._labels = np.array(self._labels, dtype=np.int64)[chosen].tolist()
+        part._encoded = undecoded(part.dataset)
+        part._labels = self._labels[chosen]
         part.flipped = np.flatnonzero(np.isin(chosen, self.flipped)).tolist()
         part._fingerprint = _part_of(self._fingerprint, chosen)
         part._cache, part._cache_key = None, _part_of(self._cache_key, chosen)
@@ -274,7 +276,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Return several examples; a ``DataLoader`` asks for a batch at once."""
-        labels = [self._labels[index] for index in indices]
+        labels = self._labels[list(indices)].tolist()
         pixels = self.pixels([index % len(self) for index in indices])
         normalize = self.normalize
         if not isinstance(pixels, Tensor):
