@@ -35,6 +35,7 @@ MAY_DIFFER = frozenset(
         "starts",
         "seeds",
         "num_rounds",
+        "num_parallel_starts",
         "export_start",
         "save_total_limit",
         "disable_tqdm",
@@ -57,7 +58,7 @@ MAY_DIFFER = frozenset(
 WORKERS_MATTER = ("augment", "streaming")
 
 # Not worth a record of their change.
-UNRECORDED = ("output_dir", "disable_tqdm")
+UNRECORDED = ("output_dir", "disable_tqdm", "num_parallel_starts")
 
 
 def free_settings(settings: Mapping[str, Any], may_differ: Collection[str]) -> set[str]:

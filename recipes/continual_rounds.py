@@ -45,6 +45,9 @@ class RunArguments:
     export_start: str | None = field(
         default=None, metadata={"help": "Start whose model is saved and pushed; the last."}
     )
+    num_parallel_starts: int = field(
+        default=1, metadata={"help": "Starts of a seed that train at once, a process each."}
+    )
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Keep the weights of the newest rounds only."}
     )
@@ -86,6 +89,7 @@ def main() -> None:
     groups = HfArgumentParser(classes).parse_args_into_dataclasses()
     hf_dash.utils.show_info()
     accelerator = Accelerator()
+    hf_dash.runs.check_parallel(groups[0].num_parallel_starts, accelerator)
     settings = hf_dash.runs.recorded_settings(*groups[:-1])
     with hf_dash.runs.open_run(groups[0].output_dir, settings) as history:
         compare(accelerator, history, *groups)
@@ -107,8 +111,8 @@ def compare(accelerator, history, run, source, data, training, dash, start_confi
         rounds = schedule.rounds(transform, label_noise=run.label_noise, noise_seed=seed)
         rounds = data.replay.rounds(rounds, seed)
         held_out = schedule.held_out_examples(transform)
-        for start in run.starts:
-            one = hf_dash.runs.Run(
+        runs = [
+            hf_dash.runs.Run(
                 start,
                 seed,
                 history,
@@ -121,6 +125,10 @@ def compare(accelerator, history, run, source, data, training, dash, start_confi
                 measure_memorization=run.measure_memorization,
                 checkpoint=checkpoint,
             )
+            for start in run.starts
+        ]
+        hf_dash.runs.run_starts(create, rounds, held_out, runs, run.num_parallel_starts)
+        for start, one in zip(run.starts, runs, strict=True):
             model = hf_dash.run_rounds(create(), rounds, held_out, hf_dash.find_start(start), one)
             if accelerator.is_main_process and (start, seed) == exported:
                 images = hf_dash.report.CardData(

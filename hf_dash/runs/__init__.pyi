@@ -6,6 +6,8 @@ from .comparison import compare_models as compare_models
 from .comparison import decide as decide
 from .continual import Run as Run
 from .continual import run_rounds as run_rounds
+from .parallel import check_parallel as check_parallel
+from .parallel import run_starts as run_starts
 from .promotion import HeldOut as HeldOut
 from .promotion import promote as promote
 from .promotion import rollback as rollback

@@ -33,9 +33,9 @@ from hf_dash.method.shrink import ShrinkReport
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.pretrained import Checkpoint
 from hf_dash.runs.round_files import check_finite, recorded_shrink, size_of
+from hf_dash.runs.start_folders import adopt_rounds, record_round, shared_first_round
 from hf_dash.runs.store import (
     find_trained,
-    finish_round,
     finished_round,
     load_optimizer_state,
     load_trained_,
@@ -57,6 +57,15 @@ from hf_dash.utils.files import check_free_space, check_output_dir
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+
+def has_every_round(start: Start) -> bool:
+    """Tell whether a start is called in the first round too."""
+    return bool(getattr(start, "every_round", False))
+
+
+# Starts whose first round follows from seed and data alone.
+ALIKE = frozenset(name for name, start in STARTS.items() if not has_every_round(start))
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def run_rounds(
     """
     model.to(run.accelerator.device)
     if run.output_dir is not None:
-        by_main(partial(_open, run.output_dir, run.history))
+        by_main(partial(_open, run.output_dir, run))
     _agree_on(run)
     parent, trained = run.parent, False
     kept: dict[str, Tensor] = {}
@@ -199,9 +208,10 @@ def run_rounds(
     return model
 
 
-def _open(output_dir: str | Path, history: History) -> None:
+def _open(output_dir: str | Path, run: Run) -> None:
     check_output_dir(output_dir)
-    recover(output_dir, history)
+    recover(output_dir, run.history)
+    adopt_rounds(output_dir, run.history, run.name, run.seed, run.save_total_limit)
 
 
 @dataclass(frozen=True)
@@ -244,15 +254,9 @@ def _first_round_of_another(task: _Task) -> RoundRecord | None:
     Without a start of its own a first round follows from seed and data alone.
     """
     run, round_ = task.run, task.round_
-    if round_.index > 1 or run.output_dir is None or getattr(task.start, "every_round", False):
+    if round_.index > 1 or run.output_dir is None or has_every_round(task.start):
         return None
-    for record in run.history.select(seed=run.seed):
-        name = record.start.partition("+")[0]
-        alike = name in STARTS and not getattr(STARTS[name], "every_round", False)
-        same = record.round_index == 1 and record.data_fingerprint == round_.fingerprint
-        if alike and same and (Path(run.output_dir) / record.folder).is_dir():
-            return record
-    return None
+    return shared_first_round(run.history, run.output_dir, ALIKE, run.seed, round_.fingerprint)
 
 
 def _take_over(
@@ -388,7 +392,7 @@ def _record(task: _Task, result: TrainingResult, report: ShrinkReport | None) ->
 def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tuple[Started, float]:
     """Call the start where the round has one, and time it; rows of new classes stay fresh."""
     run, round_ = task.run, task.round_
-    if round_.index == 1 and not getattr(task.start, "every_round", False):
+    if round_.index == 1 and not has_every_round(task.start):
         return Started(), 0.0
     synchronize(run.accelerator.device)
     started = time.perf_counter()
@@ -423,17 +427,7 @@ def _keep(
 
 def _finish(run: Run, record: RoundRecord) -> RoundRecord:
     """Let the main process finish and record a round; all get its history, or stop with it."""
-    history, output_dir = run.history, run.output_dir
-
-    def finish() -> RoundRecord:
-        history.note_changes()
-        whole = replace(record, previous=history.head)
-        if output_dir is not None:
-            whole = finish_round(output_dir, whole, history.settings)
-        history.append(whole)
-        return whole
-
-    record = by_main(finish)
+    record = by_main(partial(record_round, run.output_dir, run.history, record))
     _agree_on(run)
     if run.accelerator.is_main_process:
         logger.info(
@@ -442,9 +436,9 @@ def _finish(run: Run, record: RoundRecord) -> RoundRecord:
             *(f"{record.num_total:,}", f"{record.num_new:,}", 100 * record.accuracy),
             *(f"{record.steps:,}", record.seconds),
         )
-    if run.save_total_limit is not None and output_dir is not None:
-        own = history.select(run.name, run.seed)
-        prune_rounds(output_dir, own, run.save_total_limit, history.champion)
+    if run.save_total_limit is not None and run.output_dir is not None:
+        own = run.history.select(run.name, run.seed)
+        prune_rounds(run.output_dir, own, run.save_total_limit, run.history.champion)
     return record
 
 

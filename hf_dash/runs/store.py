@@ -279,7 +279,7 @@ def save_trained(
     if target.exists():
         raise ValueError(f"{target} is there already: a round is saved once")
     check_finite(model.state_dict())
-    aside, trained = _aside(target), _trained(target)
+    aside, trained = aside_of(target), trained_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def save(folder: Path) -> None:
@@ -345,7 +345,7 @@ def find_trained(
         origin: what the round would be trained on and from now: ``data_fingerprint``, ``parent``
             and ``parent_sha256``.
     """
-    trained = _trained(Path(output_dir) / folder)
+    trained = trained_of(Path(output_dir) / folder)
     if not (trained / TRAINED).is_file():
         return None
     try:
@@ -367,7 +367,7 @@ def load_trained_(
     Returns:
         The optimizer's state at the end of its training.
     """
-    folder = _trained(Path(output_dir) / record.folder)
+    folder = trained_of(Path(output_dir) / record.folder)
     model.get_submodule("timm_model").load_state_dict(load_file(folder / WEIGHTS))
     return _optimizer_state(folder, record)
 
@@ -387,7 +387,7 @@ def finish_round(
         OSError: it could not be written; the trained round is still kept aside.
     """
     target = Path(output_dir) / record.folder
-    trained = _trained(target)
+    trained = trained_of(target)
     try:
         write_history(trained / HISTORY, settings, [record])
         flush_folder(trained)
@@ -402,11 +402,13 @@ def finish_round(
     return record
 
 
-def _aside(target: Path) -> Path:
+def aside_of(target: Path) -> Path:
+    """Return where a folder is written before it is whole."""
     return target.with_name(f".{target.name}.tmp")
 
 
-def _trained(target: Path) -> Path:
+def trained_of(target: Path) -> Path:
+    """Return where a round is kept that is trained but not finished."""
     return target.with_name(f".{target.name}.trained")
 
 
