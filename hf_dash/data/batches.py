@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
 
-def even_sizes(num_examples: int, batch_size: int, num_processes: int = 1) -> list[int]:
+def even_sizes(
+    num_examples: int, batch_size: int, num_processes: int = 1, *, drop_last: bool = False
+) -> list[int]:
     """Return the sizes of an epoch's batches, all processes together.
 
     Args:
@@ -25,15 +27,23 @@ def even_sizes(num_examples: int, batch_size: int, num_processes: int = 1) -> li
         batch_size: the largest size, at least 1.
         num_processes: of whose number the number of batches is a multiple, if there are enough
             examples.
+        drop_last: make all batches of ``batch_size``, or one per process where there are fewer
+            examples, and leave out the rest.
 
     Returns:
-        Sizes that differ by at most one and add up to ``num_examples``.
+        Sizes that differ by at most one and add up to ``num_examples``; with ``drop_last`` one
+        size, whose sum may be less.
 
     Example:
         >>> from hf_dash.data.batches import even_sizes
         >>> even_sizes(13, 4), even_sizes(13, 4, num_processes=2)
         ([3, 3, 3, 4], [3, 3, 3, 4])
+        >>> even_sizes(13, 4, drop_last=True)
+        [4, 4, 4]
     """
+    if drop_last:
+        size = min(batch_size, num_examples // num_processes)
+        return [size] * (num_examples // (size * num_processes) * num_processes if size else 0)
     num_batches = num_processes * math.ceil(num_examples / (batch_size * num_processes))
     return cut_evenly(num_examples, min(num_batches, num_examples))
 
@@ -121,6 +131,7 @@ class EvenBatchSampler(BatchSampler):
         sampler: draws the order, and has a length.
         batch_size: the largest size, per process.
         num_processes: that share the batches.
+        drop_last: as for :func:`even_sizes`.
 
     Raises:
         ValueError: there are fewer examples than processes.
@@ -132,9 +143,16 @@ class EvenBatchSampler(BatchSampler):
         [[0, 1], [2, 3, 4]]
     """
 
-    def __init__(self, sampler: "Sampler[int]", batch_size: int, num_processes: int = 1) -> None:
+    def __init__(
+        self,
+        sampler: "Sampler[int]",
+        batch_size: int,
+        num_processes: int = 1,
+        *,
+        drop_last: bool = False,
+    ) -> None:
         self.sampler = sampler
-        self.drop_last = False
+        self.drop_last = False  # of what is drawn here nothing more is dropped
         # Accelerate takes a number here for the size of every batch and drops smaller ones.
         self.batch_size = None  # type: ignore[assignment]
         num_examples = len(sampler)  # type: ignore[arg-type]
@@ -142,7 +160,9 @@ class EvenBatchSampler(BatchSampler):
             raise ValueError(
                 f"num_processes is {num_processes}, but there are only {num_examples} examples"
             )
-        self.sizes: Sequence[int] = even_sizes(num_examples, batch_size, num_processes)
+        self.sizes: Sequence[int] = even_sizes(
+            num_examples, batch_size, num_processes, drop_last=drop_last
+        )
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -208,6 +208,7 @@ def train_batches(
     num_processes: int = 1,
     process_index: int = 0,
     buffer_size: int = 1000,
+    drop_last: bool = False,
 ) -> "DataLoader[dict[str, Any]] | StreamLoader":
     """Return shuffled training batches of old and new examples, their sizes differ by at most one.
 
@@ -223,6 +224,11 @@ def train_batches(
             the batches of all, and Accelerate gives each process its own.
         process_index: index of this process, for streams.
         buffer_size: for streams; see :class:`StreamLoader`.
+        drop_last: all batches have one size, and every epoch leaves out a rest of its own; see
+            :func:`~hf_dash.data.batches.even_sizes`. Not for streams.
+
+    Raises:
+        ValueError: ``drop_last`` is set and the round holds streams.
 
     Example:
         >>> import hf_dash
@@ -233,6 +239,8 @@ def train_batches(
         >>> batch["pixel_values"].shape, batch["labels"].shape
         (torch.Size([16, 3, 28, 28]), torch.Size([16]))
     """
+    if round_.streams and drop_last:
+        raise ValueError("drop_last must be False for streams")
     if round_.streams:
         return StreamLoader(
             round_.streams,
@@ -251,7 +259,7 @@ def train_batches(
     order = round_.order(seed, generator)
     return DataLoader(
         examples,
-        batch_sampler=EvenBatchSampler(order, batch_size, num_processes),
+        batch_sampler=EvenBatchSampler(order, batch_size, num_processes, drop_last=drop_last),
         generator=generator,
         num_workers=num_workers,
         collate_fn=collate,

@@ -18,12 +18,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_dash._version import library_versions
-from hf_dash.data.batches import balanced_weights
+from hf_dash.data.batches import balanced_weights, even_sizes
 from hf_dash.data.examples import ImageExamples, RandomCropFlip
 from hf_dash.data.rounds import Round, joint_fingerprint, train_batches
 from hf_dash.history import History, RoundRecord
@@ -63,6 +63,9 @@ def has_every_round(start: Start) -> bool:
     """Tell whether a start is called in the first round too."""
     return bool(getattr(start, "every_round", False))
 
+
+# Modes of torch.compile that record CUDA graphs.
+RECORDING = ("reduce-overhead", "max-autotune")
 
 # Starts whose first round follows from seed and data alone.
 ALIKE = frozenset(name for name, start in STARTS.items() if not has_every_round(start))
@@ -189,8 +192,9 @@ def run_rounds(
             model, _ = _with_classes_of(round_, model, run.seed)
             parent, trained = done, False
             continue
-        if run.training.on_device and round_.streams:
-            raise ValueError("on_device must be False for streams, which are read as they come")
+        for name in ("on_device", "drop_last"):
+            if getattr(run.training, name) and round_.streams:
+                raise ValueError(f"{name} must be False for streams, which are read as they come")
         if not trained:
             check_readable("held_out", held_out)
         if run.output_dir is not None and parent is not None:
@@ -288,11 +292,35 @@ def _batches(task: _Task, augment: RandomCropFlip | None) -> Any:
         "num_processes": accelerator.num_processes,
         "process_index": accelerator.process_index,
     }
+    if not task.round_.streams:
+        options["drop_last"] = training.drop_last
+        _tell_sizes(task)
     if training.on_device:
         device = accelerator.device
         return resident_batches(task.round_, training.train_batch_size, device=device, **options)
     workers = training.num_workers
     return train_batches(task.round_, training.train_batch_size, num_workers=workers, **options)
+
+
+def _tell_sizes(task: _Task) -> None:
+    """Say which images an epoch leaves out, or that a recorded step needs several shapes."""
+    training, accelerator, count = task.run.training, task.run.accelerator, task.round_.num_total
+    sizes = even_sizes(
+        count, training.train_batch_size, accelerator.num_processes, drop_last=training.drop_last
+    )
+    if not accelerator.is_main_process:
+        return
+    if sum(sizes) < count:
+        told = (count - sum(sizes), f"{count:,}", sizes[0])
+        logger.info("every epoch leaves out %d of %s images, for batches of %d", *told)
+    plugin = accelerator.state.dynamo_plugin
+    compiled = plugin.backend != DynamoBackend.NO and plugin.mode in RECORDING
+    if compiled and len(set(sizes)) > 1:
+        logger.warning(
+            "batches of %d and %d images: CUDA graphs are recorded for both; drop_last, or a"
+            " train_batch_size that divides every round, needs one",
+            *(min(sizes), max(sizes)),
+        )
 
 
 def _train_one(
@@ -383,7 +411,7 @@ def _record(task: _Task, result: TrainingResult, report: ShrinkReport | None) ->
         skipped=list(round_.skipped) or None,
         overlap=round_.overlap or None,
         replay=round_.replay,
-        images_read=result.epochs * round_.num_total + (report.num_images if report else 0),
+        images_read=result.images + (report.num_images if report else 0),
         versions=library_versions(),
         hardware=hardware(run.accelerator),
     )

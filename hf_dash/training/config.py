@@ -79,6 +79,9 @@ class TrainingConfig:
         on_device: keep the images of a round on the device, and cut, normalize and augment batches
             there; see :func:`~hf_dash.training.resident_batches`. Map-style images of one size
             only, without workers. Results are the same, but for other crops and flips.
+        drop_last: every batch has ``train_batch_size`` images, and an epoch leaves out the rest,
+            other images in each. A compiled step is then recorded as CUDA graphs for one shape, in
+            all rounds. Not for streams. A batch size that divides every round leaves out none.
         training_preset: ``"plain"`` (SGD, learning rate 1e-3, momentum 0.9, batches of 128, no
             decay, no augmentation, to 99.9 %; ``max_epochs`` is yours) or ``"sota"`` (learning rate
             0.1, momentum 0.9, decay 5e-4, batches of 128, augmentation, × 0.2 after 60, 120, 160
@@ -117,6 +120,7 @@ class TrainingConfig:
     class_weights: str | None = None
     channels_last: bool = False
     on_device: bool = False
+    drop_last: bool = False
     training_preset: TrainingPreset | None = None
 
     def __post_init__(self) -> None:
@@ -138,7 +142,7 @@ class TrainingConfig:
         check_class_weights(self.class_weights)
         self._check_kinds()
         self._check_ranges()
-        for name in ("disable_tqdm", "augment", "channels_last", "on_device"):
+        for name in ("disable_tqdm", "augment", "channels_last", "on_device", "drop_last"):
             check_flag(name, getattr(self, name))
 
         if self.on_device and self.num_workers:

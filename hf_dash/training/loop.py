@@ -46,6 +46,7 @@ class TrainingResult:
         seconds: duration.
         optimizer_state: what the optimizer kept, momentum for one, as tensors on the CPU by
             ``"<parameter name>::<entry>"``; a later ``train_round`` can continue with it.
+        images: trained on, of all epochs and processes.
 
     Example:
         >>> import hf_dash
@@ -59,6 +60,7 @@ class TrainingResult:
     converged: bool | None
     seconds: float
     optimizer_state: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    images: int = 0
 
 
 @dataclass
@@ -73,9 +75,10 @@ class _Training:
     sam_rho: float
     loss: WeightedLoss | None = None
 
-    def step(self, batch: Any) -> Any:
-        """Train on one batch; return the model's outputs at the weights before the step."""
-        outputs = self._backward(batch)
+    def step(self, batch: Any) -> Tensor:
+        """Train on one batch; return :func:`_totals` at the weights before the step."""
+        # Read at once: CUDA graphs write the outputs of the next pass over them.
+        totals = _totals(self._backward(batch), batch["labels"])
         if self.sam_rho > 0:
             with sharpest_point(self.model, self.sam_rho):
                 self.optimizer.zero_grad()
@@ -85,7 +88,7 @@ class _Training:
         if self.schedule is not None and not self.optimizer.step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad()
-        return outputs
+        return totals
 
     def _backward(self, batch: Any) -> Any:
         outputs = self.model(**batch)
@@ -95,18 +98,17 @@ class _Training:
         self.accelerator.backward(loss)
         return outputs
 
-    def epoch(self, batches: Iterable[Any], progress: "tqdm[Any]") -> tuple[float, int]:
-        """Train one epoch; return its running accuracy over all processes and the steps."""
+    def epoch(self, batches: Iterable[Any], progress: "tqdm[Any]") -> tuple[float, int, int]:
+        """Train one epoch; return its accuracy and images over all processes, and the steps."""
         self.model.train()
         device = self.accelerator.device
-        # Right answers, images, loss summed over images: read once an epoch, so no step waits.
+        # Read once an epoch, so no step waits.
         totals = torch.zeros(3, device=device)
         steps = 0
         for item in batches:
             # Prepared loaders have moved their batches already; then this does nothing.
             batch: Any = to_device(item, device)
-            outputs = self.step(batch)
-            totals += _totals(outputs, batch["labels"])
+            totals += self.step(batch)
             steps += 1
             progress.update()
         right, images, loss = self.accelerator.reduce(totals, reduction="sum").tolist()
@@ -117,7 +119,7 @@ class _Training:
             )
         if not loss - loss == 0:
             raise FloatingPointError(f"the training loss is not finite: {loss / images}")
-        return right / images, steps
+        return right / images, int(images), steps
 
 
 def train_round(
@@ -183,15 +185,15 @@ def train_round(
     goal = config.accuracy_threshold
     synchronize(accelerator.device)
     started = time.perf_counter()
-    epochs = steps = 0
+    epochs = steps = images = 0
     accuracy = 0.0
     hidden = config.disable_tqdm or not accelerator.is_main_process
     with tqdm(desc=description, unit=" steps", disable=hidden) as progress:
         while epochs < config.max_epochs and (goal is None or accuracy < goal):
             if set_epoch is not None:
                 set_epoch(epochs)
-            accuracy, epoch_steps = training.epoch(batches, progress)
-            epochs, steps = epochs + 1, steps + epoch_steps
+            accuracy, epoch_images, epoch_steps = training.epoch(batches, progress)
+            epochs, steps, images = epochs + 1, steps + epoch_steps, images + epoch_images
             progress.set_postfix(epoch=epochs, train_accuracy=f"{accuracy:.4f}")
     synchronize(accelerator.device)
     seconds = time.perf_counter() - started
@@ -203,7 +205,7 @@ def train_round(
     accelerator.free_memory()
     converged = None if goal is None else accuracy >= goal
     kept = kept_state(inner, plain_optimizer)
-    return TrainingResult(epochs, steps, accuracy, converged, seconds, kept)
+    return TrainingResult(epochs, steps, accuracy, converged, seconds, kept, images)
 
 
 def _length(batches: Iterable[Any]) -> int | None:
@@ -216,6 +218,7 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 @torch.no_grad()
 def _totals(outputs: Any, labels: Tensor) -> Tensor:
+    """Return the right answers, the images, and the loss summed over them."""
     right = (outputs.logits.argmax(dim=-1) == labels).sum()
     images = torch.full_like(right, labels.shape[0])
     return torch.stack([right.float(), images.float(), outputs.loss.float() * labels.shape[0]])

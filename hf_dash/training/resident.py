@@ -34,6 +34,8 @@ class ResidentBatches:
         num_processes: that share the batches; all must be given the same images and seed.
         process_index: index of this process.
         order: gives the order of an epoch; None draws it from ``seed``.
+        drop_last: all batches have ``batch_size`` images, and every epoch leaves out a rest of its
+            own; see :func:`~hf_dash.data.batches.even_sizes`.
 
     Raises:
         ValueError: ``augment`` does not fit the channels, or there are fewer examples than
@@ -60,6 +62,7 @@ class ResidentBatches:
         num_processes: int = 1,
         process_index: int = 0,
         order: "Callable[[torch.Generator], Sampler[int]] | None" = None,
+        drop_last: bool = False,
     ) -> None:
         if augment is not None and len(augment.fill) != pixels.shape[1]:
             raise ValueError(
@@ -75,7 +78,7 @@ class ResidentBatches:
         sampler: Sampler[int] = RandomSampler(range(len(labels)), generator=self._generator)
         if order is not None:
             sampler = order(self._generator)
-        self._sampler = EvenBatchSampler(sampler, batch_size, num_processes)
+        self._sampler = EvenBatchSampler(sampler, batch_size, num_processes, drop_last=drop_last)
 
     def __len__(self) -> int:
         return len(self._sampler) // self.num_processes
@@ -138,12 +141,14 @@ def resident_batches(
     device: torch.device | str = "cpu",
     num_processes: int = 1,
     process_index: int = 0,
+    drop_last: bool = False,
 ) -> ResidentBatches:
     """Decode the images of a round, old and new, and keep them on a device.
 
     Args:
         round_: of map-style images of one size.
-        batch_size, seed, augment, num_processes, process_index: see :class:`ResidentBatches`.
+        batch_size, seed, augment, num_processes, process_index, drop_last: see
+            :class:`ResidentBatches`.
         device: where the images stay.
 
     Raises:
@@ -177,4 +182,5 @@ def resident_batches(
         num_processes=num_processes,
         process_index=process_index,
         order=partial(round_.order, seed),
+        drop_last=drop_last,
     )

@@ -24,6 +24,22 @@ def test_sizes_worked_out_by_hand(num_examples, batch_size, num_processes, sizes
     assert even_sizes(num_examples, batch_size, num_processes) == sizes
 
 
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "num_processes", "sizes"),
+    [
+        (12, 4, 1, [4, 4, 4]),
+        (13, 4, 1, [4, 4, 4]),
+        (3, 4, 1, [3]),
+        (13, 4, 2, [4, 4]),
+        (21, 4, 2, [4, 4, 4, 4]),
+        (5, 4, 2, [2, 2]),
+        (0, 4, 1, []),
+    ],
+)
+def test_one_size_worked_out_by_hand(num_examples, batch_size, num_processes, sizes):
+    assert even_sizes(num_examples, batch_size, num_processes, drop_last=True) == sizes
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_sizes_differ_by_one_and_nothing_is_lost(num_processes):
     for num_examples in range(num_processes, 80):

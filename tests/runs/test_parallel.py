@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from children import CONTEXT
 from helpers import heard, same_state, state_of
@@ -23,7 +24,7 @@ def outcome(history):
     """What must not depend on how the starts were trained, in the order of the history."""
     told = ("start_seconds", "train_seconds", "previous", "shrink")
     return [
-        replace(record, **{name: 0.0 for name in told[:2]}, previous=None, shrink=None)
+        replace(record, **dict.fromkeys(told[:2], 0.0), previous=None, shrink=None)
         for record in history.records
     ]
 
@@ -42,31 +43,38 @@ def folders(output_dir):
     )
 
 
-@pytest.fixture
-def one_after_the_other(two_rounds, accelerator, tmp_path):
-    history, model = train(tmp_path / "one", two_rounds, accelerator, 1)
-    return history, state_of(model)
+@pytest.fixture(scope="module")
+def rounds(digits, tmp_path_factory):
+    """Two rounds of 60 digits each."""
+    arrived = hf_dash.data.in_arrival_order(digits, seed=0, num_examples=120)
+    transform = hf_dash.models.image_transform(Create(tmp_path_factory.mktemp("orders"))())
+    return list(hf_dash.data.cut_rounds(arrived, 2, transform, in_memory=True))
 
 
-def test_the_result_is_that_of_one_after_the_other(
-    one_after_the_other, two_rounds, accelerator, tmp_path
-):
-    history, model = train(tmp_path / "both", two_rounds, accelerator, 3)
-    expected, weights = one_after_the_other
+@pytest.fixture(scope="module")
+def alone(rounds, tmp_path_factory):
+    """The same starts one after the other: history, last weights, and the names of all files."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    history, model = train(folder, rounds, Accelerator(cpu=True), 1)
+    return SimpleNamespace(history=history, weights=state_of(model), files=folders(folder))
+
+
+def test_the_result_is_that_of_one_after_the_other(alone, rounds, accelerator, tmp_path):
+    history, model = train(tmp_path / "both", rounds, accelerator, 3)
     assert [(r.start, r.round_index) for r in history.records] == [
         (name, index) for name in NAMES for index in (1, 2)
     ]
-    assert outcome(history) == outcome(expected)
-    assert shrinks(history) == shrinks(expected)
-    assert same_state(state_of(model), weights)
-    assert folders(tmp_path / "both") == folders(tmp_path / "one")
-    assert outcome(read_history(tmp_path / "both" / HISTORY)) == outcome(expected)
+    assert outcome(history) == outcome(alone.history)
+    assert shrinks(history) == shrinks(alone.history)
+    assert same_state(state_of(model), alone.weights)
+    assert folders(tmp_path / "both") == alone.files
+    assert outcome(read_history(tmp_path / "both" / HISTORY)) == outcome(alone.history)
     for record in history.records:
         found = read_history(tmp_path / "both" / record.folder / HISTORY)
         assert found.records[0].previous == record.previous
 
 
-def test_the_first_round_is_trained_once(two_rounds, accelerator, tmp_path, monkeypatch):
+def test_the_first_round_is_trained_once(rounds, accelerator, tmp_path, monkeypatch):
     trained = []
 
     def counted(*args, **options):
@@ -75,7 +83,7 @@ def test_the_first_round_is_trained_once(two_rounds, accelerator, tmp_path, monk
 
     original = hf_dash.training.train_round
     monkeypatch.setattr("hf_dash.runs.continual.train_round", counted)
-    history, _ = train(tmp_path / "run", two_rounds, accelerator, 2, ("cold", "dash", "fire"))
+    history, _ = train(tmp_path / "run", rounds, accelerator, 2, ("cold", "dash", "fire"))
     # By this process; those of the starts train their second rounds.
     assert trained == ["cold round 1"]
     first = [r for r in history.records if r.round_index == 1]
@@ -83,19 +91,19 @@ def test_the_first_round_is_trained_once(two_rounds, accelerator, tmp_path, monk
 
 
 def test_one_that_fails_leaves_the_others_and_the_same_call_continues(
-    one_after_the_other, two_rounds, accelerator, tmp_path
+    alone, rounds, accelerator, tmp_path
 ):
     (tmp_path / "cold").write_text("no room for cold")
     (tmp_path / "dash").write_text("killed")
     folder = tmp_path / "run"
     with heard() as messages, pytest.raises(RuntimeError) as raised:
-        train(folder, two_rounds, accelerator, 4)
+        train(folder, rounds, accelerator, 4)
     assert "OSError: no room for cold" in str(raised.value)
     assert f"dash: its process ended with exit code {-signal.SIGKILL}" in str(raised.value)
     assert any("cold has failed: OSError: no room for cold" in message for message in messages)
     own = {path.name: read_history(path / HISTORY) for path in (folder / "starts").iterdir()}
-    rounds = {name: [r.round_index for r in history.records] for name, history in own.items()}
-    assert rounds == {
+    indices = {name: [r.round_index for r in history.records] for name, history in own.items()}
+    assert indices == {
         "l2_init_seed0": [1, 2],
         "cold_seed0": [1],
         "dash_seed0": [1],
@@ -107,36 +115,34 @@ def test_one_that_fails_leaves_the_others_and_the_same_call_continues(
 
     (tmp_path / "cold").unlink()
     (tmp_path / "dash").unlink()
-    history, _ = train(folder, two_rounds, accelerator, 4)
-    assert outcome(history) == outcome(one_after_the_other[0])
+    history, _ = train(folder, rounds, accelerator, 4)
+    assert outcome(history) == outcome(alone.history)
     assert [r.train_seconds for r in history.select("l2_init")] == [r.train_seconds for r in before]
 
 
 def test_one_after_the_other_continues_what_was_begun_side_by_side(
-    one_after_the_other, two_rounds, accelerator, tmp_path, monkeypatch
+    alone, rounds, accelerator, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cold: stopped"):
-        patch.setattr(parallel, "_run_processes", lambda task, names, at_once: {"cold": "stopped"})
-        train(tmp_path / "run", two_rounds, accelerator, 2)
+    monkeypatch.setattr(parallel, "_run_processes", lambda *given: {"cold": "stopped"})
+    with pytest.raises(RuntimeError, match="cold: stopped"):
+        train(tmp_path / "run", rounds, accelerator, 2)
     assert len(list((tmp_path / "run" / "starts").iterdir())) == len(NAMES)
-    history, _ = train(tmp_path / "run", two_rounds, accelerator, 1)
-    assert outcome(history) == outcome(one_after_the_other[0])
-    assert folders(tmp_path / "run") == folders(tmp_path / "one")
+    history, _ = train(tmp_path / "run", rounds, accelerator, 1)
+    assert outcome(history) == outcome(alone.history)
+    assert folders(tmp_path / "run") == alone.files
 
 
-def test_what_arrives_later_is_trained_side_by_side_too(
-    one_after_the_other, two_rounds, accelerator, tmp_path
-):
-    train(tmp_path / "run", two_rounds[:1], accelerator, 1, save_total_limit=1)
-    history, _ = train(tmp_path / "run", two_rounds, accelerator, 4, save_total_limit=1)
+def test_what_arrives_later_is_trained_side_by_side_too(alone, rounds, accelerator, tmp_path):
+    train(tmp_path / "run", rounds[:1], accelerator, 1, save_total_limit=1)
+    history, _ = train(tmp_path / "run", rounds, accelerator, 4, save_total_limit=1)
     key = lambda record: (record.start, record.round_index)  # noqa: E731
-    expected = sorted(outcome(one_after_the_other[0]), key=key)
+    expected = sorted(outcome(alone.history), key=key)
     assert sorted(outcome(history), key=key) == expected
     kept = [path.name for path in (tmp_path / "run" / "rounds").glob("*/*")]
     assert sorted(kept) == sorted(f"{name}_seed0" for name in NAMES)
 
 
-def test_an_interrupt_stops_every_process(two_rounds, accelerator, tmp_path, monkeypatch):
+def test_an_interrupt_stops_every_process(rounds, accelerator, tmp_path, monkeypatch):
     stopped = []
 
     class Endless:
@@ -160,9 +166,7 @@ def test_an_interrupt_stops_every_process(two_rounds, accelerator, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_killed_with_all_its_processes_it_continues(
-    one_after_the_other, two_rounds, accelerator, tmp_path
-):
+def test_killed_with_all_its_processes_it_continues(alone, rounds, accelerator, tmp_path):
     arrived = hf_dash.data.in_arrival_order(hf_dash.load_images("digits"), seed=0, num_examples=120)
     folder = tmp_path / "run"
     process = CONTEXT.Process(target=run, args=(str(folder), arrived, 2))
@@ -173,14 +177,14 @@ def test_killed_with_all_its_processes_it_continues(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     # The starts' own processes end with it, or their folders would stay in use.
-    history, _ = train(folder, two_rounds, accelerator, 4)
-    assert outcome(history) == outcome(one_after_the_other[0])
+    history, _ = train(folder, rounds, accelerator, 4)
+    assert outcome(history) == outcome(alone.history)
 
 
-def test_bad_input_is_refused_before_anything_is_trained(two_rounds, accelerator, tmp_path):
+def test_bad_input_is_refused_before_anything_is_trained(rounds, accelerator, tmp_path):
     history = hf_dash.History(tmp_path / "run" / HISTORY, {})
     runs, create = runs_of(history, accelerator), Create(tmp_path)
-    given = (two_rounds, two_rounds[0].new)
+    given = (rounds, rounds[0].new)
 
     def refused(kind, message, runs=runs, create=create, number=2):
         with pytest.raises(kind, match=message):
@@ -202,12 +206,12 @@ def test_bad_input_is_refused_before_anything_is_trained(two_rounds, accelerator
     hf_dash.runs.check_parallel(1, several)
 
 
-def test_a_process_gets_what_this_one_is_set_to(two_rounds, accelerator, tmp_path):
+def test_a_process_gets_what_this_one_is_set_to(rounds, accelerator, tmp_path):
     history = hf_dash.History(tmp_path / HISTORY, {"lam": 0.3})
-    task = parallel._Task.of(Create(tmp_path), two_rounds, None, runs_of(history, accelerator))
+    task = parallel._Task.of(Create(tmp_path), rounds, None, runs_of(history, accelerator))
     assert (task.cpu, task.mixed_precision, task.folder) == (True, "no", os.getcwd())
     _, rounds, _, runs = pickle.loads(task.content)
-    assert [r.fingerprint for r in rounds] == [r.fingerprint for r in two_rounds]
+    assert [r.fingerprint for r in rounds] == [r.fingerprint for r in rounds]
     # One file of decoded images, whoever reads it.
-    assert rounds[0].new._cache.path == two_rounds[0].new._cache.path
+    assert rounds[0].new._cache.path == rounds[0].new._cache.path
     assert [run.name for run in runs] == list(NAMES)

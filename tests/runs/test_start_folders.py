@@ -125,5 +125,5 @@ def test_damage_is_refused(run, trained):
 
 def test_other_settings_are_refused(run, trained):
     other = hf_dash.History(None, {"lam": 0.1})
-    with pytest.raises(ValueError, match="lam was 0.3, is 0.1"):
+    with pytest.raises(ValueError, match=r"lam was 0\.3, is 0\.1"):
         adopt_rounds(run.path.parent, other, "warm", 0)

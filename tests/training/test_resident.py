@@ -1,12 +1,13 @@
 """Batches of images that stay on the device, against the loader's."""
 
 import copy
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DynamoBackend
-from helpers import same_state, state_of
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from helpers import heard, same_state, state_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as vision
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_dash
 from hf_dash.data import RandomCropFlip, train_batches
+from hf_dash.runs.continual import _Task, _tell_sizes
 from hf_dash.training import ResidentBatches, resident_batches, train_round
 from hf_dash.training.resident import crop_and_flip
 
@@ -33,6 +35,20 @@ def test_batches_equal_the_loaders_in_every_epoch(two_rounds):
         pairs = list(zip(loader, resident, strict=True))
         assert len(pairs) == 3
         assert all(equal(*pair) for pair in pairs)
+
+
+def test_batches_of_one_size_leave_out_others_in_every_epoch(two_rounds):
+    loader = train_batches(two_rounds[1], 50, seed=3, drop_last=True)
+    resident = resident_batches(two_rounds[1], 50, seed=3, drop_last=True)
+    assert len(resident) == len(loader) == 2
+    left_out = set()
+    for _ in range(3):
+        pairs = list(zip(loader, resident, strict=True))
+        assert all(equal(*pair) for pair in pairs)
+        assert [len(batch["labels"]) for _, batch in pairs] == [50, 50]
+        images = torch.cat([batch["pixel_values"] for _, batch in pairs]).flatten(1)
+        left_out.add(float(images.sum(dtype=torch.float64)))
+    assert len(left_out) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"channels_last": True, "sam_rho": 0.1}])
@@ -131,8 +147,10 @@ def test_no_step_reads_a_number_from_the_device(two_rounds, accelerator, penalty
     assert counts[1] - counts[0] == (0 if penalty is None else 4)  # one a step, if a penalty reads
 
 
+# Anew for the second size of batches, then for no size and no model; of one size, once.
 @pytest.mark.slow
-def test_compiled_once_for_all_rounds(two_rounds, accelerator, monkeypatch):
+@pytest.mark.parametrize(("drop_last", "times"), [(False, 2), (True, 1)])
+def test_compiled_once_for_all_rounds(two_rounds, accelerator, monkeypatch, drop_last, times):
     graphs = []
 
     def backend(graph, inputs):
@@ -149,14 +167,14 @@ def test_compiled_once_for_all_rounds(two_rounds, accelerator, monkeypatch):
         monkeypatch.setattr(accelerator.state, "dynamo_plugin", dynamo)
         for round_ in (*two_rounds, *two_rounds):
             model = Small(seed=len(found) % 4)
-            batches = resident_batches(round_, 45, seed=1)  # 2 of 30, 3 of 40
+            # 2 of 30 and 3 of 40 images, or 1 and 2 of 45.
+            batches = resident_batches(round_, 45, seed=1, drop_last=drop_last)
             config = hf_dash.TrainingConfig(max_epochs=1, disable_tqdm=True)
             train_round(model, batches, config, accelerator)
             found.append((state_of(model), len(graphs)))
     for plain, compiled in zip(found[:4], found[4:], strict=True):
         assert same_state(plain[0], compiled[0])
-    # Anew for the second size of batches, then for no size and no model.
-    assert found[-1][1] == found[5][1] == 2 * found[4][1]
+    assert found[-1][1] == found[5][1] == times * found[4][1]
 
 
 def test_a_run_trains_on_the_device(two_rounds, small_model, accelerator):
@@ -171,19 +189,58 @@ def test_a_run_trains_on_the_device(two_rounds, small_model, accelerator):
     assert same_state(*found)
 
 
-def test_streams_are_refused_before_the_start(small_model, accelerator, two_rounds):
-    config = hf_dash.TrainingConfig(on_device=True)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_run_leaves_out_the_rest_and_says_so(two_rounds, small_model, accelerator, on_device):
+    config = hf_dash.TrainingConfig(
+        max_epochs=2, disable_tqdm=True, train_batch_size=25, drop_last=True, on_device=on_device
+    )
+    history = hf_dash.History(None, {})
+    run = hf_dash.runs.Run("warm", 0, history, accelerator, training=config)
+    with heard() as messages:
+        hf_dash.run_rounds(
+            small_model, two_rounds, two_rounds[0].new, hf_dash.find_start("warm"), run
+        )
+    assert [(r.steps, r.images_read) for r in history.records] == [(4, 100), (8, 200)]
+    assert "every epoch leaves out 10 of 60 images, for batches of 25" in messages
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "drop_last", "told"),
+    [
+        ("reduce-overhead", 7, False, ["batches of 6 and 7 images"]),
+        ("reduce-overhead", 7, True, []),
+        ("reduce-overhead", 20, False, []),
+        ("default", 7, False, []),
+    ],
+)
+def test_two_sizes_of_recorded_graphs_are_told(
+    two_rounds, accelerator, monkeypatch, mode, size, drop_last, told
+):
+    plugin = TorchDynamoPlugin(backend="eager", mode=mode)
+    monkeypatch.setattr(accelerator.state, "dynamo_plugin", plugin)
+    config = hf_dash.TrainingConfig(train_batch_size=size, drop_last=drop_last)
+    run = hf_dash.runs.Run("warm", 0, hf_dash.History(None, {}), accelerator, training=config)
+    with heard(logging.WARNING) as messages:
+        _tell_sizes(_Task(run, None, None, two_rounds[0], 0))
+    assert [message.partition(":")[0] for message in messages] == told
+
+
+@pytest.mark.parametrize("name", ["on_device", "drop_last"])
+def test_streams_are_refused_before_the_start(small_model, accelerator, two_rounds, name):
+    config = hf_dash.TrainingConfig(**{name: True})
     run = hf_dash.runs.Run("warm", 0, hf_dash.History(None, {}), accelerator, training=config)
     transform = hf_dash.models.image_transform(small_model)
     stream = hf_dash.data.StreamedImages(
         two_rounds[0].new.dataset.to_iterable_dataset(), transform, num_examples=60
     )
     before = state_of(small_model)
-    with pytest.raises(ValueError, match="on_device must be False for streams"):
+    with pytest.raises(ValueError, match=f"{name} must be False for streams"):
         hf_dash.run_rounds(
             small_model, [hf_dash.Round(1, (stream,))], None, hf_dash.STARTS["warm"], run
         )
     assert same_state(before, state_of(small_model))
+    with pytest.raises(ValueError, match="drop_last must be False for streams"):
+        train_batches(hf_dash.Round(1, (stream,)), 30, seed=0, drop_last=True)
 
 
 def test_bad_input_is_refused(two_rounds):
