@@ -157,7 +157,7 @@ class _Task:
             replace(
                 run,
                 history=History(None, run.history.settings, may_differ=run.history.may_differ),
-                accelerator=None,  # type: ignore[arg-type]
+                accelerator=None,
                 training=replace(run.training, disable_tqdm=True),
             )
             for run in runs
@@ -269,7 +269,7 @@ class _Process:
     """A start in a process of its own."""
 
     def __init__(self, task: _Task, name: str) -> None:
-        context = multiprocessing.get_context(_METHOD)
+        context: Any = multiprocessing.get_context(_METHOD)
         self.name = name
         self._errors, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_go, args=(task, name, sender), name=name)

@@ -1,7 +1,7 @@
 """What the shrink costs, side by side in one run, on timm's ResNet-18 at 32×32.
 
 Launch:  accelerate launch recipes/benchmarks/shrink_pass.py
-         accelerate launch recipes/benchmarks/shrink_pass.py --dtype bfloat16 --channels_last
+         accelerate launch recipes/benchmarks/shrink_pass.py --dtype bfloat16 --time_limit 60
 
 (a) bare forward and backward over the minibatches our pass reads; (b) our pass and shrink; (c) the
 pass over all data as published, on a deep copy; (d) DASH-pytorch where it is installed, over all
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import timm
@@ -34,6 +36,9 @@ class Arguments:
     batch_size: int = 128
     dtype: str = "float32"
     channels_last: bool = False
+    time_limit: float = field(
+        default=float("inf"), metadata={"help": "Begin no more after so many seconds."}
+    )
     peak_of: str | None = field(default=None, metadata={"help": "Used by the recipe itself."})
 
 
@@ -70,14 +75,6 @@ def bare(model, batches):
         model.zero_grad()
 
 
-def ours(model, batches):
-    hf_dash.dash_shrink_(model, batches, loss_of, disable_tqdm=True)
-
-
-def published(model, batches):
-    published_pass_(model, batches, loss_of)
-
-
 def dash_pytorch(model, batches):
     from DASH.DASH import AdamW
 
@@ -89,7 +86,9 @@ def dash_pytorch(model, batches):
     optimizer.shrink_params()
 
 
-WAYS = {"dropped": dropped, "a": bare, "b": ours, "c": published, "d": dash_pytorch}
+WAYS = {"dropped": dropped, "a": bare, "d": dash_pytorch}
+WAYS["b"] = partial(hf_dash.dash_shrink_, loss_fn=loss_of, disable_tqdm=True)
+WAYS["c"] = partial(published_pass_, loss_fn=loss_of)
 
 
 def seconds(way, args, images):
@@ -120,29 +119,30 @@ def peak(way, args):
     command += ["--channels_last"] if args.channels_last else []
     # Large blocks go back to the system at once, so that the peak is of what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return int(subprocess.check_output(command, env=environment, text=True).split()[-1])
 
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if args.peak_of is not None:
         return own_peak(args)
-    ways = ["a", "b", "c", "d"] if importlib.util.find_spec("DASH") else ["a", "b", "c"]
-    rows = []
-    for rounds in args.rounds:
+    ways = [way for way in "abcd" if way != "d" or importlib.util.find_spec("DASH")]
+    rows, until = [], time.monotonic() + args.time_limit
+    for rounds in takewhile(lambda _: not rows or time.monotonic() < until, args.rounds):
+        left = takewhile(lambda n: n == 0 or time.monotonic() < until, range(args.repeats))
         # In turn, so that whatever else the machine does hits all of them.
-        runs = [{w: seconds(w, args, 1000 * rounds) for w in ways} for _ in range(args.repeats)]
+        runs = [{w: seconds(w, args, 1000 * rounds) for w in ways} for _ in left]
         times = [f"{statistics.median(run[way] for run in runs):.2f} s" for way in ways]
         ratios = sorted(run["b"] / run["a"] for run in runs)
         saved = statistics.median(run["c"] / run["b"] for run in runs)
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} … {ratios[-1]:.3f})"
-        rows.append([f"{rounds} × 1,000", *times, spread, f"1/{saved:.1f}"])
-    model, _ = prepare(args, 1)
-    size, base = sum(p.nbytes for p in model.parameters()), peak("dropped", args)
-    extra = (f"{(peak(way, args) - base) / size:.2f}" for way in ways)
-    rows.append(["extra memory / parameters", *extra, "", ""])
-    header = ["", *(f"({way})" for way in ways), "b / a", "b / c"]
+        rows.append([f"{rounds} × 1,000 ({len(runs)})", *times, spread, f"1/{saved:.1f}"])
+    if time.monotonic() < until:
+        model, _ = prepare(args, 1)
+        size, base = sum(p.nbytes for p in model.parameters()), peak("dropped", args)
+        extra = (f"{(peak(way, args) - base) / size:.2f}" for way in ways)
+        rows.append(["extra memory / parameters", *extra, "", ""])
+    header = ["images (repeats)", *(f"({way})" for way in ways), "b / a", "b / c"]
     print(hf_dash.report.markdown_table(header, rows))
 
 

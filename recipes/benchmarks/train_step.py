@@ -4,16 +4,19 @@ Launch:  accelerate launch recipes/benchmarks/train_step.py
          accelerate launch recipes/benchmarks/train_step.py --model test_resnet --mode default
 
 (a) a bare PyTorch loop over images on the device; (b) hf_dash with ``on_device``; (c) the same,
-compiled; (d) hf_dash with its loader; (e) transformers' Trainer. Images are random, of 32 pixels.
+compiled; (d) hf_dash with its loader; (e) transformers' Trainer. Images are random.
 The ways take turns, each for some epochs, of which the first is not timed: it compiles. On the CPU
 seconds are those that this process computes, on an accelerator those of the clock. Medians over
-the repeats, after one that is not counted.
+the repeats, after one that is not counted; after ``--time_limit`` seconds it begins no more.
 """
 
+import math
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 import hf_dash
 
+QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+
 
 @dataclass
 class Arguments:
@@ -32,6 +37,11 @@ class Arguments:
     batch_size: int = 128
     epochs: int = 3
     repeats: int = 5
+    image_size: int = 32
+    channels_last: bool = False
+    time_limit: float = field(
+        default=math.inf, metadata={"help": "Begin no more after so many seconds."}
+    )
     mode: str = field(default="reduce-overhead", metadata={"help": "torch.compile's; '' skips it"})
 
 
@@ -42,26 +52,21 @@ def clock(device):
     return time.perf_counter()
 
 
-class Clocked:
-    """Batches that note how many seconds every epoch took."""
+class Clocked(TrainerCallback):
+    """Notes how many seconds every epoch took, of batches or of a Trainer."""
 
-    def __init__(self, batches, device):
-        self.batches, self.device, self.seconds = batches, device, []
+    def __init__(self, device, batches=()):
+        self.device, self.batches, self.seconds = device, batches, []
 
     def __iter__(self):
-        begun = clock(self.device)
+        self.on_epoch_begin()
         yield from self.batches
-        self.seconds.append(clock(self.device) - begun)
+        self.on_epoch_end()
 
-
-class Epochs(TrainerCallback):
-    def __init__(self, device):
-        self.device, self.seconds = device, []
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, *args, **kwargs):
         self.begun = clock(self.device)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, *args, **kwargs):
         self.seconds.append(clock(self.device) - self.begun)
 
 
@@ -71,7 +76,7 @@ def resident(own, round_, device):
 
 def bare(own, model, round_, accelerator):
     device = accelerator.device
-    batches = Clocked(resident(own, round_, device), device)
+    batches = Clocked(device, resident(own, round_, device))
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.SGD(model.to(device).parameters(), 0.01, momentum=0.9, fused=fused)
     model.train()
@@ -88,29 +93,20 @@ def bare(own, model, round_, accelerator):
 def ours(own, model, round_, accelerator, *, on_device=True, mode=None):
     device = accelerator.device
     loader = hf_dash.data.train_batches(round_, own.batch_size, seed=0)
-    batches = Clocked(resident(own, round_, device) if on_device else loader, device)
-    config = hf_dash.TrainingConfig(0.01, max_epochs=own.epochs, disable_tqdm=True)
-    plain = accelerator.state.dynamo_plugin
-    if mode is not None:
-        accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", mode=mode)
+    batches = Clocked(device, resident(own, round_, device) if on_device else loader)
+    settings = {"learning_rate": 0.01, "disable_tqdm": True, "channels_last": own.channels_last}
+    config = hf_dash.TrainingConfig(max_epochs=own.epochs, **settings)
+    backend = "no" if mode is None else "inductor"
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=backend, mode=mode)
     hf_dash.training.train_round(model, batches, config, accelerator)
-    accelerator.state.dynamo_plugin = plain
     return batches.seconds
 
 
 def trainer(own, model, round_, accelerator):
-    epochs = Epochs(accelerator.device)
+    epochs = Clocked(accelerator.device)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            num_train_epochs=own.epochs,
-            per_device_train_batch_size=own.batch_size,
-            optim="sgd",
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
+        sizes = {"num_train_epochs": own.epochs, "per_device_train_batch_size": own.batch_size}
+        args = TrainingArguments(folder, optim="sgd", **sizes, **QUIET)
         Trainer(model, args, train_dataset=round_.examples, callbacks=[epochs]).train()
     return epochs.seconds
 
@@ -118,12 +114,15 @@ def trainer(own, model, round_, accelerator):
 def main():
     own = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
     accelerator = Accelerator()
-    shape, names = (own.num_examples, 32, 32, 3), [str(number) for number in range(10)]
+    size, names = own.image_size, [str(number) for number in range(10)]
+    shape = (own.num_examples, size, size, 3)
     pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
     rows = {"image": list(pixels), "label": [i % 10 for i in range(own.num_examples)]}
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     images = Dataset.from_dict(rows, features=features)
-    make = lambda: hf_dash.create_model(own.model, label_names=names, image_size=32)  # noqa: E731
+    layout = torch.channels_last if own.channels_last else torch.contiguous_format
+    create = partial(hf_dash.create_model, own.model, label_names=names, image_size=size)
+    make = lambda: create().to(memory_format=layout)  # noqa: E731
     transform = hf_dash.models.image_transform(make())
     (round_,) = hf_dash.data.cut_rounds(images, 1, transform, in_memory=True)
     ways = {"(a) bare loop": bare, "(b) on_device": ours}
@@ -132,11 +131,12 @@ def main():
     ways["(d) loader"] = lambda *given: ours(*given, on_device=False)
     ways["(e) Trainer"] = trainer
     runs = []
-    for _ in range(own.repeats + 1):
+    until = time.monotonic() + own.time_limit
+    for _ in takewhile(lambda n: n < 2 or time.monotonic() < until, range(own.repeats + 1)):
         seconds = {name: way(own, make(), round_, accelerator) for name, way in ways.items()}
         runs.append({name: sum(each[1:]) / len(each[1:]) for name, each in seconds.items()})
         print({name: round(each, 3) for name, each in runs[-1].items()}, flush=True)
-    steps, table = -(-own.num_examples // own.batch_size), []
+    steps, table = math.ceil(own.num_examples / own.batch_size), []
     for name in ways:
         ratios = sorted(run[name] / run["(a) bare loop"] for run in runs[1:])
         a_step = 1000 * statistics.median(run[name] for run in runs[1:]) / steps
