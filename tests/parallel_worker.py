@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import hf_dash
 
-NAMES = ("l2_init", "cold", "dash", "shrink_perturb+perturb_lam=0.5")
+NAMES = ("l2_init", "cold", "dash+alpha=0.5")
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Create:
 
 
 def runs_of(history, accelerator, names=NAMES, **options):
-    training = hf_dash.TrainingConfig(max_epochs=1, train_batch_size=30, disable_tqdm=True)
+    training = hf_dash.TrainingConfig(max_epochs=1, train_batch_size=10, disable_tqdm=True)
     return [
         hf_dash.runs.Run(
             name,
             0,
             history,
             accelerator,
-            dash=hf_dash.DashConfig(gradient_batch_size=30),
+            dash=hf_dash.DashConfig(gradient_batch_size=10),
             training=training,
             output_dir=history.path.parent,
             **options,

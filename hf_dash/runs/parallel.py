@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,7 @@ class _Task:
     threads: int
     log_level: int
     folder: str
+    environment: dict[str, str] = field(repr=False)
 
     @classmethod
     def of(
@@ -178,10 +179,12 @@ class _Task:
             threads=torch.get_num_threads(),
             log_level=get_logger("hf_dash").level,
             folder=os.getcwd(),
+            environment=dict(os.environ),
         )
 
     def train(self, name: str) -> None:
         """Take the start of that name through all rounds, in its own folder."""
+        os.environ.update(self.environment)
         os.chdir(self.folder)
         torch.set_num_threads(self.threads)
         get_logger("hf_dash").setLevel(self.log_level)

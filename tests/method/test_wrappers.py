@@ -46,6 +46,7 @@ def test_float16_autocast_gives_nearly_the_same_factors():
     assert 0 < autocast_distance("loss_fn", torch.float16) <= 0.01
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
 @pytest.mark.parametrize(
     "options",
