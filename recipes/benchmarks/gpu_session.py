@@ -47,6 +47,7 @@ def launched(script, *flags, precision="no", compiled=False):
     """Return the command that launches a recipe on this machine's device."""
     dynamo = ["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"] * compiled
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    accelerate += ["--num_processes", "1"]
     return [*accelerate, "--mixed_precision", precision, *dynamo, str(RECIPES / script), *flags]
 
 
@@ -67,7 +68,8 @@ def start_stages(args, runs):
     flags = f"--dataset_name {args.dataset_name} --num_rounds {rounds} --seeds 2"
     flags += f" --output_dir {runs} --num_parallel_starts {args.num_parallel_starts} --on_device"
     flags += f" --starts {STARTS} shrink_perturb+perturb_lam={args.control_factor}+perturb_sigma=0"
-    flags += " --training_preset plain --no_reset_optimizer --channels_last --save_total_limit 1"
+    flags += " --training_preset plain --no_reset_optimizer --channels_last"
+    flags += " --save_total_limit 1 --disable_tqdm"
     if args.tiny:
         small = "--architecture test_resnet --examples_per_round 40 --max_epochs 1"
         return [("starts", 300, launched("continual_rounds.py", *f"{flags} {small}".split()))]
