@@ -174,8 +174,8 @@ def test_histories_that_runs_have_written_are_joined(tmp_path):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, records in zip(paths, (COLD, DASH), strict=True):
         history = History(path, {})
-        for record in records:
-            history.append(record)
+        for one in records:
+            history.append(one)
     assert join_histories(paths).records == [*COLD, *DASH]
     assert {r.seed for r in join_histories(paths, skip_seeds=[0]).records} == {1, 2}
 
