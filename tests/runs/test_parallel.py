@@ -184,7 +184,7 @@ def test_bad_input_is_refused_before_anything_is_trained(rounds, accelerator, tm
         with pytest.raises(kind, match=message):
             hf_dash.runs.run_starts(create, *given, runs, number)
 
-    refused(ValueError, "num_parallel_starts must be .* at least 1, got 0", number=0)
+    refused(ValueError, "num_parallel_starts must be at least 1, got 0", number=0)
     refused(TypeError, "num_parallel_starts must be an integer", number=2.5)
     refused(ValueError, "different names, got .'cold', 'cold'", runs=[runs[1], runs[1]])
     other = replace(runs[1], name="warm", seed=1)
