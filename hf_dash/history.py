@@ -27,18 +27,19 @@ LARGEST = 64 * 2**20
 
 PromotionKind = Literal["promote", "reject", "force", "rollback"]
 
+# Not worth a record of their change.
+UNRECORDED = ("output_dir", "disable_tqdm", "num_parallel_starts")
+
 # Settings of ``recipes/continual_rounds.py`` that say nothing about the rounds recorded: a run may
 # continue with others, and runs that differ in nothing else are one protocol.
 MAY_DIFFER = frozenset(
     {
-        "output_dir",
+        *UNRECORDED,
         "starts",
         "seeds",
         "num_rounds",
-        "num_parallel_starts",
         "export_start",
         "save_total_limit",
-        "disable_tqdm",
         "cache_images",
         "cache_gb",
         "files_per_round",
@@ -56,9 +57,6 @@ MAY_DIFFER = frozenset(
 
 # Where one of these is set, the number of workers decides which images are drawn.
 WORKERS_MATTER = ("augment", "streaming")
-
-# Not worth a record of their change.
-UNRECORDED = ("output_dir", "disable_tqdm", "num_parallel_starts")
 
 
 def free_settings(settings: Mapping[str, Any], may_differ: Collection[str]) -> set[str]:
