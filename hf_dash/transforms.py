@@ -104,8 +104,9 @@ class Normalize:
             return floats.div_(255).sub_(mean).div_(std)
         floats = empty_tensor(pixels.shape, dtype)
         at_once = max(1, IN_CACHE * len(pixels) // max(1, pixels.numel()))
-        for bytes_, part in zip(pixels.split(at_once), floats.split(at_once), strict=True):
-            part.copy_(bytes_).div_(255).sub_(mean).div_(std)
+        parts = zip(torch.split(pixels, at_once), torch.split(floats, at_once), strict=True)
+        for values, part in parts:
+            part.copy_(values).div_(255).sub_(mean).div_(std)
         return floats
 
     def to(self, device: torch.device | str) -> "Normalize":
@@ -121,7 +122,7 @@ def _normalize(mean: list[Any], std: list[Any]) -> Normalize:
     return Normalize(torch.tensor(mean), torch.tensor(std))
 
 
-class CenterCrop(transforms.CenterCrop):
+class CenterCrop(transforms.CenterCrop):  # type: ignore[misc]
     """A crop that leaves images of the right size alone, where torchvision copies them."""
 
     def forward(self, image: Image.Image) -> Image.Image:

@@ -61,7 +61,7 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _decoded(value: Any, feature: Image) -> PILImage.Image:
+def _decoded(value: Any, feature: Image) -> Any:
     content = _content(value)
     image = None if content is None else decoded_jpeg(content)
     if image is None:

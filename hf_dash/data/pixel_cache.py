@@ -154,7 +154,7 @@ class PixelCache:
     def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Return images [images, *shape], and the places of those that are not as written."""
         records = empty_tensor((len(indices), self._record), torch.uint8)
-        content, file = memoryview(records.view(-1).numpy()), self._file.fileno()
+        content, file = records.view(-1).numpy().data, self._file.fileno()
         missing = []
         for place, index in enumerate(indices):
             record = content[place * self._record : (place + 1) * self._record]
@@ -163,7 +163,7 @@ class PixelCache:
             if length < self._record or header != _checksum(record[HEADER:]):
                 missing.append(place)
         pixels = records[:, HEADER:].view(self.dtype)
-        return pixels.unflatten(1, self.shape), missing
+        return pixels.view(len(indices), *self.shape), missing
 
     def write(self, index: int, pixels: Tensor) -> None:
         """Keep an image; a full disk is said once, and the image is then decoded every time.
