@@ -64,7 +64,8 @@ def run_starts(
     and the same call continues. Interrupted or killed, this process takes the others with it.
 
     A process for a start is a fresh interpreter with the same number of threads, the same device,
-    precision and compiler as the accelerator's; other global settings of torch are the default.
+    precision and compiler as the accelerator's; other global settings of torch are the default. It
+    imports the script that calls, which must hold its calls behind ``__name__ == "__main__"``.
 
     Args:
         create: gives the model that the first round begins with; must be picklable.
@@ -85,7 +86,7 @@ def run_starts(
         >>> hf_dash.runs.run_starts(lambda: None, [], None, [], 1)
     """
     check_count("num_parallel_starts", num_parallel_starts)
-    if num_parallel_starts == 1 or not runs:
+    if num_parallel_starts == 1 or not runs or not rounds:
         return
     check_parallel(num_parallel_starts, runs[0].accelerator)
     _check_alike(runs)

@@ -28,7 +28,7 @@ import hf_dash
 
 RECIPES = Path(__file__).resolve().parents[1]
 TESTS = RECIPES.parent / "tests"
-STARTS = "cold dash shrink_perturb warm fire dash+preset=paper"
+STARTS = ["cold", "dash", "shrink_perturb", "warm", "fire", "dash+preset=paper"]
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Arguments:
     output_dir: str = "runs/gpu_session"
     dataset_name: str = "digits"
     time_limit: float = field(default=540, metadata={"help": "Seconds for all stages."})
+    starts: list[str] = field(default_factory=lambda: STARTS, metadata={"help": "Best ones first."})
+    seeds: str = field(default="2", metadata={"help": "As for continual_rounds.py."})
     num_parallel_starts: int = 3
     num_rounds: int = 50
     control_factor: float = field(default=0.35, metadata={"help": "Of every weight, in (c)."})
@@ -58,40 +60,41 @@ def step_stages(args):
         flags = "--model test_resnet --num_examples 32 --batch_size 16 --repeats 1 --time_limit"
     mode = [] if torch.cuda.is_available() else ["--mode", ""]
     train = ("benchmarks/train_step.py", *flags.split())
-    yield "step_bf16", 75, launched(*train, "40", *mode, precision="bf16")
-    yield "step_fp32", 40, launched(*train, "15", "--mode", "")
+    yield "step_bf16", 100, launched(*train, "40", *mode, precision="bf16")
+    yield "step_fp32", 25, launched(*train, "5", "--mode", "")
 
 
 def start_stages(args, runs):
     """The authors' plain training, one history a start. 125 images divide every round."""
     rounds = 2 if args.tiny else args.num_rounds
-    flags = f"--dataset_name {args.dataset_name} --num_rounds {rounds} --seeds 2"
+    flags = f"--dataset_name {args.dataset_name} --num_rounds {rounds} --seeds {args.seeds}"
     flags += f" --output_dir {runs} --num_parallel_starts {args.num_parallel_starts} --on_device"
-    flags += f" --starts {STARTS} shrink_perturb+perturb_lam={args.control_factor}+perturb_sigma=0"
+    flags += f" --starts {' '.join(args.starts)}"
+    flags += f" shrink_perturb+perturb_lam={args.control_factor}+perturb_sigma=0"
     flags += " --training_preset plain --no_reset_optimizer --channels_last"
     flags += " --save_total_limit 1 --disable_tqdm"
     if args.tiny:
         small = "--architecture test_resnet --examples_per_round 40 --max_epochs 1"
-        return [("starts", 300, launched("continual_rounds.py", *f"{flags} {small}".split()))]
+        return [("starts", 310, launched("continual_rounds.py", *f"{flags} {small}".split()))]
     flags += " --examples_per_round 1000 --train_batch_size 125 --max_epochs 1000 --image_size 64"
     network = ["--architecture", "resnet18", "--model_args", '{"zero_init_last": false}']
     command = ("continual_rounds.py", *flags.split(), *network)
     compiled = torch.cuda.is_available()
-    return [("starts", 330, launched(*command, precision="bf16", compiled=compiled))]
+    return [("starts", 310, launched(*command, precision="bf16", compiled=compiled))]
 
 
 def shrink_stages(args):
     for dtype in ("float32", "bfloat16"):
-        flags = ["--dtype", dtype, "--time_limit", "15", "--channels_last"]
+        flags = ["--dtype", dtype, "--time_limit", "10", "--channels_last"]
         if args.tiny:
             flags += ["--rounds", "1", "--batch_size", "4", "--repeats", "1", "--time_limit", "0"]
-        yield f"shrink_{dtype}", 40, launched("benchmarks/shrink_pass.py", *flags)
+        yield f"shrink_{dtype}", 30, launched("benchmarks/shrink_pass.py", *flags)
 
 
 def test_stages():
     marked = [path for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q"]
-    return [("tests", 60, [*pytest, *map(str, marked)])]
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-v"]
+    return [("tests", 45, [*pytest, *map(str, marked)])]
 
 
 def run(name, seconds, command, output):
