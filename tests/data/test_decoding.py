@@ -79,9 +79,9 @@ def test_what_is_no_encoded_image_stays():
 @pytest.mark.parametrize("length", [3, 30, 300, 1000])
 def test_a_cut_image_fails_as_with_pillow(length):
     value = {"bytes": encoded()[:length], "path": None}
-    with pytest.raises(OSError, match="(?i)cannot identify|truncated") as theirs:
+    with pytest.raises(OSError, match=r"(?i)cannot identify|truncated") as theirs:
         Image().decode_example(value)
-    with pytest.raises(OSError, match="(?i)cannot identify|truncated") as ours:
+    with pytest.raises(OSError, match=r"(?i)cannot identify|truncated") as ours:
         image_decoder(Image())(value)
     assert type(ours.value) is type(theirs.value)
 
