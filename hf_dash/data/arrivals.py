@@ -22,10 +22,11 @@ from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
 from hf_dash.data.names import shown
+from hf_dash.data.pieces import Piece, drawn, runs_of
 from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
 from hf_dash.data.stamps import Stamps, joint_stamps
-from hf_dash.data.streams import StreamedImages
+from hf_dash.data.streams import FileBlock, StreamedImages, stream_of
 from hf_dash.data.survey import Survey, drop_rows, survey_rows
 from hf_dash.transforms import ImageTransform
 from hf_dash.utils.checks import refuse_unless
@@ -54,6 +55,8 @@ class Arrival:
         names: of the rows, by ``example_id``.
         survey: of the examples in ``dataset``; None if they have not been read yet.
         stamps: of the files that are read while a model trains.
+        pieces: of a stream, all rows of its shards in parts that can be read alone, skipped ones
+            included, in order of ``example_id``; None if a shard has none.
 
     Example:
         >>> import hf_dash
@@ -71,6 +74,7 @@ class Arrival:
     names: RowNames | None = None
     survey: Survey | None = None
     stamps: Stamps = field(default_factory=dict)
+    pieces: tuple[Piece, ...] | None = None
 
     def examples(
         self,
@@ -121,6 +125,7 @@ class Arrival:
             fingerprint=self.fingerprint,
             labels=None if self.survey is None else self.survey.labels.tolist(),
             stamps=self.stamps,
+            blocks=self.blocks(),
         )
         if cache and budget is not None:
             images.cache = budget.take(uuid4().hex, images.num_bytes())
@@ -155,6 +160,38 @@ class Arrival:
             except ValueError as error:
                 raise ValueError(f"{self.names.name(example_id)}: {error}") from error
 
+    def blocks(self) -> list[FileBlock] | None:
+        """Return a stream's examples in parts that can be read alone, if it has them.
+
+        Raises:
+            ValueError: there are more rows than the shards hold.
+        """
+        if self.pieces is None or self.survey is None:
+            return None
+        labels = self.survey.labels
+        return [
+            FileBlock(
+                self.pieces[run.piece], run.rows, labels[run.first : run.first + len(run.rows)]
+            )
+            for run in runs_of(self.pieces, self.survey.example_ids)
+        ]
+
+    def with_ids(self, example_ids: np.ndarray) -> "Arrival":
+        """Return a stream that was read once, and has pieces, with some of its rows in this order.
+
+        Nothing is read.
+        """
+        assert self.survey is not None
+        arrival = replace(self, survey=self.survey.of(example_ids), num_examples=len(example_ids))
+        stream = stream_of(arrival.blocks() or [], example_ids, self.dataset.features)
+        return replace(arrival, dataset=stream, fingerprint=None)
+
+    def drawn(self, seed: int, count: int | None = None) -> "Arrival":
+        """Return such a stream in random order, at most ``count`` rows; see ``pieces.drawn``."""
+        assert self.survey is not None
+        assert self.pieces is not None
+        return self.with_ids(drawn(self.pieces, self.survey.example_ids, seed)[:count])
+
     def with_rows(self, dataset: Dataset) -> "Arrival":
         """Return the arrival with some of its rows, in the order given."""
         survey = self.survey and self.survey.of(dataset["example_id"][:])
@@ -184,8 +221,18 @@ class EmptyArrivalError(ValueError):
 def unread(shards: Sequence[Shard], files: Sequence[str] = (), *, numbered: bool = True) -> Arrival:
     """Put shards together, before anything in them is read."""
     dataset, names = merge_shards(shards, numbered=numbered)
+    arrival = Arrival(tuple(files), dataset, None, types=shards[0].types, names=names)
     stamps = joint_stamps(shard.stamps for shard in shards)
-    return Arrival(tuple(files), dataset, None, types=shards[0].types, names=names, stamps=stamps)
+    return replace(arrival, stamps=stamps, pieces=_joint_pieces(shards))
+
+
+def _joint_pieces(shards: Sequence[Shard]) -> tuple[Piece, ...] | None:
+    pieces: list[Piece] = []
+    for shard in shards:
+        if shard.pieces is None:
+            return None
+        pieces += shard.pieces
+    return tuple(pieces)
 
 
 def left_out_of(shards: Sequence[Shard]) -> tuple[str, ...]:

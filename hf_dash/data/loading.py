@@ -27,15 +27,27 @@ from hf_dash.data.columns import AnyDataset, label_names
 from hf_dash.data.config import DataConfig
 from hf_dash.data.held_out import drop_repeated, hold_out
 from hf_dash.data.names import check_spelling
-from hf_dash.data.order import BUFFER_SIZE, cut_arrivals, first_examples, in_arrival_order
+from hf_dash.data.order import (
+    BUFFER_SIZE,
+    check_enough,
+    cut_arrivals,
+    cut_rows,
+    first_examples,
+    in_arrival_order,
+)
+from hf_dash.data.pieces import drawn
 from hf_dash.data.schedule import Schedule
 from hf_dash.data.shards import check_types
 from hf_dash.data.sources import ANONYMOUS, Access
+from hf_dash.data.survey import drop_rows
 from hf_dash.history import RoundRecord
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
+
+# Images of a class that a round has on average if its absence is no accident.
+EXPECTED = 10
 
 
 def load_schedules(
@@ -89,18 +101,47 @@ def _ordered(
     """Return one dataset in each seed's order, read once, and what is held out."""
     split, held_out_shards = data.open_held_out()
     shards = data.open_train()
-    arriving = unread(shards, numbered=not data.streaming)
-    dataset = first_examples(arriving.dataset, data.max_train_samples)
-    arriving = replace(arriving, dataset=dataset)
+    in_parts = all(shard.pieces is not None for shard in shards)
+    arriving = unread(shards, numbered=in_parts or not data.streaming)
     if held_out_shards:
         held_out = arrive(held_out_shards, data)
     else:
         _refuse_stream(data)
-        (arriving,), (held_out,) = _hold_out([read_once(arriving, data)], data)
-    ordered = [in_arrival_order(arriving.dataset, seed=seed, num_examples=wanted) for seed in seeds]
-    arrivals = _read_orders(arriving, ordered, data)
+    if data.streaming and in_parts:
+        arrivals = _draw_parts(arriving, seeds, wanted, data)
+    else:
+        dataset = first_examples(arriving.dataset, data.max_train_samples)
+        arriving = replace(arriving, dataset=dataset)
+        if not held_out_shards:
+            (arriving,), (held_out,) = _hold_out([read_once(arriving, data)], data)
+        orders = [
+            in_arrival_order(arriving.dataset, seed=seed, num_examples=wanted) for seed in seeds
+        ]
+        arrivals = _read_orders(arriving, orders, data)
     arrivals = [replace(a, skipped=(*a.skipped, *left_out_of(shards))) for a in arrivals]
     return split, arrivals, _in_fixed_order(_limited(held_out, data.max_eval_samples))
+
+
+def _draw_parts(
+    arriving: Arrival, seeds: Sequence[int], wanted: int | None, data: DataConfig
+) -> list[Arrival]:
+    """Return a stream in each seed's order, by the parts of files that can be read alone.
+
+    All files are read once, and the images in use decoded once, whatever the number of orders.
+    """
+    pieces = arriving.pieces or ()
+    every = np.arange(sum(piece.num_rows for piece in pieces))
+    rows = every
+    if data.max_train_samples is not None:
+        rows = drawn(pieces, every, seed=0)[: data.max_train_samples]
+    check_enough(len(rows), wanted)
+    orders = [drawn(pieces, rows, seed)[:wanted] for seed in seeds]
+    unused = np.setdiff1d(every, np.concatenate(orders))
+    dataset = drop_rows(arriving.dataset, frozenset(unused.tolist()))
+    (whole,) = drop_repeated([read_once(replace(arriving, dataset=dataset), data)])
+    assert whole.survey is not None
+    good = whole.survey.example_ids
+    return [whole.with_ids(order[np.isin(order, good)]) for order in orders]
 
 
 def _read_orders(arriving: Arrival, ordered: Sequence[Dataset], data: DataConfig) -> list[Arrival]:
@@ -126,8 +167,29 @@ def _read_orders(arriving: Arrival, ordered: Sequence[Dataset], data: DataConfig
 
 def _cut(arrival: Arrival, num_rounds: int) -> tuple[Arrival, ...]:
     """Cut an arrival into equal ones; the first one tells what was left out."""
-    parts = [arrival.with_rows(part) for part in cut_arrivals(arrival.dataset, num_rounds)]
+    if isinstance(arrival.dataset, Dataset):
+        parts = [arrival.with_rows(part) for part in cut_arrivals(arrival.dataset, num_rounds)]
+    else:
+        assert arrival.survey is not None
+        ids = arrival.survey.example_ids
+        parts = [arrival.with_ids(part) for part in cut_rows(ids, num_rounds)]
+        _say_sorted(arrival.survey.labels, parts)
     return (parts[0], *(replace(part, skipped=()) for part in parts[1:]))
+
+
+def _say_sorted(labels: np.ndarray, parts: Sequence[Arrival]) -> None:
+    """Say if a round lacks a class of which a random cut would give it many images."""
+    counts = np.bincount(labels, minlength=1)
+    expected = np.flatnonzero(counts >= EXPECTED * len(parts))
+    for number, part in enumerate(parts, 1):
+        assert part.survey is not None
+        lacking = np.setdiff1d(expected, part.survey.labels)
+        if len(lacking) and is_main_process():
+            logger.warning(
+                "round %d lacks %d of %d classes: row groups arrive whole, and these seem to be"
+                " sorted by class; without streaming, images arrive in random order",
+                *(number, len(lacking), len(expected)),
+            )
 
 
 def cut_schedule(
@@ -300,6 +362,8 @@ def _limited(arrival: Arrival, count: int | None) -> Arrival:
     """Return at most ``count`` examples of an arrival."""
     if count is None or (arrival.num_examples or 0) <= count:
         return arrival
+    if arrival.pieces is not None:
+        return arrival.drawn(0, count)
     dataset = first_examples(arrival.dataset, count)
     if isinstance(dataset, Dataset):
         return arrival.with_rows(dataset)
@@ -324,12 +388,16 @@ def single_schedule(
     Args:
         arrivals: oldest first, the last one new.
         held_out: at least one; labels are merged by name.
-        seed: seed for the order within each arrival; streams draw from 10,000 examples at a time.
+        seed: seed for the order within each arrival; streams draw from 10,000 examples at a time,
+            or whole row groups where parts of files can be read.
         held_out_split: name of the held-out images, for the card.
         cache_images: keep decoded images.
     """
     ordered = []
     for arrival in arrivals:
+        if arrival.pieces is not None:
+            ordered.append(replace(arrival.drawn(seed), fingerprint=arrival.fingerprint))
+            continue
         if isinstance(arrival.dataset, IterableDataset):
             # The files of a folder come class by class.
             mixed = arrival.dataset.shuffle(seed=seed, buffer_size=BUFFER_SIZE)

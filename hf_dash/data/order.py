@@ -5,9 +5,9 @@ Differs from ``shuffle``: a stream and a map-style dataset arrive in the same or
 the example's position in the source, whatever the seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
@@ -61,13 +61,22 @@ def in_arrival_order(
         read = _kept(dataset, _numbered_rows(dataset))
         arrived = read.select(generator.permutation(len(read)))
     else:
-        drawn = _drawn(_numbered_rows(dataset), generator, buffer_size)
+        drawn = shuffled(_numbered_rows(dataset), buffer_size, generator)
         arrived = _kept(dataset, islice(drawn, num_examples))
-    if len(arrived) < (num_examples or 1):
-        raise ValueError(
-            f"num_examples is {num_examples}, but the dataset holds only {len(arrived)} examples"
-        )
+    check_enough(len(arrived), num_examples)
     return arrived
+
+
+def check_enough(found: int, num_examples: int | None) -> None:
+    """Check that there are as many examples as are wanted, or any.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if found < (num_examples or 1):
+        raise ValueError(
+            f"num_examples is {num_examples}, but the dataset holds only {found} examples"
+        )
 
 
 Row = dict[str, Any]
@@ -78,16 +87,29 @@ def _numbered_rows(stream: IterableDataset) -> Iterator[Row]:
     return ({"example_id": index, **row} for index, row in enumerate(undecoded(stream)))
 
 
-def _drawn(rows: Iterator[Row], generator: np.random.Generator, buffer_size: int) -> Iterator[Row]:
-    """Yield rows in random order: draw one from a buffer and put the next row in its place."""
+T = TypeVar("T")
+
+# Random numbers drawn together.
+DRAWN_AT_ONCE = 1000
+
+
+def shuffled(items: Iterable[T], buffer_size: int, generator: np.random.Generator) -> Iterator[T]:
+    """Yield items in a random order: one from a buffer, into whose place the next one goes."""
     # IterableDataset.shuffle also reorders shards, so positions would be unknown.
-    buffer = list(islice(rows, buffer_size))
-    for row in rows:
-        place = int(generator.integers(len(buffer)))
+    items = iter(items)
+    buffer = list(islice(items, buffer_size))
+    places = _places(len(buffer), generator)
+    for item in items:
+        place = next(places)
         yield buffer[place]
-        buffer[place] = row
-    for place in generator.permutation(len(buffer)):
+        buffer[place] = item
+    for place in generator.permutation(len(buffer)).tolist():
         yield buffer[place]
+
+
+def _places(count: int, generator: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from generator.integers(count, size=DRAWN_AT_ONCE).tolist()
 
 
 def _kept(stream: IterableDataset, rows: Iterator[Row]) -> Dataset:
@@ -112,9 +134,18 @@ def cut_arrivals(dataset: Dataset, num_rounds: int) -> list[Dataset]:
     Raises:
         ValueError: ``num_rounds`` is not between 1 and the number of examples.
     """
-    if not 1 <= num_rounds <= len(dataset):
+    return [dataset.select(part) for part in cut_rows(np.arange(len(dataset)), num_rounds)]
+
+
+def cut_rows(rows: np.ndarray, num_rounds: int) -> list[np.ndarray]:
+    """Cut rows in arrival order into parts whose sizes differ by at most one.
+
+    Raises:
+        ValueError: ``num_rounds`` is not between 1 and the number of rows.
+    """
+    if not 1 <= num_rounds <= len(rows):
         raise ValueError(
-            f"num_rounds must be at least 1 and at most the number of examples, {len(dataset)},"
+            f"num_rounds must be at least 1 and at most the number of examples, {len(rows)},"
             f" got {num_rounds}"
         )
-    return [dataset.select(part) for part in np.array_split(np.arange(len(dataset)), num_rounds)]
+    return np.array_split(rows, num_rounds)

@@ -48,6 +48,7 @@ from hf_dash.data.columns import (
     undecoded,
 )
 from hf_dash.data.folders import find_images
+from hf_dash.data.pieces import Piece, Rows, members, row_groups
 from hf_dash.data.stamps import Stamps, stamps_of
 
 # The loader of ``datasets`` for each kind of file.
@@ -57,6 +58,9 @@ LOADERS = {
     ".tar.gz": "webdataset",
     ".tgz": "webdataset",
 }
+
+# Shards of a stream whose rows can be read in any order, so that readers see many of them at once.
+NUM_SHARDS = 64
 
 # Bytes of the two empty blocks that end a tar file.
 TAR_END = 1024
@@ -87,6 +91,8 @@ class Shard:
         paths: for a folder, the path of each image below it.
         left_out: images that could not be loaded, as ``"path (reason)"``.
         stamps: of the files that are read while a model trains.
+        pieces: of a stream, all rows in parts that can be read alone; None if there are none, as on
+            the Hub and in a compressed archive.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Shard:
     paths: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
     stamps: Stamps = field(default_factory=dict)
+    pieces: tuple[Piece, ...] | None = None
 
     def count(self) -> int:
         """Return the number of rows; reads a stream of unknown length."""
@@ -147,11 +154,25 @@ def open_shard(path: Path, name: str, options: Reading) -> Shard:
             return openers[kind](path, name, options)
         num_rows = ParquetFile(path).metadata.num_rows if kind == "parquet" else None
         source = _load_file(path, kind, options.streaming, num_rows)
-        stamps = stamps_of([path]) if options.streaming else {}
-        shard = standard_shard(name, source, options, num_rows=num_rows, stamps=stamps)
+        known: dict[str, Any] = {"num_rows": num_rows}
+        if options.streaming:
+            known |= {"stamps": stamps_of([path]), **_pieces_of(path, kind, options.image_column)}
+        shard = standard_shard(name, source, options, **known)
         if isinstance(source, Dataset) and num_rows not in (None, len(source)):
             raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
         return shard
+
+
+def _pieces_of(path: Path, kind: str, image_column: str) -> dict[str, Any]:
+    """Return the pieces of a file, and their number of rows."""
+    pieces: Sequence[Piece] = ()
+    if kind == "parquet":
+        pieces = row_groups(path, image_column)
+    elif (found := members(path, image_column)) is not None:
+        pieces = (found,)
+    else:
+        return {}
+    return {"pieces": tuple(pieces), "num_rows": sum(piece.num_rows for piece in pieces)}
 
 
 def standard_shard(name: str, source: AnyDataset, options: Reading, **known: Any) -> Shard:
@@ -185,16 +206,19 @@ def _open_folder(path: Path, name: str, options: Reading) -> Shard:
     stamps = stamps_of(path / image for image in found.images)
     known = {"paths": found.images, "left_out": left_out, "stamps": stamps}
     shard = standard_shard(name, source, options, **known)
-    return _streamed(shard) if options.streaming else shard
+    return streamed(shard) if options.streaming else shard
 
 
 def _open_saved(path: Path, name: str, options: Reading) -> Shard:
     shard = standard_shard(name, load_from_disk(str(path)), options)
-    return _streamed(shard) if options.streaming else shard
+    return streamed(shard) if options.streaming else shard
 
 
-def _streamed(shard: Shard) -> Shard:
-    return replace(shard, dataset=shard.dataset.to_iterable_dataset())
+def streamed(shard: Shard) -> Shard:
+    """Return a shard whose rows are read as they are needed."""
+    num_shards = max(1, min(NUM_SHARDS, len(shard.dataset)))
+    stream = shard.dataset.to_iterable_dataset(num_shards=num_shards)
+    return replace(shard, dataset=stream, pieces=(Rows(shard.dataset),))
 
 
 def _load_file(path: Path, kind: str, streaming: bool, num_rows: int | None) -> AnyDataset:

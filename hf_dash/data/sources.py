@@ -31,6 +31,7 @@ from hf_dash.data.shards import (
     reading,
     shard_kind,
     standard_shard,
+    streamed,
 )
 from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
@@ -115,8 +116,8 @@ class Source:
         label = f"{self.name}[{split}]"
         if self.name in EMBEDDED:
             images = EMBEDDED[self.name](split)
-            source: AnyDataset = images.to_iterable_dataset() if options.streaming else images
-            return [standard_shard(label, source, options, num_rows=len(images))]
+            shard = standard_shard(label, images, options)
+            return [streamed(shard) if options.streaming else shard]
         with reading(label):
             source = load_dataset(
                 self.name,

@@ -1,21 +1,23 @@
 """Shuffled training batches straight from streams, the same number on every process.
 
-Flow: arrivals → the sources of one worker of one process, mixed in proportion to the arrivals'
-sizes → chunks, shuffled while encoded and decoded in workers → batches, cut in the main process.
+Flow: the blocks of all arrivals → shared out among processes, then among their workers → mixed in
+proportion to the arrivals' sizes → each worker's share of every batch, shuffled while encoded and
+decoded in workers → batches, cut in the main process.
 Source: the shuffle buffer of ``IterableDataset.shuffle``.
-Differs from a ``DataLoader`` of a stream: processes with fewer examples end together with the
-others, and a loader resumes with exactly the batches that would have followed. Differs from
-``split_dataset_by_node``, which selects different examples from a stream whose order matters
-(after ``skip``, ``take``, …) and leaves workers without a shard idle.
+Differs from a ``DataLoader`` of a stream: every process has as many examples as the others, or one
+more, so that each counts alike in a mean over processes; and a loader resumes with exactly the
+batches that would have followed. Differs from ``split_dataset_by_node``, which selects different
+examples from a stream whose order matters (after ``skip``, ``take``, …), and lets every process
+read all shards where their number is not divisible.
 """
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count, islice
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,130 +27,46 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from hf_dash.data.batches import cut_evenly
 from hf_dash.data.examples import Augment
+from hf_dash.data.order import DRAWN_AT_ONCE, shuffled
+from hf_dash.data.shares import Source, count_together, sources_of
 from hf_dash.data.streams import StreamedImages
-from hf_dash.utils.distributed import gather
 
 Chunk = dict[str, Any]
 
-T = TypeVar("T")
 
-# Random numbers drawn together.
-DRAWN_AT_ONCE = 1000
-
-
-@dataclass(frozen=True)
-class Source:
-    """The part of one arrival that one worker of one process reads.
-
-    Args:
-        arrival: the arrival.
-        num_shards: number of shards the arrival is cut into.
-        shard: index of the shard to read.
-        first: position of the first example in the shard.
-        step: distance between examples.
-    """
-
-    arrival: StreamedImages
-    num_shards: int = 1
-    shard: int = 0
-    first: int = 0
-    step: int = 1
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Identifies a source among those of its arrival."""
-        return self.num_shards, self.shard, self.first, self.step
-
-    def items(self) -> Iterator[Any]:
-        """Yield encoded images and labels in stream order, or positions in the cache."""
-        if self.arrival.cache:
-            return iter(range(len(self.arrival.decoded[self.key][1])))
-        return self.rows()
-
-    def rows(self) -> Iterator[tuple[Any, int]]:
-        """Yield encoded images and labels in stream order."""
-        return self.arrival.rows(
-            self.first, self.step, num_shards=self.num_shards, shard=self.shard
-        )
-
-    def decode(self, items: list[Any]) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of these items."""
-        if self.arrival.cache:
-            pixels, labels = self.arrival.decoded[self.key]
-            return self.arrival.normalized(pixels[items]), labels[items]
-        return self.arrival.decode(items)
-
-
-def sources_of(
-    arrival: StreamedImages, num_processes: int, process_index: int, num_workers: int, worker: int
-) -> list[Source]:
-    """Return what a worker reads; together, all workers read every example once.
-
-    Shards go to processes if each gets the same number, then to workers if each gets at least one;
-    otherwise every reader takes each n-th example.
-    """
-    shards = arrival.num_shards
-    if shards % num_processes != 0:
-        first, step = process_index + num_processes * worker, num_processes * num_workers
-        return [Source(arrival, first=first, step=step)]
-    own = range(process_index, shards, num_processes)
-    if len(own) < num_workers:
-        return [Source(arrival, shards, shard, worker, num_workers) for shard in own]
-    return [Source(arrival, shards, shard) for shard in own[worker::num_workers]]
-
-
-def count_share(arrival: StreamedImages, num_processes: int, process_index: int) -> int:
-    """Return how many examples of an arrival a process reads; counts its shards if necessary."""
-    if num_processes == 1:
-        return len(arrival)
-    shards = arrival.num_shards
-    if shards % num_processes != 0:
-        return len(range(process_index, len(arrival), num_processes))
-    return sum(arrival.count(shards, i) for i in range(process_index, shards, num_processes))
+# How a seed becomes an order; another number marks another way.
+ORDER = 2
 
 
 def mixed(sources: Sequence[Source], generator: np.random.Generator) -> Iterator[tuple[int, Any]]:
     """Yield all items of the sources, each with the number of its source.
 
-    The arrival of the next item is drawn with a chance in proportion to its size; each arrival's
-    sources follow one another in a random order.
+    The arrival of the next item is drawn with a chance in proportion to its size; its sources
+    follow one another in a random order, unless single examples of them can be read.
     """
-    numbers: dict[StreamedImages, list[int]] = {}
+    lines: dict[StreamedImages | int, list[int]] = {}
     for number in generator.permutation(len(sources)).tolist():
-        numbers.setdefault(sources[number].arrival, []).append(number)
-    items = [_numbered(sources, own) for own in numbers.values()]
-    sizes = np.array([max(1, len(arrival)) for arrival in numbers], dtype=np.float64)
+        source = sources[number]
+        lines.setdefault(number if source.block.scattered else source.arrival, []).append(number)
+    items = [_numbered(sources, own, generator) for own in lines.values()]
+    sizes = np.array(
+        [sum(len(sources[number]) for number in own) for own in lines.values()], dtype=np.float64
+    )
     while sizes.any():
-        for arrival in generator.choice(len(items), DRAWN_AT_ONCE, p=sizes / sizes.sum()).tolist():
-            item = next(items[arrival], None)
+        for line in generator.choice(len(items), DRAWN_AT_ONCE, p=sizes / sizes.sum()).tolist():
+            item = next(items[line], None)
             if item is None:
-                sizes[arrival] = 0
+                sizes[line] = 0
                 break
             yield item
 
 
-def _numbered(sources: Sequence[Source], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def _numbered(
+    sources: Sequence[Source], numbers: Sequence[int], generator: np.random.Generator
+) -> Iterator[tuple[int, Any]]:
     for number in numbers:
-        for item in sources[number].items():
+        for item in sources[number].items(generator):
             yield number, item
-
-
-def shuffled(items: Iterable[T], buffer_size: int, generator: np.random.Generator) -> Iterator[T]:
-    """Yield items in a random order: one from a buffer, into whose place the next one goes."""
-    items = iter(items)
-    buffer = list(islice(items, buffer_size))
-    places = _places(len(buffer), generator)
-    for item in items:
-        place = next(places)
-        yield buffer[place]
-        buffer[place] = item
-    for place in generator.permutation(len(buffer)).tolist():
-        yield buffer[place]
-
-
-def _places(count: int, generator: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield from generator.integers(count, size=DRAWN_AT_ONCE).tolist()
 
 
 def _decode(sources: Sequence[Source], items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Tensor]:
@@ -188,47 +106,54 @@ def _this_worker() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Reader(TorchIterableDataset[Chunk]):
-    """The chunks one process reads in one epoch, at most ``batch_size`` examples each."""
+    """What one process reads in one epoch: of every batch, each worker's share as a chunk."""
 
-    arrivals: tuple[StreamedImages, ...]
+    shares: tuple[tuple[Source, ...], ...]
+    num_batches: int
     batch_size: int
     seed: int
     buffer_size: int
     num_workers: int
-    num_processes: int
     process_index: int
     augment: Augment | None = None
     epoch: int = 0
     skip: int = 0
 
-    def sources(self, worker: int) -> list[Source]:
-        """Return what one worker of this process reads."""
-        ranks = self.num_processes, self.process_index
-        workers = max(1, self.num_workers)
-        return [s for a in self.arrivals for s in sources_of(a, *ranks, workers, worker)]
-
     def __iter__(self) -> Iterator[Chunk]:
         return self.chunks(_this_worker()[0])
 
     def chunks(self, worker: int) -> Iterator[Chunk]:
-        """Yield one worker's chunks; a skipped chunk gives only its length."""
-        own, sources = (self.process_index, worker), self.sources(worker)
+        """Yield one worker's chunks; a skipped or empty chunk gives only its length."""
+        own, sources = (self.process_index, worker), self.shares[worker]
         generator = np.random.default_rng([self.seed, self.epoch, *own])
         items = shuffled(mixed(sources, generator), self.buffer_size, generator)
-        for number in count():
-            chunk = list(islice(items, self.batch_size))
-            if not chunk:
-                return
-            # Workers take turns, so at most this many examples come before the end of this chunk.
-            if (number * max(1, self.num_workers) + worker + 1) * self.batch_size <= self.skip:
+        for number in range(self.num_batches):
+            size = self._end(worker, number + 1) - self._end(worker, number)
+            chunk = list(islice(items, size))
+            if not chunk or self._behind(worker, number) <= self.skip:
                 yield {"skipped": len(chunk)}
-                continue
-            # Seeded per chunk, random transforms are the same with and without a skip.
-            with _seeded(self.seed, self.epoch, *own, number):
-                pixels, labels = _decode(sources, chunk)
-                if self.augment is not None:
-                    pixels = torch.stack([self.augment(image, None) for image in pixels])
-            yield {"pixel_values": pixels, "labels": labels}
+            else:
+                yield self._decoded(chunk, worker, number)
+        # What nobody counted; the main process then says so.
+        if rest := list(islice(items, 1)):
+            yield self._decoded(rest, worker, self.num_batches)
+
+    def _decoded(self, chunk: list[tuple[int, Any]], worker: int, number: int) -> Chunk:
+        # Seeded per chunk, random transforms are the same with and without a skip.
+        with _seeded(self.seed, self.epoch, self.process_index, worker, number):
+            pixels, labels = _decode(self.shares[worker], chunk)
+            if self.augment is not None:
+                pixels = torch.stack([self.augment(image, None) for image in pixels])
+        return {"pixel_values": pixels, "labels": labels}
+
+    def _end(self, worker: int, number: int) -> int:
+        """Return how many examples are in a worker's first ``number`` chunks."""
+        return sum(map(len, self.shares[worker])) * number // self.num_batches
+
+    def _behind(self, worker: int, number: int) -> int:
+        """Return how many examples have come by the end of a chunk; workers take turns."""
+        turns = range(len(self.shares))
+        return sum(self._end(other, number + (other <= worker)) for other in turns)
 
 
 @dataclass(frozen=True)
@@ -288,36 +213,13 @@ def cut_batches(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) ->
         raise ValueError("num_examples is less than a stream holds")
 
 
-def _gather_counts(
-    arrivals: Sequence[StreamedImages], num_processes: int, process_index: int
-) -> list[int]:
-    """Return how many examples each process holds; a failure on one process fails on all."""
-    if num_processes == 1:
-        return [sum(len(arrival) for arrival in arrivals)]
-    count, failure = 0, None
-    try:
-        count = sum(count_share(a, num_processes, process_index) for a in arrivals)
-    except Exception as error:
-        failure = error
-    told = gather((count, None if failure is None else f"{type(failure).__name__}: {failure}"))
-    if failure is not None:
-        raise failure
-    for rank, (_, message) in enumerate(told):
-        if message is not None:
-            raise RuntimeError(f"counting the examples failed on rank {rank}: {message}")
-    if len(told) != num_processes:
-        raise ValueError(f"num_processes is {num_processes}, but the process group has {len(told)}")
-    return [count for count, _ in told]
-
-
 def _batch_sizes(counts: Sequence[int], process_index: int, batch_size: int) -> list[int]:
     """Return the batch sizes of one process; all processes have the same number of batches."""
     num_batches = math.ceil(max(counts) / batch_size)
     if min(counts) < max(1, num_batches):
         raise ValueError(
             f"every process needs an example for each of the {max(1, num_batches)} batches, got"
-            f" {list(counts)} examples by process; give the stream a number of shards that the"
-            " number of processes divides evenly, or one that it does not divide"
+            f" {list(counts)} examples by process; use larger batches or fewer processes"
         )
     return cut_evenly(counts[process_index], num_batches)
 
@@ -328,8 +230,14 @@ class StreamLoader:
     Each iteration yields the batches of one epoch, on the CPU; the next one yields the next epoch.
     The order depends on ``seed``, the epoch, ``buffer_size`` and the numbers of workers and
     processes. All processes must create the loader together, because they agree on one number of
-    batches. Each cuts its own examples into that many batches whose sizes differ by at most one:
-    no example is lost or repeated, and no process waits.
+    batches. Each has as many examples as the others, or one more, and cuts them into that many
+    batches whose sizes differ by at most one: no example is lost or repeated, and each
+    counts alike.
+
+    Every file is read once an epoch, whatever the number of workers; of ``num_processes``, at most
+    ``num_processes`` − 1 row groups are read twice. A row group is read by one worker, so that
+    fewer row groups than workers leave workers idle. A stream without blocks is read from its
+    beginning by each of its readers, if its shards are fewer than they.
 
     Args:
         arrivals: the streams to train on, at least one.
@@ -384,11 +292,13 @@ class StreamLoader:
                 f" {[arrival.cache for arrival in arrivals]}"
             )
         ranks = num_processes, process_index
-        self._reader = Reader(
-            tuple(arrivals), batch_size, seed, buffer_size, num_workers, *ranks, augment
-        )
-        self._counts = _gather_counts(arrivals, *ranks)
+        self._arrivals = tuple(arrivals)
+        count_together(arrivals, *ranks)
+        self._counts = cut_evenly(sum(map(len, arrivals)), num_processes)
         self._sizes = _batch_sizes(self._counts, process_index, batch_size)
+        shares = tuple(map(tuple, sources_of(arrivals, *ranks, num_workers)))
+        order = batch_size, seed, buffer_size, num_workers, process_index
+        self._reader = Reader(shares, len(self._sizes), *order, augment)
         self._epoch = self._batches = self._first = 0
 
     def __len__(self) -> int:
@@ -421,6 +331,7 @@ class StreamLoader:
             "seed": reader.seed,
             "buffer_size": reader.buffer_size,
             "num_workers": max(1, reader.num_workers),
+            "order": ORDER,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -437,15 +348,14 @@ class StreamLoader:
         self._epoch, self._batches, self._first = state["epoch"], state["batches"], state["batches"]
 
     def _chunks(self, reader: Reader) -> Iterator[Chunk]:
-        workers = range(max(1, reader.num_workers))
-        if reader.arrivals[0].cache:
-            self._fill_cache([s for worker in workers for s in reader.sources(worker)])
-            return in_turn([reader.chunks(worker) for worker in workers])
+        if self._arrivals[0].cache:
+            self._fill_cache([source for share in reader.shares for source in share])
+            return in_turn([reader.chunks(worker) for worker in range(len(reader.shares))])
         return iter(self._load(reader))
 
     def _fill_cache(self, sources: list[Source]) -> None:
         """Decode what is not in memory yet; drop what other loaders left there."""
-        for arrival in self._reader.arrivals:
+        for arrival in self._arrivals:
             keys = {source.key for source in sources if source.arrival is arrival}
             arrival.decoded = {k: kept for k, kept in arrival.decoded.items() if k in keys}
         missing = tuple(s for s in sources if s.key not in s.arrival.decoded)

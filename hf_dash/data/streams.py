@@ -1,19 +1,23 @@
 """Arrivals read as streams, and the minibatches of their newest examples.
 
-Flow: ``IterableDataset`` of encoded images → ``StreamedImages`` → encoded rows, decoded last. The
-gradient pass reads only the newest examples; training reads all through ``StreamLoader``.
+Flow: ``IterableDataset`` of encoded images → ``StreamedImages``, in blocks → encoded rows, decoded
+last. The gradient pass reads only the blocks of the newest examples; training reads all through
+``StreamLoader``.
 Differs from map-style arrivals: only the images in use are in memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
+import numpy as np
 import torch
-from datasets import Image, IterableDataset
+from datasets import Features, Image, IterableDataset
 from torch import Tensor
 
 from hf_dash.data.columns import fingerprint, undecoded
+from hf_dash.data.pieces import Piece
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
 from hf_dash.transforms import ImageTransform
@@ -32,6 +36,128 @@ _SHARDABLE = (
 )
 
 
+class Block(Protocol):
+    """Examples of an arrival that follow one another and are best read together.
+
+    Args:
+        scattered: each example can be read alone, in any order, at the price of that example.
+        whole: reading a part of it costs as much as reading all of it.
+    """
+
+    @property
+    def scattered(self) -> bool: ...  # noqa: D102
+
+    @property
+    def whole(self) -> bool: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def rows(self, places: Sequence[int]) -> Iterator[Row]:
+        """Yield encoded images and labels; places ascend unless the block is scattered."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamBlock:
+    """A shard of a stream, which can only be read from its beginning.
+
+    Args:
+        stream: with the columns ``image``, not decoded, and ``label``; formatted as Arrow tables.
+        num_shards: number of shards the stream is cut into.
+        shard: index of the shard.
+        size: number of examples it should hold.
+    """
+
+    stream: IterableDataset
+    num_shards: int
+    shard: int
+    size: int
+    scattered: bool = False
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return self.size
+
+    def rows(self, places: Sequence[int]) -> Iterator[Row]:
+        """Yield encoded images and labels at ascending places.
+
+        If the last place is wanted, what the shard holds beyond it comes too, so that a wrong
+        ``size`` is noticed; if the shard ends earlier, the rows end.
+        """
+        if not len(places):
+            return
+        part = _shard_of(self.stream, self.num_shards, self.shard)
+        first, to_end = places[0], places[-1] == self.size - 1
+        wanted = np.asarray(places, dtype=np.int64)
+        # iter(part) would divide the stream among the workers of a DataLoader again.
+        for table in (part.skip(first) if first else part).iter(ROWS_AT_A_TIME):
+            end = first + table.num_rows
+            taken = wanted[(wanted >= first) & (wanted < end)]
+            if to_end:
+                taken = np.append(taken, np.arange(max(first, self.size), end))
+            rows = table.take(taken - first)
+            yield from zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)
+            first = end
+            if first > places[-1] and not to_end:
+                return
+
+
+@dataclass(frozen=True)
+class FileBlock:
+    """Rows of a piece of a file.
+
+    Args:
+        piece: holds their images.
+        places: [rows] of them in the piece, in the order of the arrival.
+        labels: [rows], positions among the stream's classes.
+    """
+
+    piece: Piece
+    places: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def scattered(self) -> bool:
+        """See :class:`Block`."""
+        return self.piece.scattered
+
+    @property
+    def whole(self) -> bool:
+        """See :class:`Block`."""
+        return not self.piece.scattered
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, places: Sequence[int]) -> Iterator[Row]:
+        """Yield encoded images and labels."""
+        at = np.asarray(places, dtype=np.int64)
+        images = self.piece.images(self.places[at].tolist())
+        return zip(images, self.labels[at].tolist(), strict=True)
+
+
+def stream_of(
+    blocks: Sequence[FileBlock], example_ids: np.ndarray, features: Features
+) -> IterableDataset:
+    """Return a stream of the rows of blocks, with a shard for each block.
+
+    Args:
+        blocks: at least one if the stream is to have rows.
+        example_ids: [rows] of all blocks.
+        features: of the columns ``image``, ``label`` and ``example_id``.
+    """
+    ids = np.split(example_ids, np.cumsum([len(block) for block in blocks])[:-1])
+    shards = {"blocks": list(blocks), "ids": ids[: len(blocks)]}
+    return IterableDataset.from_generator(_block_rows, features=features, gen_kwargs=shards)
+
+
+def _block_rows(blocks: Sequence[FileBlock], ids: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
+    for block, own in zip(blocks, ids, strict=True):
+        rows = block.rows(range(len(block)))
+        for (image, label), example_id in zip(rows, own.tolist(), strict=True):
+            yield {"image": image, "label": label, "example_id": example_id}
+
+
 class StreamedImages:
     """One arrival held as a stream; the images stay encoded until they are needed.
 
@@ -47,6 +173,8 @@ class StreamedImages:
         fingerprint: of the stream, if known; see ``hf_dash.data.columns.fingerprint``.
         labels: the stream's own labels of all examples, if known, in any order.
         stamps: of the files that it reads.
+        blocks: the stream's examples in their order, where parts of it can be read; by default its
+            shards. If it has several, each is counted, in one pass that decodes no image.
 
     Raises:
         TypeError: ``stream`` is not an ``IterableDataset``.
@@ -73,6 +201,7 @@ class StreamedImages:
         fingerprint: str | None = None,
         labels: Sequence[int] | None = None,
         stamps: Stamps | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> None:
         if not isinstance(stream, IterableDataset):
             raise TypeError(f"stream must be an IterableDataset, got {type(stream).__name__}")
@@ -97,8 +226,9 @@ class StreamedImages:
         self.label_ids = None if label_ids is None else tuple(label_ids)
         self.cache = cache
         # Decoded by loaders: images and labels by source, see Source.key.
-        self.decoded: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._num_examples = num_examples
+        self.decoded: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._num_examples = num_examples if blocks is None else sum(map(len, blocks))
+        self._blocks = None if blocks is None else tuple(blocks)
         self._fingerprint = fingerprint
         self._labels = None if labels is None else list(labels)
         self._image = features["image"]
@@ -108,8 +238,46 @@ class StreamedImages:
 
     def __len__(self) -> int:
         if self._num_examples is None:
-            self._num_examples = self.count()
+            self._num_examples = sum(map(len, self.blocks))
         return self._num_examples
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The examples in their order; counts a stream's shards on first use."""
+        if self._blocks is None:
+            known = self._num_examples if self.num_shards == 1 else None
+            sizes = [self.count(n) for n in self.uncounted] if known is None else [known]
+            self._blocks = self._blocks_of(sizes)
+        return self._blocks
+
+    @property
+    def uncounted(self) -> range:
+        """The stream's shards of which nobody knows how many examples they hold."""
+        is_known = self.num_shards == 1 and self._num_examples is not None
+        return range(0 if is_known or self._blocks is not None else self.num_shards)
+
+    def set_sizes(self, sizes: Sequence[int]) -> None:
+        """Take in how many examples each of the stream's shards holds, as :meth:`count` found.
+
+        Raises:
+            ValueError: they do not add up to ``num_examples``.
+        """
+        self._blocks = self._blocks_of(sizes)
+
+    def _blocks_of(self, sizes: Sequence[int]) -> tuple[Block, ...]:
+        given, held = self._num_examples, sum(sizes)
+        if given is not None and given != held:
+            raise ValueError(
+                f"num_examples is {'more' if given > held else 'less'} than a stream holds: it is"
+                f" {given}, and the shards hold {held}"
+            )
+        shards = enumerate(sizes)
+        return tuple(StreamBlock(self._encoded, len(sizes), n, size) for n, size in shards)
+
+    def count(self, shard: int) -> int:
+        """Count the examples of one of the stream's shards; reads it without decoding."""
+        part = _shard_of(self._encoded, self.num_shards, shard).select_columns(["label"])
+        return sum(table.num_rows for table in part.iter(ROWS_AT_A_TIME))
 
     @property
     def labels(self) -> list[int]:
@@ -127,25 +295,6 @@ class StreamedImages:
             self._fingerprint = fingerprint(self.stream)
         return self._fingerprint
 
-    def count(self, num_shards: int = 1, shard: int = 0) -> int:
-        """Count the examples of one of ``num_shards`` shards; reads it without decoding."""
-        labels = self._part(num_shards, shard).select_columns(["label"])
-        return sum(table.num_rows for table in labels.iter(ROWS_AT_A_TIME))
-
-    def rows(
-        self, first: int = 0, step: int = 1, *, num_shards: int = 1, shard: int = 0
-    ) -> Iterator[Row]:
-        """Yield every ``step``-th encoded image and its label in order, starting with ``first``."""
-        stream = self._part(num_shards, shard)
-        stream = stream.skip(first) if first else stream
-        wanted = 0
-        # iter(stream) would divide the stream among the workers of a DataLoader again.
-        for table in stream.iter(ROWS_AT_A_TIME):
-            held = table.num_rows
-            taken = table.take(list(range(wanted, held, step))) if step > 1 else table
-            wanted = (wanted - held) % step
-            yield from zip(taken["image"].to_pylist(), taken["label"].to_pylist(), strict=True)
-
     def decode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return pixel values [rows, channels, h, w] and labels [rows] in the model's indices.
 
@@ -162,8 +311,10 @@ class StreamedImages:
 
     def num_bytes(self) -> int:
         """Return the size of all decoded images; reads the first one."""
-        first = list(islice(self.rows(), 1))
-        return len(self) * self.decode_pixels(first)[0].nbytes if first else 0
+        first = next((block for block in self.blocks if len(block)), None)
+        if first is None:
+            return 0
+        return len(self) * self.decode_pixels([*islice(first.rows([0]), 1)])[0].nbytes
 
     def decode_pixels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return images as caches keep them, before they are normalized, and labels.
@@ -179,10 +330,11 @@ class StreamedImages:
         images = [image if decode is None else decode(image) for image, _ in rows]
         return torch.stack([self.transform.checked_pixels(image) for image in images]), labels
 
-    def _part(self, num_shards: int, shard: int) -> IterableDataset:
-        if num_shards == 1:
-            return self._encoded
-        return self._encoded.shard(num_shards=num_shards, index=shard, contiguous=False)
+
+def _shard_of(stream: IterableDataset, num_shards: int, shard: int) -> IterableDataset:
+    if num_shards == 1:
+        return stream
+    return stream.shard(num_shards=num_shards, index=shard, contiguous=False)
 
 
 def is_shardable(step: Any) -> bool:
@@ -200,22 +352,28 @@ def is_shardable(step: Any) -> bool:
 def _rows_at(
     arrivals: Sequence[StreamedImages], positions: Sequence[int]
 ) -> Iterator[tuple[StreamedImages, Row]]:
-    """Yield the rows at ascending positions, counted over all arrivals, with their arrival."""
+    """Yield the rows at ascending positions, counted over all arrivals, with their arrival.
+
+    Only the blocks that hold one of them are read.
+    """
+    wanted = np.asarray(positions, dtype=np.int64)
     begin = 0
     for arrival in arrivals:
-        end = begin + len(arrival)
-        wanted = [position - begin for position in positions if begin <= position < end]
-        if wanted:
-            rows = enumerate(arrival.rows(wanted[0]), wanted[0])
-            for position in wanted:
-                row = next((row for at, row in rows if at == position), None)
+        own = wanted[(wanted >= begin) & (wanted < begin + len(arrival))] - begin
+        begin += len(arrival)
+        first = 0
+        for block in arrival.blocks if len(own) else ():
+            places = own[(own >= first) & (own < first + len(block))] - first
+            rows = block.rows(places.tolist())
+            for place in places:
+                row = next(rows, None)
                 if row is None:
                     raise ValueError(
                         f"num_examples is {len(arrival)}, but the stream ends before example"
-                        f" {position}"
+                        f" {first + place}"
                     )
                 yield arrival, row
-        begin = end
+            first += len(block)
 
 
 class StreamGradientBatches(Sequence[dict[str, Any]]):

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -24,11 +25,9 @@ def flat(batches):
 
 def loaders(monkeypatch, arrivals, num_processes, **options):
     """Return the loaders of several simulated processes."""
-    from hf_dash.data.stream_loader import count_share
-
-    counts = [sum(count_share(a, num_processes, r) for a in arrivals) for r in range(num_processes)]
-    gathered = [(count, None) for count in counts]
-    monkeypatch.setattr("hf_dash.data.stream_loader.gather", lambda item: gathered)
+    for arrival in arrivals:
+        assert len(arrival) == sum(map(len, arrival.blocks))  # counted, so nothing is to be told
+    monkeypatch.setattr("hf_dash.data.shares.gather", lambda item: [item] * num_processes)
     ranks = [{"num_processes": num_processes, "process_index": r} for r in range(num_processes)]
     return [StreamLoader(arrivals, 4, seed=0, **rank, **options) for rank in ranks]
 
@@ -204,20 +203,30 @@ def test_uneven_processes_cut_equally_many_batches():
         _batch_sizes([2, 11], 0, 4)
 
 
-def test_uneven_shards_are_counted_and_agreed_on(monkeypatch):
-    # Two shards of 9 and 3 examples, one for each process.
+def uneven(*sizes):
+    """A stream whose shards have these sizes."""
+
     def generate(ranges):
         for begin, end in ranges:
             yield from ({"image": n, "label": n % 2} for n in range(begin, end))
 
+    ends = list(itertools.accumulate(sizes, initial=0))
+    ranges = [*itertools.pairwise(ends)]
     stream = IterableDataset.from_generator(
-        generate, features=FEATURES, gen_kwargs={"ranges": [(0, 9), (9, 12)]}
+        generate, features=FEATURES, gen_kwargs={"ranges": ranges}
     )
-    ranks = loaders(monkeypatch, [StreamedImages(stream, as_tensor)], 2)
+    return StreamedImages(stream, as_tensor)
+
+
+def test_images_of_uneven_shards_count_alike(monkeypatch):
+    # Two shards of 9 and 3 examples, and two processes: six each, so that every batch of both
+    # has three, and an image weighs a sixth in the mean of their means.
+    ranks = loaders(monkeypatch, [uneven(9, 3)], 2)
     epochs = [numbers(rank) for rank in ranks]
-    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[3, 3, 3], [1, 1, 1]]
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[3, 3], [3, 3]]
     examples = [sorted(number for batch in epoch for number in batch) for epoch in epochs]
-    assert examples == [list(range(9)), [9, 10, 11]]
+    assert sorted(examples[0] + examples[1]) == list(range(12))
+    assert examples[1] == [6, 7, 8, 9, 10, 11]  # the small shard whole, the other one cut
 
 
 def test_processes_without_a_group_are_refused():
@@ -229,8 +238,8 @@ def test_processes_without_a_group_are_refused():
 
 
 def test_the_failure_of_another_process_is_told(monkeypatch):
-    told = [(9, None), (0, "OSError: opened")]
-    monkeypatch.setattr("hf_dash.data.stream_loader.gather", lambda item: told)
+    told = [([9], None), ([], "OSError: opened")]
+    monkeypatch.setattr("hf_dash.data.shares.gather", lambda item: told)
     with pytest.raises(RuntimeError, match="counting the examples failed on rank 1: OSError: open"):
         StreamLoader(streams(18), 4, seed=0, num_processes=2)
 
@@ -273,20 +282,19 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_agree_on_the_batches(two_processes):
-    ranks = two_processes["stream"]
-    for epoch in range(2):
-        sizes = [[len(batch) for batch in rank["batches"][epoch]] for rank in ranks]
-        assert sizes == [[3, 3, 3], [1, 2, 2]]
-        assert sorted(
-            number for rank in ranks for batch in rank["batches"][epoch] for number in batch
-        ) == list(range(14))
-    assert [(rank["world"], rank["length"]) for rank in ranks] == [(2, 3)] * 2
+    # Shards of 9 and 5, and of 9 and 1, examples: batches of one step are of one size, so that
+    # each image counts once an epoch, and as much as any other of its step.
+    for case, sizes in (("stream", [3, 4]), ("stream_uneven", [2, 3])):
+        ranks = two_processes[case]
+        for epoch in range(2):
+            batches = [rank["batches"][epoch] for rank in ranks]
+            assert [[len(batch) for batch in own] for own in batches] == [sizes, sizes]
+            found = sorted(number for own in batches for batch in own for number in batch)
+            assert found == list(range(2 * sum(sizes)))
+        assert [(rank["world"], rank["length"]) for rank in ranks] == [(2, 2)] * 2
 
 
-def test_two_processes_refuse_together(two_processes):
-    for rank in two_processes["stream_uneven"]:
-        assert rank["error"].startswith("ValueError: every process needs an example for each of")
-        assert "got [9, 1] examples by process" in rank["error"]
+def test_two_processes_fail_together(two_processes):
     told, failed = (rank["error"] for rank in two_processes["stream_broken"])
     assert told.startswith("RuntimeError: counting the examples failed on rank 1: TypeError")
     assert failed.startswith("TypeError: 'NoneType' object")

@@ -1,0 +1,227 @@
+"""Parts of a shard that can be read without the rest: a row group, members of a tar, single files.
+
+Flow: a shard → its pieces, from a footer, the headers of an archive or a list of files; no image is
+read → encoded images of some rows of a piece.
+Source: parquet's row groups, as ``pyarrow`` reads them; the members of webdataset's archives.
+Differs from ``IterableDataset.skip``: what comes before a piece is not read.
+"""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Image
+from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
+from pyarrow.parquet import FileMetaData, ParquetFile, read_metadata
+
+from hf_dash.data.columns import BATCH_SIZE, undecoded
+
+# Fields of an archive that ``datasets`` unpacks.
+PACKED_FIELDS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+
+
+class Piece(Protocol):
+    """Rows of a shard that can be read without the rest of it.
+
+    Args:
+        num_rows: number of rows, including those that are left out later.
+        scattered: each row can be read alone, at the price of that row.
+    """
+
+    @property
+    def num_rows(self) -> int: ...  # noqa: D102
+
+    @property
+    def scattered(self) -> bool: ...  # noqa: D102
+
+    def images(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Yield the images of these rows as ``Image(decode=False)`` does, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a parquet file; whichever rows are wanted, its images are read together.
+
+    Args:
+        path: of the file.
+        number: of the row group, counted from 0.
+        column: of the images.
+        footer: of the file, so that it is read once for all row groups.
+    """
+
+    path: Path
+    number: int
+    column: str
+    footer: FileMetaData
+    scattered: bool = field(default=False, init=False)
+
+    @property
+    def num_rows(self) -> int:
+        """See :class:`Piece`."""
+        return int(self.footer.row_group(self.number).num_rows)
+
+    def images(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Yield the images of these rows; see :class:`Piece`."""
+        with ParquetFile(self.path, metadata=self.footer) as file:
+            stored = file.read_row_group(self.number, columns=[self.column]).column(self.column)
+        image = Image(decode=False)
+        # By chunk: together they may be too large for one array.
+        found = pa.chunked_array([image.cast_storage(chunk) for chunk in stored.chunks])
+        for row in rows:
+            yield found[int(row)].as_py()
+
+
+@dataclass(frozen=True)
+class Members:
+    """The images of a tar file that is not compressed.
+
+    Args:
+        path: of the file.
+        offsets: [rows] of the images, in bytes from the beginning; −1 where a row has none.
+        sizes: [rows] in bytes.
+    """
+
+    path: Path
+    offsets: np.ndarray
+    sizes: np.ndarray
+    scattered: bool = field(default=True, init=False)
+
+    @property
+    def num_rows(self) -> int:
+        """See :class:`Piece`."""
+        return len(self.offsets)
+
+    def images(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Yield the images of these rows; see :class:`Piece`."""
+        # Without a buffer, which would read on behind each image.
+        with open(self.path, "rb", buffering=0) as file:
+            for row in rows:
+                file.seek(int(self.offsets[row]))
+                yield {"bytes": file.read(int(self.sizes[row])), "path": None}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a map-style dataset that stays on the disk: a list of files, a saved dataset.
+
+    Args:
+        dataset: with the column ``image``.
+    """
+
+    dataset: Dataset
+    scattered: bool = field(default=True, init=False)
+
+    @property
+    def num_rows(self) -> int:
+        """See :class:`Piece`."""
+        return len(self.dataset)
+
+    def images(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Yield the images of these rows; see :class:`Piece`."""
+        encoded = undecoded(self.dataset.select_columns("image"))
+        for begin in range(0, len(rows), BATCH_SIZE):
+            yield from encoded[[int(row) for row in rows[begin : begin + BATCH_SIZE]]]["image"]
+
+
+def row_groups(path: Path, column: str) -> tuple[RowGroup, ...]:
+    """Return the row groups of a parquet file that hold rows; reads its footer."""
+    footer = read_metadata(path)
+    groups = [RowGroup(path, number, column, footer) for number in range(footer.num_row_groups)]
+    return tuple(group for group in groups if group.num_rows)
+
+
+def members(path: Path, column: str) -> Members | None:
+    """Return where the images of a webdataset lie; reads the headers of its tar file alone.
+
+    Args:
+        path: of the file.
+        column: the field that holds the images, such as ``"jpg"``.
+
+    Returns:
+        None if the images cannot be read where they lie, since the archive or they are compressed.
+    """
+    if path.suffix.lower() != ".tar" or column.lower().endswith(PACKED_FIELDS):
+        return None
+    places: list[tuple[int, int]] = []
+    last = None
+    with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            # As ``datasets`` does: hidden files are skipped, and members of one key in a row are
+            # one example.
+            if not member.isreg() or PurePosixPath(member.name).name.startswith((".", "__")):
+                continue
+            key, name = base_plus_ext(member.name)
+            if key is None:
+                continue
+            if key != last:
+                places.append((-1, 0))
+                last = key
+            if name == column:
+                if member.sparse is not None:
+                    return None
+                places[-1] = member.offset_data, member.size
+    offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    return Members(path, offsets, sizes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows that follow one another in an arrival and are in one piece.
+
+    Args:
+        piece: number of the piece.
+        rows: [rows] in the piece.
+        first: where the run begins in the arrival.
+    """
+
+    piece: int
+    rows: np.ndarray
+    first: int
+
+
+def runs_of(pieces: Sequence[Piece], ids: np.ndarray) -> list[Run]:
+    """Cut the rows of an arrival where the next one is in another piece.
+
+    Args:
+        pieces: of all shards, in order.
+        ids: [rows] positions over all pieces, in the order of the arrival.
+
+    Raises:
+        ValueError: the pieces do not hold as many rows.
+    """
+    starts = np.cumsum([0, *(piece.num_rows for piece in pieces)])
+    if len(ids) and ids.max() >= starts[-1]:
+        raise ValueError(f"the shards hold {starts[-1]} rows, but row {ids.max()} is wanted")
+    numbers = np.searchsorted(starts, ids, side="right") - 1
+    bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(ids)]
+    return [
+        Run(int(numbers[begin]), ids[begin:end] - starts[numbers[begin]], begin)
+        for begin, end in pairwise(bounds)
+        if end > begin
+    ]
+
+
+def drawn(pieces: Sequence[Piece], ids: np.ndarray, seed: int) -> np.ndarray:
+    """Return rows in a random order in which no piece is read twice.
+
+    Rows that can be read one by one come in the order of map-style data. Others stay with those of
+    their piece: pieces come in a random order, and so do the rows of each.
+
+    Args:
+        pieces: of all shards, in order.
+        ids: [rows] positions over all pieces.
+        seed: seed for the order.
+    """
+    generator = np.random.default_rng(seed)
+    if all(piece.scattered for piece in pieces):
+        return ids[generator.permutation(len(ids))]
+    runs = runs_of(pieces, ids)
+    order = [runs[number] for number in generator.permutation(len(runs)).tolist()]
+    places = [run.first + generator.permutation(len(run.rows)) for run in order]
+    return ids[np.concatenate(places)] if places else ids
