@@ -26,6 +26,7 @@ from datasets import (
     Dataset,
     Features,
     Image,
+    IterableDataset,
     Value,
     load_dataset,
     load_from_disk,
@@ -216,9 +217,11 @@ def _open_saved(path: Path, name: str, options: Reading) -> Shard:
 
 def streamed(shard: Shard) -> Shard:
     """Return a shard whose rows are read as they are needed."""
-    num_shards = max(1, min(NUM_SHARDS, len(shard.dataset)))
-    stream = shard.dataset.to_iterable_dataset(num_shards=num_shards)
-    return replace(shard, dataset=stream, pieces=(Rows(shard.dataset),))
+    return replace(shard, dataset=_as_stream(shard.dataset), pieces=(Rows(shard.dataset),))
+
+
+def _as_stream(dataset: Dataset) -> IterableDataset:
+    return dataset.to_iterable_dataset(num_shards=max(1, min(NUM_SHARDS, len(dataset))))
 
 
 def _load_file(path: Path, kind: str, streaming: bool, num_rows: int | None) -> AnyDataset:
@@ -382,6 +385,11 @@ def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:
     """Return a shard's rows with the classes of all shards, numbered from ``start``."""
     names = features["label"].names
     label_ids = [names.index(name) for name in label_names(shard.dataset)]
+    (rows, *_) = shard.pieces or [None]
+    if isinstance(rows, Rows):
+        # Numbered before it is a stream, which would number each of its shards from 0.
+        known = replace(shard, dataset=rows.dataset, pieces=None)
+        return _as_stream(_numbered(known, features, start))
     if not isinstance(shard.dataset, Dataset):
         settings = {"start": start, "label_ids": label_ids}
         stream = undecoded(shard.dataset)

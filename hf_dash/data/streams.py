@@ -295,6 +295,11 @@ class StreamedImages:
             self._fingerprint = fingerprint(self.stream)
         return self._fingerprint
 
+    def rows(self) -> Iterator[Row]:
+        """Yield all encoded images and their labels among the stream's classes, in order."""
+        for block in self.blocks:
+            yield from block.rows(range(len(block)))
+
     def decode(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return pixel values [rows, channels, h, w] and labels [rows] in the model's indices.
 
