@@ -83,6 +83,7 @@ def sources_of(
         Source(arrival, number, 0, len(block))
         for arrival in arrivals
         for number, block in enumerate(arrival.blocks)
+        if len(block)
     ]
     own = share_out(whole, num_processes, exact=True)[process_index]
     return share_out(own, max(1, num_workers))

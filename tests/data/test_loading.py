@@ -231,7 +231,8 @@ def test_a_stream_sorted_by_class_arrives_mixed(digits, small_model):
     assert sorted(rows) == sorted(digits["label"])
     assert len(set(rows[:40])) == 10
     # What is skipped to is what would have followed.
-    assert [label for _, label in round_.streams[0].rows(1000)] == rows[1000:]
+    (block,) = round_.streams[0].blocks
+    assert [label for _, label in block.rows(range(1000, len(block)))] == rows[1000:]
 
 
 def files_of(schedule):
