@@ -82,7 +82,6 @@ def run_starts(
 
     Example:
         >>> import hf_dash
-        >>> from accelerate import Accelerator
         >>> hf_dash.runs.run_starts(lambda: None, [], None, [], 1)
     """
     check_count("num_parallel_starts", num_parallel_starts)
@@ -109,6 +108,7 @@ def check_parallel(num_parallel_starts: int, accelerator: Accelerator) -> None:
         ValueError: it is less than 1, or more while a start takes several processes itself.
 
     Example:
+        >>> import hf_dash
         >>> from accelerate import Accelerator
         >>> hf_dash.runs.check_parallel(4, Accelerator(cpu=True))
     """
