@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import fsspec
+import numpy as np
 from datasets import (
     ClassLabel,
     Dataset,
@@ -274,6 +275,13 @@ def fingerprint(dataset: AnyDataset) -> str:
         for value, label in zip(batch["image"], batch["label"], strict=True):
             digest.add(label, stored_bytes(value))
     return digest.hexdigest()
+
+
+def part_of(checksum: str | None, rows: np.ndarray) -> str | None:
+    """Return a checksum of some rows, int64, of what has this checksum, if that is known."""
+    if checksum is None:
+        return None
+    return hashlib.sha256(checksum.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
 class Fingerprint:

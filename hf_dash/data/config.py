@@ -183,9 +183,13 @@ class DataConfig:
                 "replay_samples must be given with replay_strategy, got"
                 f" {self.replay_strategy!r} alone"
             )
-        for name in ("replay_samples", "new_share"):
-            if self.streaming and getattr(self, name) is not None:
-                raise ValueError(f"{name} must be None with streaming, got {getattr(self, name)!r}")
+        if self.streaming and self.new_share is not None:
+            raise ValueError(f"new_share must be None with streaming, got {self.new_share!r}")
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether decoded images are kept; a stream's are not where every round draws anew."""
+        return self.cache_images and not (self.streaming and self.replay_samples is not None)
 
     @property
     def replay(self) -> Replay:

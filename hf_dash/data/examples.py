@@ -9,7 +9,6 @@ black as the model sees it, after normalization.
 """
 
 import copy
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch.utils.data import ConcatDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as vision
 
-from hf_dash.data.columns import fingerprint, undecoded
+from hf_dash.data.columns import fingerprint, part_of, undecoded
 from hf_dash.data.decoding import image_decoder
 from hf_dash.data.image_batch import Examples, ImageBatch, joined, stacked
 from hf_dash.data.pixel_cache import PixelBudget, PixelCache
@@ -264,8 +263,8 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         part._encoded = undecoded(part.dataset)
         part._labels = self._labels[chosen]
         part.flipped = np.flatnonzero(np.isin(chosen, self.flipped)).tolist()
-        part._fingerprint = _part_of(self._fingerprint, chosen)
-        part._cache, part._cache_key = None, _part_of(self._cache_key, chosen)
+        part._fingerprint = part_of(self._fingerprint, chosen)
+        part._cache, part._cache_key = None, part_of(self._cache_key, chosen)
         part._keeps = (self._keeps or self._cache is not None) and len(chosen) > 0
         if part._cache_key is None:
             part.open()
@@ -330,13 +329,6 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
             return None
         cache.write(0, first)
         return cache
-
-
-def _part_of(checksum: str | None, rows: np.ndarray) -> str | None:
-    """Return the checksum of some rows of what has this checksum, if it is known."""
-    if checksum is None:
-        return None
-    return hashlib.sha256(checksum.encode() + rows.tobytes()).hexdigest()
 
 
 def flip_labels(

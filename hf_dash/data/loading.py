@@ -88,7 +88,7 @@ def load_schedules(
     for arrival in orders:
         arrivals = _cut(arrival, num_rounds)
         schedule = Schedule(
-            arrivals, (held_out,), data.cache_images, held_out_split=split, budget=budget
+            arrivals, (held_out,), data.keeps_images, held_out_split=split, budget=budget
         )
         schedule.check_classes(data)
         schedules.append(schedule.checked(data))
@@ -263,7 +263,7 @@ def file_schedule(data: DataConfig, records: Sequence[RoundRecord]) -> Schedule:
     schedule = Schedule(
         tuple(arrivals),
         (held_out,),
-        data.cache_images,
+        data.keeps_images,
         held_out_split=split,
         budget=data.pixel_budget,
     )
@@ -307,7 +307,7 @@ def round_schedule(
     arrivals = [_limited(arrival, data.max_train_samples) for arrival in arrivals]
     held_out = [_limited(part, data.max_eval_samples) for part in held_out]
     schedule = single_schedule(
-        arrivals, held_out, seed=seed, held_out_split=split, cache_images=data.cache_images
+        arrivals, held_out, seed=seed, held_out_split=split, cache_images=data.keeps_images
     )
     return replace(schedule, budget=data.pixel_budget).checked(data)
 

@@ -4,19 +4,23 @@ Flow: settings → how many old images a round draws → how many from each arri
 if classes are balanced → which ones → a ``Round`` of the drawn images and the new ones.
 Source: experience replay (Rolnick et al., NeurIPS 2019, arXiv:1811.11682).
 Differs: no buffer is kept. Old images stay where they are, and every round draws from all of them
-anew; an arrival of which nothing is drawn is not opened.
+anew; an arrival of which nothing is drawn is not opened. Where only whole row groups of a stream
+can be read, images are drawn in runs that follow one another, so that few of the groups are read.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 
 from hf_dash.data.examples import ImageExamples
 from hf_dash.data.names import shown
 from hf_dash.data.rounds import Round
+from hf_dash.data.streams import StreamedImages
 from hf_dash.utils.checks import check_count, check_number
 from hf_dash.utils.logging import get_logger
 
@@ -24,8 +28,13 @@ logger = get_logger(__name__, main_process_only=True)
 
 STRATEGIES = ("uniform", "class_balanced", "recency")
 
+# Images that are drawn together where reading one costs as much as reading its row group.
+RUN = 32
+
+Images: TypeAlias = ImageExamples | StreamedImages
+
 # Rows of an arrival, by class.
-ClassRows = Callable[[ImageExamples], list[np.ndarray]]
+ClassRows: TypeAlias = Callable[[Images], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,12 @@ class Replay:
         old images; it is the same on every process and for every start.
 
         Args:
-            rounds: each of all images, of map-style arrivals.
+            rounds: each of all images.
             seed: of the run, at least 0.
 
         Raises:
-            ValueError: a round holds streams.
+            ValueError: a round holds streams that can only be read from their beginning, or streams
+                with ``new_share``.
         """
         by_class = cache(_rows_by_class)
         applied = [self._applied(round_, seed, by_class) for round_ in rounds]
@@ -91,10 +101,9 @@ class Replay:
     def _applied(self, round_: Round, seed: int, by_class: ClassRows) -> Round:
         if self == Replay():
             return round_
-        if round_.streams:
-            name = "new_share" if self.samples is None else "replay_samples"
-            raise ValueError(f"{name} must be None: round {round_.index} holds streams")
-        old = [a for a in round_.arrivals[:-1] if isinstance(a, ImageExamples)]
+        if round_.streams and self.new_share is not None:
+            raise ValueError(f"new_share must be None: round {round_.index} holds streams")
+        old = round_.arrivals[:-1]
         if self.samples is None or not old:
             return replace(round_, new_share=self.new_share)
         wanted = self.samples
@@ -117,7 +126,7 @@ class Replay:
 
     def _draw(
         self,
-        old: Sequence[ImageExamples],
+        old: Sequence[Images],
         wanted: int,
         generator: np.random.Generator,
         by_class: ClassRows,
@@ -133,8 +142,10 @@ class Replay:
             taken = whole(quotas(counts, counts / ages, wanted), generator)
         else:
             taken = generator.multivariate_hypergeometric(counts, wanted)
-        sizes = zip(counts.tolist(), taken.tolist(), strict=True)
-        return [np.sort(generator.choice(n, k, replace=False, shuffle=False)) for n, k in sizes]
+        return [
+            _chosen(arrival, number, generator)
+            for arrival, number in zip(old, taken.tolist(), strict=True)
+        ]
 
     def _say(self, rounds: Sequence[Round], applied: Sequence[Round], by_class: ClassRows) -> None:
         drawn = {one.index: one.replay for one in applied if one.replay is not None}
@@ -226,11 +237,20 @@ def whole(shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return (below + more).astype(np.int64)
 
 
-def _part(arrival: ImageExamples, rows: np.ndarray) -> ImageExamples:
+def _part(arrival: Images, rows: np.ndarray) -> Images:
     return arrival if len(rows) == len(arrival) else arrival.select(rows)
 
 
-def _rows_by_class(arrival: ImageExamples) -> list[np.ndarray]:
+def _chosen(arrival: Images, number: int, generator: np.random.Generator) -> np.ndarray:
+    """Return so many rows of an arrival, in ascending order."""
+    count = len(arrival)
+    if isinstance(arrival, ImageExamples) or arrival.is_scattered:
+        return np.sort(generator.choice(count, number, replace=False, shuffle=False))
+    runs = generator.permutation(math.ceil(count / RUN))[:, None] * RUN + np.arange(RUN)
+    return np.sort(runs[runs < count][:number])
+
+
+def _rows_by_class(arrival: Images) -> list[np.ndarray]:
     labels = np.array(arrival.labels, dtype=np.int64)
     ends = np.cumsum(np.bincount(labels))
     return np.split(np.argsort(labels, kind="stable"), ends[:-1])
@@ -278,7 +298,7 @@ def _digest(rows: Sequence[np.ndarray]) -> str:
 
 def _say_unseen(round_: Round, by_class: ClassRows) -> None:
     """Name the classes that the model knows and of which no old image can be drawn."""
-    old = [by_class(a) for a in round_.arrivals[:-1] if isinstance(a, ImageExamples)]
+    old = [by_class(arrival) for arrival in round_.arrivals[:-1]]
     totals = _class_counts(old).sum(axis=0).tolist()
     names = round_.label_names or [str(index) for index in range(len(totals))]
     missing = [name for index, name in enumerate(names) if not sum(totals[index : index + 1])]

@@ -16,7 +16,7 @@ import torch
 from datasets import Features, Image, IterableDataset
 from torch import Tensor
 
-from hf_dash.data.columns import fingerprint, undecoded
+from hf_dash.data.columns import fingerprint, part_of, undecoded
 from hf_dash.data.pieces import Piece
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
@@ -128,6 +128,10 @@ class FileBlock:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def select(self, places: np.ndarray) -> "FileBlock":
+        """Return some of the rows."""
+        return FileBlock(self.piece, self.places[places], self.labels[places])
 
     def rows(self, places: Sequence[int]) -> Iterator[Row]:
         """Yield encoded images and labels."""
@@ -294,6 +298,43 @@ class StreamedImages:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.stream)
         return self._fingerprint
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether each example can be read alone, at the price of that example."""
+        return self._blocks is not None and all(block.scattered for block in self._blocks)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "StreamedImages":
+        """Return some of the examples, in ascending order; nothing is read.
+
+        Raises:
+            ValueError: the stream can only be read from its beginning.
+        """
+        blocks = [block for block in self._blocks or () if isinstance(block, FileBlock)]
+        if self._blocks is None or len(blocks) < len(self._blocks):
+            raise ValueError(
+                "stream must be of parquet files, tar files that are not compressed, or folders, on"
+                " this machine: others can only be read from their beginning"
+            )
+        chosen = np.asarray(rows, dtype=np.int64)
+        starts = np.cumsum([0, *map(len, blocks)])
+        cuts = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
+        parts = [
+            block.select(own - start)
+            for block, own, start in zip(blocks, cuts, starts.tolist(), strict=False)
+            if len(own)
+        ]
+        labels = [block.labels for block in parts]
+        return StreamedImages(
+            stream_of(parts, chosen, self.stream.features),
+            self.transform,
+            label_ids=self.label_ids,
+            cache=self.cache,
+            fingerprint=part_of(self._fingerprint, chosen),
+            labels=np.concatenate([np.zeros(0, dtype=np.int64), *labels]).tolist(),
+            stamps=self.stamps,
+            blocks=parts,
+        )
 
     def rows(self) -> Iterator[Row]:
         """Yield all encoded images and their labels among the stream's classes, in order."""

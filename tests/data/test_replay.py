@@ -4,14 +4,15 @@ import logging
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from helpers import heard, same_state, state_of
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from helpers import heard, numbered, png, same_state, state_of
 from transformers import HfArgumentParser, TrainingArguments
 
 import hf_dash
 from hf_dash import DashConfig, Round
-from hf_dash.data import ImageExamples, Replay, gradient_batches, train_batches
+from hf_dash.data import ImageExamples, Replay, StreamedImages, gradient_batches, train_batches
 from hf_dash.data.batches import NewShareSampler
+from hf_dash.data.pieces import RowGroup
 from hf_dash.data.replay import quotas, whole
 
 
@@ -296,7 +297,6 @@ def test_taking_all_trains_to_the_same_bits(accelerator):
         ({"new_share": 0.0}, r"new_share must be in \(0, 1\), got 0.0"),
         ({"new_share": 1}, r"new_share must be in \(0, 1\), got 1"),
         ({"new_share": 0.5, "streaming": True}, "new_share must be None with streaming, got 0.5"),
-        ({"replay_samples": 5, "streaming": True}, "replay_samples must be None.*got 5"),
     ],
 )
 def test_bad_settings_are_refused(settings, match):
@@ -315,3 +315,108 @@ def test_settings_go_on_record_as_numbers():
     assert settings["replay_samples"] == 0.5
     assert settings["replay_strategy"] == "recency"
     assert dataclasses.replace(data, replay_samples=500).replay == Replay(500, "recency")
+
+
+def level(image):
+    return torch.full((3, 8, 8), float(image.convert("L").getpixel((0, 0))))
+
+
+def days(folder, count=5, size=40):
+    """Shards of images of one gray level each, all different, in row groups of ten."""
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    for day in range(count):
+        levels = range(size * day, size * (day + 1))
+        rows = {"image": [{"bytes": png(n), "path": None} for n in levels]}
+        rows["label"] = [int(n % 4 == 0) for n in levels]
+        Dataset.from_dict(rows, features=features).to_parquet(
+            folder / f"day-{day}.parquet", batch_size=10
+        )
+    held_out = Dataset.from_dict(
+        {"image": [{"bytes": png(n), "path": None} for n in (250, 251)], "label": [0, 1]},
+        features=features,
+    )
+    held_out.to_parquet(folder.parent / "held_out.parquet")
+
+
+@pytest.fixture(scope="module")
+def drawn_days(tmp_path_factory):
+    """Rounds of files, by strategy and whether they are streams."""
+    folder = tmp_path_factory.mktemp("replay") / "days"
+    folder.mkdir()
+    days(folder)
+
+    def draw(strategy, streaming, samples=8):
+        data = hf_dash.DataConfig(
+            str(folder),
+            test_dataset_name=str(folder.parent / "held_out.parquet"),
+            arrive_by="files",
+            files_per_round=1,
+            streaming=streaming,
+            replay_samples=samples,
+            replay_strategy=strategy,
+        )
+        (schedule,) = hf_dash.data.load_schedules(data, [0], 1, None, [])
+        return data.replay.rounds(schedule.rounds(level), seed=0)
+
+    return draw
+
+
+def levels_of(batches):
+    return sorted(int(n) for batch in batches for n in batch["pixel_values"][:, 0, 0, 0])
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "class_balanced", "recency"])
+def test_of_a_stream_only_the_row_groups_of_what_is_drawn_are_read(
+    drawn_days, monkeypatch, strategy
+):
+    round_ = drawn_days(strategy, streaming=True)[-1]
+    groups, images = [], RowGroup.images
+
+    def counted(group, rows):
+        groups.append((group.path.name, group.number))
+        return images(group, rows)
+
+    monkeypatch.setattr(RowGroup, "images", counted)
+    loader = train_batches(round_, 16, seed=0)
+    epochs = [levels_of(loader), levels_of(loader)]
+    old = [n for n in epochs[0] if n < 160]
+    assert epochs[0] == epochs[1] == [*old, *range(160, 200)]
+    assert len(set(old)) == 8
+    needed = {(f"day-{n // 40}.parquet", n % 40 // 10) for n in epochs[0]}
+    assert set(groups) == needed
+    assert len(groups) == 2 * len(needed)  # once an epoch
+    if strategy != "class_balanced":
+        # Drawn in runs: of four shards two row groups each at most, where eight images by
+        # themselves would be in up to eight.
+        assert len(needed) <= 4 + 8
+    groups.clear()
+    batches = gradient_batches(round_, DashConfig(gradient_batch_size=16))
+    assert levels_of(batches) == epochs[0]
+    assert set(groups) == needed
+
+
+def test_streams_and_map_style_images_are_drawn_alike_by_class(drawn_days):
+    stream, images = (drawn_days("class_balanced", streaming)[-1] for streaming in (True, False))
+    assert stream.replay == images.replay
+    assert stream.class_counts() == images.class_counts() == [30 + 4, 10 + 4]
+    assert levels_of(train_batches(stream, 16, seed=0)) == levels_of(
+        train_batches(images, 16, seed=0)
+    )
+
+
+def test_a_trainer_reads_a_replayed_stream(drawn_days):
+    round_ = drawn_days("uniform", streaming=True)[-1]
+    stream = hf_dash.data.training_stream(round_, seed=0)
+    found = sorted(int(row["pixel_values"][0, 0, 0]) for row in stream)
+    assert found == levels_of(train_batches(round_, 16, seed=0))
+
+
+def test_a_stream_that_is_read_from_its_beginning_is_refused():
+    parts = [
+        StreamedImages(numbered(0, 4).to_iterable_dataset(), as_tensor, num_examples=4)
+        for _ in range(2)
+    ]
+    with pytest.raises(ValueError, match="stream must be of parquet files, tar files"):
+        Replay(samples=2).rounds([Round(2, tuple(parts))], seed=0)
+    with pytest.raises(ValueError, match="new_share must be None: round 2 holds streams"):
+        Replay(new_share=0.5).rounds([Round(2, tuple(parts))], seed=0)
