@@ -82,13 +82,19 @@ def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
     assert history.read_bytes() == whole
 
 
-def test_all_starts_run_on_noisy_labels(tmp_path):
+def test_all_starts_run_on_noisy_labels_with_a_replay(tmp_path):
     flags = ["--starts", "all", "--num_rounds", "2", "--examples_per_round", "40", *QUICK]
     flags += ["--label_noise", "0.2", "--measure_memorization", "--export_start", "dash"]
     flags += ["--max_eval_samples", "200"]
+    flags += ["--replay_samples", "0.5", "--replay_strategy", "class_balanced"]
+    flags += ["--new_share", "0.5"]
     done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
-    assert [r.start for r in records if r.round_index == 2] == list(hf_dash.STARTS)
+    second = [r for r in records if r.round_index == 2]
+    assert [r.start for r in second] == list(hf_dash.STARTS)
+    assert {(r.num_new, r.num_total, r.replay["num_drawn"]) for r in second} == {(40, 60, 20)}
+    assert len({r.replay["sha256"] for r in second}) == 1
+    assert done.stderr.count("old images are replayed (class_balanced, seed 0): 20 of 40") == 1
     assert memorization_table(records) in done.stdout
     assert (tmp_path / "runs" / "continual_rounds" / "factors.png").exists()
 
