@@ -1,31 +1,74 @@
-"""The history of a run: a JSON file that only grows.
+"""The history of a run: a file of JSON lines that only grows.
 
-Flow: one ``RoundRecord`` per round and start → appended to ``history.json`` in one step → read back
-for tables, plots and cards, or to continue, without training again. Every entry holds the digest of
-the one before, so a history that was cut or is older than the folders of its rounds shows it; a
-digest over the whole content shows whether anything else has changed the file.
+Flow: one entry per round and start → one line at the end of ``history.jsonl`` → read back for
+tables, plots and cards, or to continue, without training again. The first line holds the settings.
+Every entry holds the digest of the one before, so a history that was cut or is older than the
+folders of its rounds shows it, and its own, so a line that was changed shows it too.
+Differs from ``history.json`` beside a model: that file holds the rounds behind one model, is
+written once with it, and never grows. Runs of older versions have a ``history.json`` too, which the
+next entry turns into lines.
 """
 
 import json
-import math
-import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
-from hf_dash.utils.chain import BEGINNING, digest_of, entry_digest, head_of, in_order
-from hf_dash.utils.checks import check_folder_name, check_number, check_types
-from hf_dash.utils.files import public, read_json, write_text
-from hf_dash.utils.reports import check_report
+from hf_dash.entries import (
+    Dropped,
+    Entry,
+    Promotion,
+    PromotionKind,
+    RoundRecord,
+    SettingsChange,
+    check_entry,
+    now,
+    starts_of,
+)
+from hf_dash.utils.chain import BEGINNING, digest_of, entry_digest, head_of, in_order, recorded
+from hf_dash.utils.files import flush_folder, public, read_json, write_text
+from hf_dash.utils.lines import CHANGED, append_line, cut_torn_line, read_lines, write_lines
+from hf_dash.utils.logging import get_logger
 
-FORMAT = 3
+__all__ = [
+    "Dropped",
+    "Entry",
+    "History",
+    "Promotion",
+    "PromotionKind",
+    "RoundRecord",
+    "SettingsChange",
+    "chained",
+    "check_entry",
+    "free_settings",
+    "now",
+    "open_history",
+    "read_history",
+    "starts_of",
+    "write_history",
+]
 
-# Of a file, in bytes; a thousand rounds of a large model are a tenth of it.
+logger = get_logger(__name__)
+
+# Of the file beside a model, and of the lines of a run.
+FORMAT, LINES_FORMAT = 3, 4
+
+LINES, WHOLE = ".jsonl", ".json"
+
+HEADER = "run"
+
+# Of a whole file, and of one line, in bytes.
 LARGEST = 64 * 2**20
 
-PromotionKind = Literal["promote", "reject", "force", "rollback"]
+# What a line holds, by the name it goes under, and the list of a history that it belongs to.
+_KINDS: dict[str, tuple[type[Any], str]] = {
+    "round": (RoundRecord, "records"),
+    "promotion": (Promotion, "promotions"),
+    "settings": (SettingsChange, "changes"),
+    "dropped": (Dropped, "drops"),
+}
 
 # Not worth a record of their change.
 UNRECORDED = ("output_dir", "disable_tqdm", "num_parallel_starts")
@@ -65,156 +108,18 @@ def free_settings(settings: Mapping[str, Any], may_differ: Collection[str]) -> s
     return set(may_differ) - ({"num_workers"} if matter else set())
 
 
-@dataclass(frozen=True)
-class RoundRecord:
-    """What one start did in one round.
-
-    Args:
-        start: name of the strategy.
-        seed: of the run.
-        round_index: 1 for the first round.
-        num_new: examples that arrived in this round.
-        num_total: examples trained on.
-        accuracy: on the held-out examples, in [0, 1].
-        per_class_accuracy: the same by label.
-        train_accuracy: over the last epoch; None where it was not measured.
-        converged: whether training reached its threshold; None where it had none.
-        epochs: of training.
-        steps: optimizer steps.
-        start_seconds: duration of the start itself, the gradient pass included.
-        train_seconds: duration of the training.
-        shrink: ``ShrinkReport.to_dict()``, or None where nothing was shrunk.
-        parent: where the start's weights came from: a round's folder below the output directory,
-            ``user/name@commit`` on the Hub, or the name of a folder outside; None for a first
-            round that began with fresh weights.
-        parent_sha256: of the weights there, where they lie outside the output directory.
-        weights_sha256: of the final weights' file.
-        data_fingerprint: of the labeled images trained on, old and new.
-        files: names of the files that arrived in this round, where arrivals are files.
-        skipped: images left out of these: corrupt ones as ``"file:row"`` or path; others why.
-        overlap: number of held-out images among those trained on, where that was allowed.
-        images_read: by the start's pass and the training together.
-        memorization: what was measured right ``"before"`` and ``"after"`` the start.
-        versions: of the libraries, by name.
-        hardware: processes, device and precision.
-        held_out_fingerprint: of the images that ``accuracy`` was measured on.
-        file_sha256: of every file in the round's folder that the next round may load.
-        replay: which old images were trained on, where these were not all; see ``Round``.
-        previous: digest of the entry before in the history it was recorded in.
-    """
-
-    start: str
-    seed: int
-    round_index: int
-    num_new: int
-    num_total: int
-    accuracy: float
-    per_class_accuracy: dict[str, float]
-    train_accuracy: float | None
-    converged: bool | None
-    epochs: float
-    steps: int
-    start_seconds: float
-    train_seconds: float
-    shrink: dict[str, Any] | None = None
-    parent: str | None = None
-    weights_sha256: str | None = None
-    data_fingerprint: str | None = None
-    files: list[str] | None = None
-    skipped: list[str] | None = None
-    images_read: int | None = None
-    memorization: dict[str, dict[str, float]] | None = None
-    versions: dict[str, str] | None = None
-    hardware: str | None = None
-    held_out_fingerprint: str | None = None
-    parent_sha256: str | None = None
-    overlap: int | None = None
-    file_sha256: dict[str, str] | None = None
-    replay: dict[str, Any] | None = None
-    previous: str | None = field(default=None, compare=False)
-
-    @property
-    def folder(self) -> str:
-        """The round's folder below the output directory."""
-        return self.folder_of(self.start, self.seed, self.round_index)
-
-    @staticmethod
-    def folder_of(start: str, seed: int, round_index: int) -> str:
-        """Return the round's folder name, whether or not it exists."""
-        return f"rounds/{round_index:03d}/{start}_seed{seed}"
-
-    @property
-    def seconds(self) -> float:
-        """The whole cost: start and training."""
-        return self.start_seconds + self.train_seconds
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """One decision about which model is in use, the champion.
-
-    Args:
-        kind: ``"promote"`` or ``"reject"`` as the comparison said, ``"force"`` where the challenger
-            was promoted in spite of it, ``"rollback"`` to an earlier model.
-        challenger: folder, below the output directory, of the model put forward; in a rollback, of
-            the model rolled back to.
-        champion: folder of the model it was compared with; None where there was none.
-        reason: of the decision, in plain words.
-        time: of the decision in UTC, ISO 8601.
-        accuracy: of the challenger on the held-out examples, in [0, 1]; None in a rollback.
-        comparison: ``Comparison.to_dict()``; None where nothing was compared.
-        num_held_out: number of held-out examples; None in a rollback.
-        held_out_fingerprint: of the held-out examples; None in a rollback.
-        previous: digest of the entry before in the history.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
-
-    kind: PromotionKind
-    challenger: str
-    champion: str | None
-    reason: str
-    time: str
-    accuracy: float | None = None
-    comparison: dict[str, Any] | None = None
-    num_held_out: int | None = None
-    held_out_fingerprint: str | None = None
-    previous: str | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(PromotionKind):
-            raise ValueError(f"kind must be one of {get_args(PromotionKind)}, got {self.kind!r}")
-
-
-@dataclass(frozen=True)
-class SettingsChange:
-    """Settings that a run continued with in place of others.
-
-    Args:
-        changes: by name, the value before and after.
-        time: of the first entry recorded with them, in UTC, ISO 8601.
-        previous: digest of the entry before in the history.
-    """
-
-    changes: dict[str, list[Any]]
-    time: str
-    previous: str | None = field(default=None, compare=False)
-
-
-Entry: TypeAlias = RoundRecord | Promotion | SettingsChange
-
-
 @dataclass
 class History:
     """What a run has recorded; it only grows.
 
     Args:
-        path: of the JSON file, or None to keep it in memory only.
+        path: of the file, ``history.jsonl``, or None to keep it in memory only. ``history.json``
+            stands for the same file.
         settings: everything that was set for the run.
         records: so far, oldest first; use :meth:`append`.
         promotions: decisions so far, oldest first; use :meth:`append_promotion`.
         changes: of settings so far, oldest first.
+        drops: of rounds so far, oldest first; use :meth:`append_dropped`.
         may_differ: names of settings that say nothing about what has been recorded.
 
     Example:
@@ -231,20 +136,36 @@ class History:
     records: list[RoundRecord] = field(default_factory=list)
     promotions: list[Promotion] = field(default_factory=list)
     changes: list[SettingsChange] = field(default_factory=list)
+    drops: list[Dropped] = field(default_factory=list)
     may_differ: Collection[str] = ()
     # What has changed since the last entry, to be recorded with the next one.
     _changed: dict[str, list[Any]] = field(default_factory=dict, repr=False, compare=False)
+    # Bytes of the lines that were read or written; 0 where a whole file was read, None before.
+    _size: int | None = field(default=None, repr=False, compare=False)
+    # The head when there were so many entries of each kind.
+    _head: tuple[tuple[int, ...], str] | None = field(default=None, repr=False, compare=False)
 
     @property
     def entries(self) -> list[Entry]:
-        """Records, promotions and changes of settings in the order in which they were recorded."""
-        entries: list[Entry] = [*self.records, *self.promotions, *self.changes]
+        """All that was recorded, in the order in which it was recorded."""
+        entries: list[Entry] = [*self.records, *self.promotions, *self.changes, *self.drops]
         return in_order(entries)
 
     @property
     def head(self) -> str:
-        """What the next entry holds as ``previous``."""
-        return head_of(self.entries)
+        """What the next entry holds as ``previous``; worked out once per entry."""
+        if self._head is None or self._head[0] != self._counts:
+            self._head = (self._counts, head_of(self.entries))
+        return self._head[1]
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(len(getattr(self, name)) for _, name in _KINDS.values())
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """The ``save_total_limit`` by which rounds were dropped, by their folders."""
+        return {folder: entry.limit for entry in self.drops for folder in entry.folders}
 
     @property
     def taken(self) -> list[Promotion]:
@@ -258,8 +179,8 @@ class History:
 
     @property
     def digest(self) -> str:
-        """What the file holds as ``"digest"``: the SHA-256 of everything else in it."""
-        return digest_of(_content(self.settings, self.records, self.promotions, self.changes))
+        """The SHA-256 of settings and head, and so of everything recorded."""
+        return digest_of({"settings": self.settings, "head": self.head})
 
     def check_same_run(self, other: "History") -> None:
         """Check that another history has the same settings, except those that may differ.
@@ -299,32 +220,33 @@ class History:
             ValueError: the earlier call had other settings; the message names them.
         """
         self.check_same_run(recorded)
-        self.records, self.promotions = list(recorded.records), list(recorded.promotions)
-        self.changes = list(recorded.changes)
+        for _, name in _KINDS.values():
+            setattr(self, name, list(getattr(recorded, name)))
+        self._size, self._head = recorded._size, recorded._head
         changes = self._changes_since(recorded)
         self._changed = {name: both for name, both in changes.items() if name not in UNRECORDED}
 
     def append(self, record: RoundRecord) -> None:
-        """Add a record; the file is replaced in one step.
+        """Add a record, as one line at the end of the file.
 
         Raises:
-            ValueError: the same start, seed and round is recorded already, or a field is out of
-                its range.
+            ValueError: the same start, seed and round is recorded already, a field is out of its
+                range, or something else has changed the file.
             TypeError: a field is of the wrong kind.
+            OSError: the line could not be written; the file is as it was.
         """
         key = (record.start, record.seed, record.round_index)
-        if any((r.start, r.seed, r.round_index) == key for r in self.records):
+        if self.find(*key) is not None:
             raise ValueError(f"history already has a record of (start, seed, round) = {key}")
         self._append(record)
 
     def append_promotion(self, promotion: Promotion) -> None:
-        """Add a decision; the file is replaced in one step.
-
-        Raises:
-            ValueError: a field is out of its range.
-            TypeError: a field is of the wrong kind.
-        """
+        """Add a decision; see :meth:`append`."""
         self._append(promotion)
+
+    def append_dropped(self, folders: list[str], limit: int) -> None:
+        """Add which rounds are dropped by a ``save_total_limit``; see :meth:`append`."""
+        self._append(Dropped(folders, limit, now()))
 
     def note_changes(self) -> None:
         """Record which settings have changed since the last entry, where any have."""
@@ -340,18 +262,39 @@ class History:
             entry = replace(entry, previous=self.head)
         elif entry.previous != self.head:
             raise ValueError("the entry does not follow the newest one of the history")
-        kinds = {RoundRecord: "records", Promotion: "promotions", SettingsChange: "changes"}
-        name = kinds[type(entry)]
-        grown = [*getattr(self, name), entry]
         if self.path is not None:
-            kept = {one: getattr(self, one) for one in kinds.values()}
-            write_history(self.path, self.settings, **{**kept, name: grown})
-        setattr(self, name, grown)
+            self._write(entry)
+        name = _KINDS[_name_of(entry)][1]
+        setattr(self, name, [*getattr(self, name), entry])
+        self._head = (self._counts, entry_digest(entry))
+
+    def _write(self, entry: Entry) -> None:
+        """Add an entry to the file, which is made where there is none, and from a whole one."""
+        assert self.path is not None
+        path = self.path.with_suffix(LINES)
+        if self._size and path.exists():
+            self._size = append_line(path, _name_of(entry), recorded(entry), self._size)
+            return
+        whole, found = self.path.with_suffix(WHOLE), history_file(self.path)
+        if self._size is None and found.exists():
+            raise ValueError(f"path must not be there yet, got {found}: open_history continues it")
+        size = _write_lines(path, self.settings, (*self.entries, entry))
+        flush_folder(path.parent)
+        if self._size == 0 and found == whole:
+            logger.warning("%s is %s now, to which every entry adds a line", whole, path.name)
+            whole.unlink()
+        self.path, self._size = path, size
+
+    def cut_torn_line(self) -> None:
+        """Cut off what a kill has left of a line; only for the one who writes the file."""
+        path = None if self.path is None else self.path.with_suffix(LINES)
+        if path is not None and self._size and cut_torn_line(path, self._size):
+            logger.warning("%s ended in the middle of a line, which was cut off", path)
 
     def find(self, start: str, seed: int, round_index: int) -> RoundRecord | None:
         """Return the record of one round, or None."""
-        records = self.select(start, seed)
-        return next((r for r in records if r.round_index == round_index), None)
+        key = (round_index, start, seed)
+        return next((r for r in self.records if (r.round_index, r.start, r.seed) == key), None)
 
     def select(self, start: str | None = None, seed: int | None = None) -> list[RoundRecord]:
         """Return the records of one start, one seed, or both, oldest first."""
@@ -362,6 +305,10 @@ class History:
         ]
 
 
+def _name_of(entry: Entry) -> str:
+    return next(name for name, (kind, _) in _KINDS.items() if isinstance(entry, kind))
+
+
 def write_history(
     path: str | Path,
     settings: dict[str, Any],
@@ -369,16 +316,32 @@ def write_history(
     promotions: Iterable[Promotion] = (),
     changes: Iterable[SettingsChange] = (),
 ) -> None:
-    """Write a whole history in one step, in place of the file at ``path``."""
-    content = _content(settings, records, promotions, changes)
+    """Write a whole history in one step, in place of the file at ``path``.
+
+    Args:
+        path: of the file: ``history.json`` beside a model, or the lines of a run, ``.jsonl``.
+        settings: of the run, as plain JSON types.
+        records: oldest first.
+        promotions: oldest first.
+        changes: of settings, oldest first.
+    """
+    path = Path(path)
+    if path.suffix == LINES:
+        entries: list[Entry] = [*records, *promotions, *changes]
+        _write_lines(path, settings, in_order(entries))
+        return
+    lists: dict[str, Iterable[Any]]
+    lists = {"records": records, "promotions": promotions, "changes": changes}
+    plain = {name: [asdict(entry) for entry in one] for name, one in lists.items()}
+    content = {"format": FORMAT, "settings": settings, **plain}
     content["digest"] = digest_of(content)
-    write_text(Path(path), json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _content(settings: dict[str, Any], *lists: Iterable[Entry]) -> dict[str, Any]:
-    names = ("records", "promotions", "changes")
-    entries = {n: [asdict(entry) for entry in one] for n, one in zip(names, lists, strict=True)}
-    return {"format": FORMAT, "settings": settings, **entries}
+def _write_lines(path: Path, settings: dict[str, Any], entries: Iterable[Entry]) -> int:
+    header = {"format": LINES_FORMAT, "settings": settings}
+    lines = [(_name_of(entry), recorded(entry)) for entry in entries]
+    return write_lines(path, [(HEADER, header), *lines])
 
 
 def chained(records: Iterable[RoundRecord]) -> list[RoundRecord]:
@@ -390,22 +353,32 @@ def chained(records: Iterable[RoundRecord]) -> list[RoundRecord]:
     return own
 
 
-def now() -> str:
-    """Return the time in UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def _respelled(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record with its fields as they are spelled since version 0.2."""
     return {{"memorisation": "memorization"}.get(name, name): v for name, v in record.items()}
 
 
+def history_file(path: str | Path) -> Path:
+    """Return where a history lies: in its lines, if there are any, else in a whole file.
+
+    Args:
+        path: of either; the other lies beside it.
+    """
+    path = Path(path)
+    beside = (path.with_suffix(LINES), path.with_suffix(WHOLE))
+    return next((one for one in beside if one.exists()), path)
+
+
 def read_history(path: str | Path) -> History:
     """Read a history back, whoever wrote it.
 
+    Args:
+        path: of a run's ``history.jsonl``, or of the ``history.json`` beside a model. One stands
+            for the other where that is there alone.
+
     Raises:
         ValueError: the file is not a whole history, a value is out of its range, an entry is
-            missing, or the file was changed by hand or is too large.
+            missing, or a line was changed by hand or is too large.
 
     Example:
         >>> import tempfile
@@ -415,27 +388,78 @@ def read_history(path: str | Path) -> History:
         ...     hf_dash.read_history(f"{folder}/history.json").settings
         {'lam': 0.3}
     """
-    path = Path(path)
+    path = history_file(path)
+    read: Callable[[Path], History] = _read_lines if path.suffix == LINES else _read_whole
     try:
-        content = read_json(path, LARGEST)
-        if content["format"] not in (2, FORMAT):
-            raise ValueError(f"format {content['format']!r} is not {FORMAT}")
-        if content.pop("digest") != digest_of(content):
-            raise ValueError("it was changed by something else; restore it from a copy")
-        history = History(
-            path,
-            content["settings"],
-            [RoundRecord(**_respelled(record)) for record in content["records"]],
-            # Histories written before there were promotions have none.
-            [Promotion(**entry) for entry in content.get("promotions", [])],
-            [SettingsChange(**entry) for entry in content.get("changes", [])],
-        )
-        history.settings.items()  # by name
-        for entry in history.entries:
-            check_entry(entry)
+        return read(path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole hf_dash history: {error}") from error
+
+
+def _read_whole(path: Path) -> History:
+    content = read_json(path, LARGEST)
+    if content["format"] not in (2, FORMAT):
+        raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+    if content.pop("digest") != digest_of(content):
+        raise ValueError(f"it {CHANGED}")
+    history = History(
+        path,
+        content["settings"],
+        [RoundRecord(**_respelled(record)) for record in content["records"]],
+        # Histories written before there were promotions have none.
+        [Promotion(**entry) for entry in content.get("promotions", [])],
+        [SettingsChange(**entry) for entry in content.get("changes", [])],
+        _size=0,
+    )
+    history.settings.items()  # by name
+    for entry in history.entries:
+        check_entry(entry)
     return history
+
+
+def _read_lines(path: Path) -> History:
+    lines, size = read_lines(path, LARGEST)
+    if not lines or lines[0].name != HEADER:
+        raise ValueError("line 1 must hold the settings")
+    header, entries = lines[0].content, []
+    if header["format"] != LINES_FORMAT:
+        raise ValueError(f"format {header['format']!r} is not {LINES_FORMAT}")
+    history = History(path, dict(header["settings"].items()), _size=size)
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            kind, name = _KINDS[line.name]
+            entry = kind(**{**_absent(line.name), **line.content})
+            check_entry(entry)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        entries.append(entry)
+        getattr(history, name).append(entry)
+    head = _check_links(entries, [line.digest for line in lines[1:]])
+    for change in history.changes:
+        history.settings.update({name: new for name, (_, new) in change.changes.items()})
+    history._head = (history._counts, head)
+    return history
+
+
+@lru_cache
+def _absent(name: str) -> dict[str, None]:
+    """Return the fields that a line leaves out where they are None, though they have no default."""
+    needed = [one for one in fields(_KINDS[name][0]) if one.default is MISSING]
+    return {one.name: None for one in needed if type(None) in get_args(one.type)}
+
+
+def _check_links(entries: list[Entry], digests: list[str]) -> str:
+    """Check that every entry follows the one before; return what the next one holds.
+
+    Entries of the oldest versions, which have no chain, come first.
+    """
+    old = next((n for n, one in enumerate(entries) if one.previous is not None), len(entries))
+    head = digest_of(digests[:old]) if old else BEGINNING
+    for n in range(old, len(entries)):
+        if entries[n].previous != head:
+            raise ValueError(f"line {n + 2} has lost the one before: a line between is missing")
+        head = digests[n]
+    return head
 
 
 def open_history(
@@ -444,7 +468,8 @@ def open_history(
     """Continue the history at ``path``, or begin one.
 
     Args:
-        path: of the JSON file; None keeps it in memory only.
+        path: of the file, ``history.jsonl``; None keeps it in memory only. A ``history.json`` of
+            an older version beside it is read, and becomes lines with the next entry.
         settings: of the run, as plain JSON types.
         may_differ: names of settings that say nothing about what has been recorded, such as the
             number of rounds; the values given now take the place of the recorded ones.
@@ -453,46 +478,7 @@ def open_history(
         ValueError: the history is damaged, or of a run with other settings; the message names them.
     """
     history = History(None if path is None else Path(path), settings, may_differ=may_differ)
-    if path is not None and Path(path).exists():
+    if path is not None and history_file(path).exists():
         history.continue_from(read_history(path))
+        history.cut_torn_line()
     return history
-
-
-# Smallest and largest values of a record's numbers.
-_RANGES: dict[str, tuple[float, float]] = {
-    "round_index": (1, math.inf),
-    **dict.fromkeys(("accuracy", "train_accuracy"), (0, 1)),
-    **dict.fromkeys(("seed", "num_new", "num_total", "epochs", "steps"), (0, math.inf)),
-    **dict.fromkeys(("start_seconds", "train_seconds", "images_read"), (0, math.inf)),
-    "num_held_out": (1, math.inf),
-}
-
-
-def check_entry(entry: Entry) -> None:
-    """Check the kinds and ranges of all fields.
-
-    Raises:
-        TypeError: a field is of the wrong kind.
-        ValueError: a field is out of its range.
-    """
-    check_types(entry)
-    for name, (low, high) in _RANGES.items():
-        value = getattr(entry, name, None)
-        if value is not None:
-            check_number(name, value, f"[{low}, {high}]", low, high)
-    if not isinstance(entry, RoundRecord):
-        return
-    check_folder_name("start", entry.start)
-    for label, accuracy in entry.per_class_accuracy.items():
-        check_number(f"per_class_accuracy of {label!r}", accuracy, "[0, 1]", 0, 1)
-    sums = {"weights_sha256": entry.weights_sha256, **(entry.file_sha256 or {})}
-    for name, value in sums.items():
-        if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
-            raise ValueError(f"the SHA-256 of {name} must be 64 hexadecimal digits, got {value!r}")
-    if entry.shrink is not None:
-        check_report(entry.shrink)
-
-
-def starts_of(records: Iterable[RoundRecord]) -> list[str]:
-    """Return the starts among records, in order of appearance."""
-    return list(dict.fromkeys(record.start for record in records))

@@ -10,8 +10,9 @@ Source: see each start.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -368,11 +369,44 @@ def find_start(name: str) -> Start:
     if not settings:
         return start
 
+    @wraps(start)
     def with_its_own(model: PreTrainedModel, context: StartContext) -> Started | None:
         dash, start_config = start_settings(name, context.dash, context.start_config)
         return start(model, replace(context, dash=dash, start_config=start_config))
 
-    return every_round(with_its_own) if getattr(start, "every_round", False) else with_its_own
+    return with_its_own
+
+
+def need_state(
+    start_config: StartsConfig, starts: Mapping[str, Start], others: Iterable[str] = ()
+) -> bool:
+    """Tell whether some start may ask for the optimizer's state after the round before.
+
+    Args:
+        start_config: settings of the run.
+        starts: by name, as :func:`find_start` returns them; your own always may.
+        others: names of more; those that are not known here do not count.
+
+    Example:
+        >>> from hf_dash.starts import STARTS, StartsConfig, find_start, need_state
+        >>> [need_state(StartsConfig(), {name: STARTS[name]}) for name in ("cold", "warm", "dash")]
+        [False, True, False]
+        >>> need_state(StartsConfig(), {}, ["cold", "dash+reset_optimizer=false"])
+        True
+    """
+    known = {name: find_start(name) for name in others if name.partition("+")[0] in STARTS}
+    return any(
+        _may_keep_optimizer(start, name, start_config)
+        for name, start in {**known, **starts}.items()
+    )
+
+
+def _may_keep_optimizer(start: Start, name: str, start_config: StartsConfig) -> bool:
+    own = getattr(start, "__wrapped__", start)
+    if own in (shrink_perturb_, head_reset_, dash_, fire_):
+        _, start_config = start_settings(name, None, start_config)
+        return not start_config.reset_optimizer
+    return own not in (cold_, warm_reset_momentum_)
 
 
 def start_settings(

@@ -1,8 +1,8 @@
 """Compare the starts of finished runs over their seeds: tables and a figure, without training.
 
-Launch:  accelerate launch recipes/compare_starts.py --histories runs/x/history.json
-         accelerate launch recipes/compare_starts.py --histories runs/x/history.json \
-             runs/y/history.json --baseline dash --skip_seeds 0 --output_dir runs/compared
+Launch:  accelerate launch recipes/compare_starts.py --histories runs/x/history.jsonl
+         accelerate launch recipes/compare_starts.py --histories runs/x/history.jsonl \
+             runs/y/history.jsonl --baseline dash --skip_seeds 0 --output_dir runs/compared
 
 The histories must be of one protocol: the same data and settings, other starts or seeds. Prints
 each start's mean and spread, with several seeds its paired difference from the baseline and a
@@ -19,7 +19,7 @@ import hf_dash
 
 @dataclass
 class CompareArguments:
-    histories: list[str] = field(metadata={"help": "history.json of one or more runs."})
+    histories: list[str] = field(metadata={"help": "history.jsonl of one or more runs."})
     baseline: str = field(default="cold", metadata={"help": "Start to compare the others with."})
     confidence: float = field(default=0.95, metadata={"help": "Of the intervals, in (0, 1)."})
     skip_seeds: list[int] = field(

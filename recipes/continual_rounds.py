@@ -49,7 +49,7 @@ class RunArguments:
         default=1, metadata={"help": "Starts of a seed that train at once, a process each."}
     )
     save_total_limit: int | None = field(
-        default=None, metadata={"help": "Keep the weights of the newest rounds only."}
+        default=3, metadata={"help": "Newest rounds of each start whose weights are kept."}
     )
     label_noise: float = field(default=0.0, metadata={"help": "Share of wrong training labels."})
     measure_memorization: bool = field(
@@ -121,7 +121,7 @@ def compare(accelerator, history, run, source, data, training, dash, start_confi
                 start_config=start_config,
                 training=training,
                 output_dir=output_dir,
-                save_total_limit=run.save_total_limit,
+                save_total_limit=None if hub.push_to_hub else run.save_total_limit,
                 measure_memorization=run.measure_memorization,
                 checkpoint=checkpoint,
             )
@@ -142,7 +142,7 @@ def compare(accelerator, history, run, source, data, training, dash, start_confi
         folders, names = [output_dir, output_dir / "model"], schedule.label_names()
         sentence = hf_dash.report.recommend(history, folders, names)
         # After everything else: no other process waits for a slow Hub.
-        hf_dash.hub.push_rounds(hub, output_dir, chain)
+        hf_dash.hub.push_rounds(hub, output_dir, chain, save_total_limit=run.save_total_limit)
         print(sentence)
 
 

@@ -6,7 +6,7 @@ Launch:  accelerate launch recipes/promote.py --output_dir runs/x \
              --rollback_to rounds/002/dash_seed0
 
 Challenger and champion predict the held-out images of the dataset; the decision and its reason go
-into the run's history.json. Ends with status 1 where the challenger is rejected, and with 2
+into the run's history.jsonl. Ends with status 1 where the challenger is rejected, and with 2
 where it is promoted but the Hub did not follow: the same command then finishes. With --push_to_hub
 --hub_model_id user/name the Hub's main follows: from the branch --hub_revision, where a challenger
 waits, or to the tag of the round rolled back to. Flags: those below, and the fields of hf_dash's
@@ -25,7 +25,7 @@ import hf_dash
 
 @dataclass
 class PromoteArguments:
-    output_dir: str = field(metadata={"help": "Of a run, with its history.json and rounds."})
+    output_dir: str = field(metadata={"help": "Of a run, with its history.jsonl and rounds."})
     challenger: str | None = field(
         default=None, metadata={"help": "Folder below it, such as rounds/003/dash_seed0."}
     )

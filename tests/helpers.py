@@ -393,3 +393,9 @@ def record(start="warm", seed=0, round_index=1, **changes):
         "weights_sha256": "0" * 64,
     }
     return RoundRecord(start=start, seed=seed, round_index=round_index, **{**fields, **changes})
+
+
+def files_below(folder):
+    """Every file but locks, by its name below a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

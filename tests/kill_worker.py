@@ -28,10 +28,10 @@ POINTS = {
     "after the trained round is kept": ("hf_dash.runs.store", "os.rename", "after", 5),
     "before the folder is there": ("hf_dash.runs.store", "os.rename", "before", 3),
     "after the folder is there": ("hf_dash.runs.store", "os.rename", "after", 6),
-    # Written in every round: with what is trained, in the finished folder, of the whole run.
-    "before the history is there": ("hf_dash.history", "write_text", "before", 6),
-    "in the history": ("hf_dash.utils.files", "os.replace", "before", 5),
-    "after the history is there": ("hf_dash.history", "write_text", "after", 3),
+    # The first round begins the history, every later one adds a line to it.
+    "before the history is there": ("hf_dash.history", "append_line", "before", 1),
+    "in the history": ("hf_dash.utils.files", "os.replace", "before", 3),
+    "after the history is there": ("hf_dash.history", "write_lines", "after", 1),
 }
 
 

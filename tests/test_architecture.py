@@ -12,6 +12,7 @@ PACKAGES = [
     "_version",
     "utils",
     "hub/client",
+    "entries",
     "history",
     "model_config",
     "transforms",

@@ -38,9 +38,17 @@ from hf_dash.hub.client import (
     files_at,
     reach,
 )
-from hf_dash.runs.round_files import CARD, CONFIG, HISTORY, MODEL_FOLDER, WEIGHTS, check_files
-from hf_dash.trainer.logging import REPORT_NAME
+from hf_dash.runs.round_files import (
+    CARD,
+    CONFIG,
+    HISTORY,
+    MODEL_FOLDER,
+    WEIGHTS,
+    check_files,
+    report_of,
+)
 from hf_dash.utils.files import finish_replacing, one_writer, sha256_of
+from hf_dash.utils.reports import REPORT_NAME
 
 NEEDED = (CARD, CONFIG, WEIGHTS, HISTORY)
 
@@ -68,9 +76,10 @@ def check_folder(folder: Path) -> RoundRecord:
         raise ValueError(f"{folder / HISTORY} has no record of a round")
     record = history.records[-1]
     check_files(folder, record, exported=True)
+    shrink = report_of(folder, record)
     if (folder / REPORT_NAME).is_file():
         report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        if report != record.shrink:
+        if report != shrink:
             raise ValueError(f"{folder / REPORT_NAME} is not what {HISTORY} describes")
     _check_public(folder, history)
     return record

@@ -17,7 +17,8 @@ from hf_dash.hub.lineage import full_repo_id, published_tags, read_published
 from hf_dash.hub.publish import HubRound, promote_on_hub, push_round, round_tag
 from hf_dash.models import load_model
 from hf_dash.report.export import Chain, export_round
-from hf_dash.runs.round_files import HISTORY, WEIGHTS
+from hf_dash.runs.dropped import drop_rounds
+from hf_dash.runs.round_files import RUN_HISTORY, WEIGHTS
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -153,7 +154,13 @@ def push_command(
     return shlex.join([*words, "--create_pr"] if create_pr else words)
 
 
-def push_rounds(hub: HubArguments, output_dir: str | Path, chain: Chain) -> HubRound | None:
+def push_rounds(
+    hub: HubArguments,
+    output_dir: str | Path,
+    chain: Chain,
+    *,
+    save_total_limit: int | None = None,
+) -> HubRound | None:
     """Push what a run has not pushed yet, oldest round first, each with its card.
 
     Every round's ``base_model`` is the commit of the round before. Rounds whose weights are no
@@ -163,6 +170,8 @@ def push_rounds(hub: HubArguments, output_dir: str | Path, chain: Chain) -> HubR
         hub: the flags.
         output_dir: of the run; its newest round is exported to ``model`` below it.
         chain: the rounds to push.
+        save_total_limit: drop the weights of all but so many rounds of each start, once these are
+            pushed; None keeps all.
 
     Returns:
         The newest round on the Hub; None where nothing was asked for, or the Hub failed.
@@ -177,7 +186,7 @@ def push_rounds(hub: HubArguments, output_dir: str | Path, chain: Chain) -> HubR
     output_dir, repository = Path(output_dir), hub.repository(output_dir)
     try:
         repository = full_repo_id(repository, token=hub.hub_token)
-        return _told(_push_rounds(hub, output_dir, repository, chain))
+        pushed = _told(_push_rounds(hub, output_dir, repository, chain))
     except HubError as error:
         command = push_command(hub, output_dir / "model", repository)
         logger.warning(
@@ -188,12 +197,22 @@ def push_rounds(hub: HubArguments, output_dir: str | Path, chain: Chain) -> HubR
             command,
         )
         return None
+    if save_total_limit is not None:
+        drop_rounds(output_dir, chain.history, save_total_limit)
+    return pushed
 
 
 def _push_rounds(hub: HubArguments, output_dir: Path, repository: str, chain: Chain) -> HubRound:
     tags, own = published_tags(repository, token=hub.hub_token), chain.records
     challenger = hub.hub_revision not in (None, MAIN)
     pushed: HubRound | None = None
+    dropped = [one for one in own if one.folder in chain.history.dropped]
+    late = [one.round_index for one in dropped if round_tag(one.round_index) not in tags]
+    if late and not challenger:
+        logger.warning(
+            "%s gets no round %s: save_total_limit %s dropped the weights before they were pushed",
+            *(repository, ", ".join(map(str, late)), chain.history.dropped[dropped[-1].folder]),
+        )
     for before, record in zip([None, *own], own, strict=False):
         tag, newest = round_tag(record.round_index), record is own[-1]
         if tag in tags and not challenger:
@@ -233,7 +252,7 @@ def push_promotion(
     Args:
         hub: the flags; ``hub_revision`` is where the model waits on the Hub, by default at the tag
             of its round.
-        output_dir: of the run, with its ``history.json``.
+        output_dir: of the run, with its ``history.jsonl``.
         folder: of the round that is in use now, as recorded there.
         reason: of the decision.
 
@@ -248,7 +267,7 @@ def push_promotion(
     """
     if not hub.push_to_hub:
         return None
-    records = read_history(Path(output_dir) / HISTORY).records
+    records = read_history(Path(output_dir) / RUN_HISTORY).records
     record = next(r for r in records if r.folder == PurePath(folder).as_posix())
     repository = hub.repository(output_dir)
     revision = hub.hub_revision or round_tag(record.round_index)

@@ -3,7 +3,7 @@
 Flow: history → ``rounds.csv`` (one row per record), ``per_class.csv``, ``factors.csv`` (one row per
 shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what many records have
 in common, each value once) → the same records, so that every table and figure works on them.
-Differs from ``history.json``: that file belongs to a run, which appends to it and checks its
+Differs from ``history.jsonl``: that file belongs to a run, which appends to it and checks its
 digest; this folder is for readers and diffs, and a sixth of the size. Seconds are rounded to
 ``SECONDS_DIGITS`` decimals, factors to ``FACTOR_DIGITS``, accuracies of single classes to
 ``CLASS_DIGITS``; everything else is exact. Promotions are not kept.
@@ -94,7 +94,7 @@ def write_evidence(
 
     Raises:
         ValueError: there is no record, or some with one seed and number of images were not trained
-            on the same images.
+            on the same images; or the report of a shrink is not there.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -107,6 +107,12 @@ def write_evidence(
     folder, own = Path(folder), history.records
     if not own:
         raise ValueError("history must have at least one record, got none")
+    lacking = [one.folder for one in own if one.shrink and "tensors" not in one.shrink]
+    if lacking:
+        raise ValueError(
+            f"history must hold the whole report of every shrink, but that of {lacking[0]} is not"
+            " there: join_histories reads it from the round's folder"
+        )
     base = None if like is None else read_evidence(folder.parent / like)
     there = {} if base is None else _same_starts(own, base.records)
     own = [record for record in own if record.start not in there.get("starts", ())]

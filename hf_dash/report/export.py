@@ -18,6 +18,7 @@ from hf_dash.models import save_model
 from hf_dash.report.card import CardData, CardInfo, card_info, write_card
 from hf_dash.report.plots import plot_factors, plot_rounds
 from hf_dash.report.tables import memorization_table, rounds_table, starts_table
+from hf_dash.runs.dropped import check_kept
 from hf_dash.runs.round_files import (
     FACTORS,
     FIGURE,
@@ -30,9 +31,13 @@ from hf_dash.runs.round_files import (
     check_replaceable,
     checksums_of,
     recorded_checksums,
+    report_of,
 )
-from hf_dash.trainer.logging import REPORT_NAME
 from hf_dash.utils.files import files_written_aside, one_writer, write_text
+from hf_dash.utils.logging import get_logger
+from hf_dash.utils.reports import REPORT_NAME
+
+logger = get_logger(__name__)
 
 
 def write_results(history: History, folder: str | Path) -> str:
@@ -62,12 +67,25 @@ def write_results(history: History, folder: str | Path) -> str:
     records, folder = history.records, Path(folder)
     plot_rounds(records, folder / FIGURE)
     shrunk = [record for record in records if record.shrink is not None]
-    if shrunk:
-        plot_factors(shrunk[-1], folder / FACTORS)
+    report = _last_report(history, shrunk[-1]) if shrunk else None
+    if report is not None:
+        plot_factors(report, folder / FACTORS)
     tables = [rounds_table(records), starts_table(records)]
     if any(record.memorization is not None for record in records):
         tables.append(memorization_table(records))
     return "\n\n".join(tables)
+
+
+def _last_report(history: History, record: RoundRecord) -> dict[str, Any] | None:
+    """Return the report of a round below the history, or beside the history of a model."""
+    beside = Path() if history.path is None else history.path.parent
+    below = beside / record.folder
+    folder = below if (below / REPORT_NAME).is_file() else beside
+    try:
+        return report_of(folder, record)
+    except ValueError as error:
+        logger.warning("%s is not drawn: %s", FACTORS, error)
+        return None
 
 
 @dataclass(frozen=True)
@@ -190,16 +208,21 @@ def write_model_folder(
                 save_model(model, aside, image_processor)
             else:
                 _copy_loaded(Path(files), aside)
-            info = replace(info, records=[*info.records[:-1], _with_checksums(aside, info.record)])
-            shrink = info.record.shrink
-            write_history(aside / HISTORY, info.settings, chained(info.records))
-            plot_rounds(info.records, aside / FIGURE)
+            info = _with_last(info, _with_checksums(aside, info.record))
+            shrink = report_of(folder if files is None else Path(files), info.record)
             if shrink is not None:
                 write_text(aside / REPORT_NAME, json.dumps(shrink, indent=1))
-                plot_factors(info.record, aside / FACTORS)
+                plot_factors(shrink, aside / FACTORS)
+            write_history(aside / HISTORY, info.settings, chained(info.records))
+            plot_rounds(info.records, aside / FIGURE)
+            shown = _with_last(info, replace(info.record, shrink=shrink))
             factors = None if shrink is None else FACTORS
-            write_card(aside, model, replace(info, figure=FIGURE, factors_figure=factors))
+            write_card(aside, model, replace(shown, figure=FIGURE, factors_figure=factors))
     return info
+
+
+def _with_last(info: CardInfo, record: RoundRecord) -> CardInfo:
+    return replace(info, records=[*info.records[:-1], record])
 
 
 def export_round(
@@ -240,6 +263,7 @@ def export_round(
         ...     hf_dash.report.export_round(model, run, chain).model_name
         'test_resnet on digits'
     """
+    check_kept(chain.history, chain.records[-1], "export")
     own = Path(output_dir) / chain.records[-1].folder
     check_files(own, chain.records[-1])
     return write_model_folder(

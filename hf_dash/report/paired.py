@@ -27,7 +27,9 @@ from hf_dash.history import (
 )
 from hf_dash.report.markdown import MISSING, Markdown, escape_markdown, markdown_table
 from hf_dash.report.tables import Run, mean_accuracy, mean_steps
+from hf_dash.runs.round_files import report_of
 from hf_dash.utils.checks import check_confidence
+from hf_dash.utils.reports import REPORT_NAME
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class PairedDifference:
 
 def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] = ()) -> History:
     """Join the histories of one protocol, in memory, with the settings they share.
+
+    Each record gets the whole report of its shrink, where the round's folder has it.
 
     Args:
         paths: of the histories, at least one.
@@ -84,8 +88,17 @@ def join_histories(paths: Sequence[str | Path], *, skip_seeds: Collection[int] =
         for record in history.records:
             if record.seed not in skip_seeds:
                 # Each followed another entry where it was written.
-                joined.append(replace(record, previous=None))
+                joined.append(replace(_with_report(history, record), previous=None))
     return joined
+
+
+def _with_report(history: History, record: RoundRecord) -> RoundRecord:
+    """Return a record with the whole report of its shrink, where its folder still has it."""
+    assert history.path is not None
+    folder = history.path.parent / record.folder
+    if not (folder / REPORT_NAME).is_file():
+        return record
+    return replace(record, shrink=report_of(folder, record))
 
 
 def paired_difference(

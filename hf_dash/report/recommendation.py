@@ -148,7 +148,7 @@ def write_recommendation(
 
     Args:
         verdict: of ``history``.
-        folder: to write it into, beside a ``history.json``.
+        folder: to write it into, beside a history.
         history: that was compared; its settings hold those of the starts.
         label_names: of all classes.
 

@@ -6,14 +6,15 @@ from .comparison import compare_models as compare_models
 from .comparison import decide as decide
 from .continual import Run as Run
 from .continual import run_rounds as run_rounds
+from .dropped import drop_rounds as drop_rounds
 from .parallel import check_parallel as check_parallel
 from .parallel import run_starts as run_starts
 from .promotion import HeldOut as HeldOut
 from .promotion import promote as promote
 from .promotion import rollback as rollback
+from .recovery import read_champion as read_champion
 from .settings import recorded_settings as recorded_settings
 from .settings import training_settings as training_settings
 from .store import open_model_folder as open_model_folder
 from .store import open_run as open_run
-from .store import read_champion as read_champion
 from .trainer_round import TrainerRound as TrainerRound

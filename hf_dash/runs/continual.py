@@ -32,19 +32,20 @@ from hf_dash.method.loss import WeightedLoss
 from hf_dash.method.shrink import ShrinkReport
 from hf_dash.models import black_pixel, grow_head
 from hf_dash.pretrained import Checkpoint
+from hf_dash.runs.dropped import check_kept, drop_rounds, starts_named
+from hf_dash.runs.recovery import recover
 from hf_dash.runs.round_files import check_finite, recorded_shrink, size_of
 from hf_dash.runs.start_folders import adopt_rounds, record_round, shared_first_round
 from hf_dash.runs.store import (
+    agree_on,
     find_trained,
     finished_round,
     load_optimizer_state,
     load_trained_,
     load_weights_,
-    prune_rounds,
-    recover,
     save_trained,
 )
-from hf_dash.starts import STARTS, Start, StartContext, Started, StartsConfig
+from hf_dash.starts import STARTS, Start, StartContext, Started, StartsConfig, need_state
 from hf_dash.training.config import TrainingConfig
 from hf_dash.training.evaluation import check_readable, evaluate_model
 from hf_dash.training.loop import TrainingResult, train_round
@@ -52,7 +53,7 @@ from hf_dash.training.memorization import measure_round
 from hf_dash.training.optimizers import copies_kept
 from hf_dash.training.resident import resident_batches
 from hf_dash.utils.checks import check_count, check_flag, check_folder_name, check_kind
-from hf_dash.utils.distributed import by_main, gather, hardware, synchronize
+from hf_dash.utils.distributed import by_main, hardware, synchronize
 from hf_dash.utils.files import check_free_space, check_output_dir
 from hf_dash.utils.logging import get_logger
 
@@ -85,8 +86,8 @@ class Run:
         start_config: settings of the other starts.
         training: settings of the training.
         output_dir: every round is saved below it, in ``RoundRecord.folder``; None keeps nothing.
-        save_total_limit: keep the folders of this many newest rounds, at least 1, and the
-            champion's; None keeps all.
+        save_total_limit: keep the weights of this many newest rounds, at least 1, and the
+            champion's; None keeps all. What is dropped is recorded, and its record stays.
         measure_memorization: measure right before and after every start what the model remembers
             (:func:`~hf_dash.training.memorization.measure_round`); not counted in the seconds.
         checkpoint: the pretrained weights that the run began from: the model given to
@@ -114,7 +115,7 @@ class Run:
     start_config: StartsConfig = field(default_factory=StartsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output_dir: str | Path | None = None
-    save_total_limit: int | None = None
+    save_total_limit: int | None = 3
     measure_memorization: bool = False
     checkpoint: Checkpoint | None = None
     parent: RoundRecord | None = None
@@ -139,6 +140,12 @@ class Run:
             return None
         key = (self.name, self.seed, round_.index)
         return finished_round(self.output_dir, self.history, key, round_.fingerprint, parent)
+
+    def drop(self) -> None:
+        """Drop the weights of older rounds; of other starts too, which no longer wait for this."""
+        if self.save_total_limit is not None and self.output_dir is not None:
+            chains = [(name, self.seed) for name in (self.name, *starts_named(self.history))]
+            drop_rounds(self.output_dir, self.history, self.save_total_limit, chains)
 
 
 def run_rounds(
@@ -183,7 +190,7 @@ def run_rounds(
     model.to(run.accelerator.device)
     if run.output_dir is not None:
         by_main(partial(_open, run.output_dir, run))
-    _agree_on(run)
+    agree_on(run.history)
     parent, trained = run.parent, False
     kept: dict[str, Tensor] = {}
     for round_ in rounds:
@@ -198,6 +205,7 @@ def run_rounds(
         if not trained:
             check_readable("held_out", held_out)
         if run.output_dir is not None and parent is not None:
+            check_kept(run.history, parent, f"start round {round_.index} from")
             load_weights_(model, run.output_dir, parent)
             kept = load_optimizer_state(run.output_dir, parent)
         task = _Task(run, start, held_out, round_, seed_of_round(run.seed, round_.index))
@@ -208,7 +216,9 @@ def run_rounds(
             parent, kept = _take_over(task, model, shared)
         trained = True
     if parent is not None and not trained and run.output_dir is not None:
+        check_kept(run.history, parent, "return")
         load_weights_(model, run.output_dir, parent)
+    by_main(run.drop)
     return model
 
 
@@ -260,7 +270,10 @@ def _first_round_of_another(task: _Task) -> RoundRecord | None:
     run, round_ = task.run, task.round_
     if round_.index > 1 or run.output_dir is None or has_every_round(task.start):
         return None
-    return shared_first_round(run.history, run.output_dir, ALIKE, run.seed, round_.fingerprint)
+    return shared_first_round(
+        *(run.history, run.output_dir, ALIKE, run.seed, round_.fingerprint),
+        with_state=need_state(run.start_config, {run.name: task.start}),
+    )
 
 
 def _take_over(
@@ -271,7 +284,7 @@ def _take_over(
     assert output_dir is not None
     load_weights_(model, output_dir, shared)
     kept = load_optimizer_state(output_dir, shared)
-    record = _keep(task.run, model, kept, replace(shared, start=task.run.name))
+    record = _keep(task, model, kept, replace(shared, start=task.run.name))
     return _finish(task.run, record), kept
 
 
@@ -339,7 +352,7 @@ def _train_one(
     else:
         record, kept = _train(task, model, rows, parent, kept)
         # Before anything that can fail: the same command then evaluates what was trained.
-        record = _keep(run, model, kept, record)
+        record = _keep(task, model, kept, record)
     metrics = evaluate_model(model, task.held_out, run.accelerator)
     names = cast("dict[int, str]", model.config.id2label)
     per_class = metrics["per_class_accuracy"].items()
@@ -444,19 +457,29 @@ def _start(task: _Task, model: PreTrainedModel, rows: dict[str, Tensor]) -> tupl
 
 
 def _keep(
-    run: Run, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
+    task: _Task, model: PreTrainedModel, optimizer_state: dict[str, Tensor], record: RoundRecord
 ) -> RoundRecord:
     """Let the main process keep a trained round aside; all get its record, or stop with it."""
-    if run.output_dir is None:
+    output_dir, settings = task.run.output_dir, task.run.history.settings
+    if output_dir is None:
         return record
-    output_dir, settings = run.output_dir, run.history.settings
-    return by_main(lambda: save_trained(output_dir, model, optimizer_state, record, settings))
+    # The first round is every start's, as far as the run names them.
+    others = starts_named(task.run.history, STARTS) if record.round_index == 1 else ()
+    needed = need_state(task.run.start_config, {task.run.name: task.start}, others)
+    state = optimizer_state if needed else {}
+    return by_main(lambda: save_trained(output_dir, model, state, record, settings))
 
 
 def _finish(run: Run, record: RoundRecord) -> RoundRecord:
     """Let the main process finish and record a round; all get its history, or stop with it."""
-    record = by_main(partial(record_round, run.output_dir, run.history, record))
-    _agree_on(run)
+
+    def finish() -> RoundRecord:
+        whole = record_round(run.output_dir, run.history, record)
+        run.drop()
+        return whole
+
+    record = by_main(finish)
+    agree_on(run.history)
     if run.accelerator.is_main_process:
         logger.info(
             "%s, seed %d, round %d: %s images (%s new), accuracy %.2f %%, %s steps, %.1f s",
@@ -464,18 +487,7 @@ def _finish(run: Run, record: RoundRecord) -> RoundRecord:
             *(f"{record.num_total:,}", f"{record.num_new:,}", 100 * record.accuracy),
             *(f"{record.steps:,}", record.seconds),
         )
-    if run.save_total_limit is not None and run.output_dir is not None:
-        own = run.history.select(run.name, run.seed)
-        prune_rounds(run.output_dir, own, run.save_total_limit, run.history.champion)
     return record
-
-
-def _agree_on(run: Run) -> None:
-    """Give every process the main one's history."""
-    history = run.history
-    history.records, history.promotions, history.changes = gather(
-        (history.records, history.promotions, history.changes)
-    )[0]
 
 
 def seed_of_round(seed: int, round_index: int) -> int:

@@ -38,7 +38,7 @@ from hf_dash.runs.start_folders import (
     shared_first_round,
     start_folder,
 )
-from hf_dash.starts import find_start
+from hf_dash.starts import find_start, need_state
 from hf_dash.utils.checks import check_count
 from hf_dash.utils.logging import get_logger
 
@@ -235,17 +235,19 @@ def _share_first_round(
     ]
     if not wanting:
         return
-    if not any(_first_of(run, first) for run in (whole, *own)):
+    state = need_state(whole.start_config, {}, [run.name for run in wanting])
+    if not any(_first_of(run, first, state) for run in (whole, *own)):
         run_rounds(create(), [first], held_out, find_start(wanting[0].name), wanting[0])
-    files, record = next(found for run in (whole, *own) if (found := _first_of(run, first)))
+    files, record = next(found for run in (whole, *own) if (found := _first_of(run, first, state)))
     for run in wanting:
         import_round(*_place(run), files, replace(record, start=run.name))
 
 
-def _first_of(run: Run, first: Round) -> tuple[Path, RoundRecord] | None:
+def _first_of(run: Run, first: Round, state: bool) -> tuple[Path, RoundRecord] | None:
     """Return the folder and the record of a first round that all starts share, where there is."""
     output_dir, history = _place(run)
-    record = shared_first_round(history, output_dir, ALIKE, run.seed, first.fingerprint)
+    place = (history, output_dir, ALIKE, run.seed, first.fingerprint)
+    record = shared_first_round(*place, with_state=state)
     return None if record is None else (Path(output_dir) / record.folder, record)
 
 

@@ -1,7 +1,7 @@
 """Which model of a run is in use: the champion, and how it came to be.
 
 Flow: two recorded models of one run → predictions on the same held-out examples, by label name →
-``compare_models`` → ``decide`` → an entry in ``history.json``, which names the champion.
+``compare_models`` → ``decide`` → an entry in ``history.jsonl``, which names the champion.
 Differs from a registry's stages: nothing is copied or moved; the history alone says which folder
 is in use, with the evidence for it, so that going back is one more entry.
 """
@@ -31,6 +31,7 @@ from hf_dash.runs.comparison import (
     compare_models,
     decide,
 )
+from hf_dash.runs.dropped import check_kept
 from hf_dash.runs.round_files import CONFIG, check_files
 from hf_dash.runs.store import read_run, record_promotion
 from hf_dash.training.evaluation import predict
@@ -102,12 +103,12 @@ def promote(
 
     Both predict the same held-out examples; labels are compared by name, so a model may know
     classes that the other does not. Without a champion the challenger becomes the first one, and
-    where it is the champion already, nothing is done. The entry goes into ``history.json`` of the
+    where it is the champion already, nothing is done. The entry goes into ``history.jsonl`` of the
     output directory; while a run is at work there it is refused. Where another model becomes
     champion during the comparison, the challenger is compared again, with that one.
 
     Args:
-        output_dir: of a run, with its ``history.json`` and the models of its rounds.
+        output_dir: of a run, with its ``history.jsonl`` and the models of its rounds.
         challenger: folder of a recorded round below it, such as ``"rounds/003/dash_seed0"``.
         held_out: the examples, or a callable from a model's transform to them; a :class:`HeldOut`
             says more about them.
@@ -133,7 +134,7 @@ def promote(
         >>> model = hf_dash.create_model("test_resnet", label_names=["a", "b"], image_size=32)
         >>> examples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}]
         >>> with tempfile.TemporaryDirectory() as run:
-        ...     hf_dash.History(Path(run) / "history.json", {}).append(record)
+        ...     hf_dash.History(Path(run) / "history.jsonl", {}).append(record)
         ...     hf_dash.save_model(model, Path(run) / record.folder)
         ...     hf_dash.promote(run, record.folder, examples).reason
         'first champion'
@@ -178,7 +179,7 @@ def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") ->
     Where several processes run, one of them must call this.
 
     Args:
-        output_dir: of a run, with its ``history.json`` and the models of its rounds.
+        output_dir: of a run, with its ``history.jsonl`` and the models of its rounds.
         to: folder of a recorded round below it: of an earlier round than the champion's, or of a
             model that was champion before. Others are for :func:`promote`.
         reason: goes into the entry.
@@ -196,7 +197,7 @@ def rollback(output_dir: str | Path, to: str, *, reason: str = "rolled back") ->
         >>> hf_dash.rollback("no/run", "rounds/001/dash_seed0")
         Traceback (most recent call last):
             ...
-        ValueError: output_dir must hold the history.json of a run, got 'no/run'
+        ValueError: output_dir must hold the history.jsonl of a run, got 'no/run'
     """
     with one_writer(output_dir, wait=WAIT):
         history = read_run(output_dir)
@@ -234,6 +235,7 @@ def _find_round(
     folder = Path(output_dir) / record.folder
     if not folder.resolve().is_relative_to(Path(output_dir).resolve()):
         raise ValueError(f"{argument} must lie below {output_dir}, but {name!r} leads out of it")
+    check_kept(history, record, f"be {argument}")
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{argument} is {name!r}, but its model is gone")
     check_files(folder, record)

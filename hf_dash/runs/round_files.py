@@ -4,20 +4,26 @@ Flow: a model → finite weights, or an error → its files and their checksums 
 a folder and its record → the same checksums, or an error, before anything is loaded.
 """
 
+import json
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_dash.history import RoundRecord, read_history
-from hf_dash.trainer.logging import REPORT_NAME
-from hf_dash.utils.files import public, sha256_of
+from hf_dash.history import LARGEST, RoundRecord, read_history
+from hf_dash.utils.files import public, read_json, sha256_of, write_text
+from hf_dash.utils.reports import REPORT_NAME, check_report, summary_of
 
 WEIGHTS, CONFIG, OPTIMIZER = "model.safetensors", "config.json", "optimizer.safetensors"
 
 PROCESSOR, HISTORY, CARD = "preprocessor_config.json", "history.json", "README.md"
+
+# Of a run: it grows.
+RUN_HISTORY = "history.jsonl"
 
 FIGURE, FACTORS, ROUNDS = "rounds.png", "factors.png", "rounds"
 
@@ -28,9 +34,21 @@ LOADED = (WEIGHTS, CONFIG, PROCESSOR, OPTIMIZER)
 MODEL_FOLDER = (WEIGHTS, CONFIG, PROCESSOR, HISTORY, REPORT_NAME, CARD, FIGURE, FACTORS)
 
 
+def names_below(output_dir: Path) -> list[str]:
+    """Return what lies in ``rounds/001`` and the others, by its name below ``output_dir``."""
+    rounds = os.path.join(output_dir, ROUNDS)
+    indices = [e.name for e in os.scandir(rounds) if e.is_dir()] if os.path.isdir(rounds) else []
+    return [
+        f"{ROUNDS}/{index}/{name}"
+        for index in sorted(indices)
+        for name in sorted(os.listdir(os.path.join(rounds, index)))
+    ]
+
+
 def checksums_of(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder that the next round may load, by name."""
-    return {name: sha256_of(folder / name) for name in LOADED if (folder / name).is_file()}
+    """Return the SHA-256 of the report, and of every file that the next round may load, by name."""
+    names = (*LOADED, REPORT_NAME)
+    return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 
 def recorded_checksums(record: RoundRecord) -> dict[str, str]:
@@ -42,7 +60,7 @@ def recorded_checksums(record: RoundRecord) -> dict[str, str]:
 
 
 def check_files(folder: Path, record: RoundRecord, *, exported: bool = False) -> None:
-    """Check that the files of a round are those its record was written for.
+    """Check that the files that the next round may load are those a record was written for.
 
     Records from before there were checksums of all files are checked as far as they go.
 
@@ -55,18 +73,25 @@ def check_files(folder: Path, record: RoundRecord, *, exported: bool = False) ->
         ValueError: a file is gone or has changed; the message names it.
     """
     for name, checksum in recorded_checksums(record).items():
-        if not (exported and name == OPTIMIZER):
+        if name != REPORT_NAME and not (exported and name == OPTIMIZER):
             check_file(folder / name, checksum)
 
 
-def check_file(path: Path, checksum: str) -> None:
+def check_file(
+    path: Path, checksum: str, without: str = "the next round cannot start without it"
+) -> None:
     """Check one file of a round.
+
+    Args:
+        path: of the file.
+        checksum: as recorded.
+        without: what cannot be done without the file; ends the error.
 
     Raises:
         ValueError: it is gone, or its checksum differs.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is gone: the next round cannot start without it")
+        raise ValueError(f"{path} is gone: {without}")
     if sha256_of(path) != checksum:
         raise ValueError(f"{path} is not what its round's record describes: its checksum differs")
 
@@ -114,6 +139,33 @@ def recorded_shrink(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of a shrink as it goes on record: of a local base its name alone."""
     config = {name: public(value) for name, value in report["config"].items()}
     return {**report, "config": config}
+
+
+def keep_report(folder: Path, record: RoundRecord) -> RoundRecord:
+    """Write the report of a round's shrink into its folder; return the record with the rest."""
+    if record.shrink is None or "tensors" not in record.shrink:
+        return record
+    write_text(folder / REPORT_NAME, json.dumps(record.shrink, indent=1))
+    return replace(record, shrink=summary_of(record.shrink))
+
+
+def report_of(folder: Path, record: RoundRecord) -> dict[str, Any] | None:
+    """Return the whole report of the shrink that a round began with; None where it had none.
+
+    Args:
+        folder: of the round.
+        record: of the round.
+
+    Raises:
+        ValueError: the report is gone, or not the one recorded.
+    """
+    if record.shrink is None or "tensors" in record.shrink:
+        return record.shrink
+    path, checksum = folder / REPORT_NAME, (record.file_sha256 or {})[REPORT_NAME]
+    check_file(path, checksum, "the factors of a shrink cannot be shown without it")
+    report: dict[str, Any] = read_json(path, LARGEST)
+    check_report(report)
+    return report
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -16,16 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from hf_dash.history import History, RoundRecord, open_history
-from hf_dash.runs.round_files import HISTORY, LOADED, check_files
-from hf_dash.runs.store import (
-    aside_of,
-    finish_round,
-    keep_trained,
-    prune_rounds,
-    recover,
-    trained_of,
-)
+from hf_dash.runs.dropped import drop_rounds
+from hf_dash.runs.recovery import recover
+from hf_dash.runs.round_files import LOADED, OPTIMIZER, RUN_HISTORY, check_files, report_of
+from hf_dash.runs.store import aside_of, finish_round, keep_trained, trained_of
 from hf_dash.utils.files import check_free_space, one_writer
+from hf_dash.utils.reports import REPORT_NAME
 
 # Seconds in which a process whose parent was killed notices it and ends.
 PATIENCE = 30.0
@@ -51,7 +47,7 @@ def open_start(output_dir: str | Path, run: History, name: str, seed: int) -> It
     """
     folder = start_folder(output_dir, name, seed)
     with one_writer(folder, wait=PATIENCE):
-        own = open_history(folder / HISTORY, run.settings, may_differ=run.may_differ)
+        own = open_history(folder / RUN_HISTORY, run.settings, may_differ=run.may_differ)
         recover(folder, own)
         yield own
 
@@ -85,7 +81,7 @@ def adopt_rounds(
         run: its history.
         name: of the start.
         seed: of the run.
-        keep: the folders of this many newest rounds, and the champion's; None keeps all.
+        keep: the weights of this many newest rounds, and the champion's; None keeps all.
 
     Raises:
         ValueError: the start's folder is of a run with other settings, damaged, still in use, or
@@ -98,10 +94,14 @@ def adopt_rounds(
     with open_start(output_dir, run, name, seed) as own:
         for record in own.select(name, seed):
             files = folder / record.folder
-            # A folder that is not there was one too many to keep.
-            import_round(output_dir, run, files if files.is_dir() else None, record)
+            if record.folder in own.dropped or not files.is_dir():
+                # One too many to keep: its report alone is left, if it has one.
+                _link_files(files, Path(output_dir) / record.folder, (REPORT_NAME,))
+                import_round(output_dir, run, None, record)
+            else:
+                import_round(output_dir, run, files, record)
     if keep is not None:
-        prune_rounds(output_dir, run.select(name, seed), keep, run.champion)
+        drop_rounds(output_dir, run, keep, [(name, seed)])
     # Gone in one step: what is left after a kill is removed with other leftovers.
     leftover = aside_of(folder)
     os.rename(folder, leftover)
@@ -136,6 +136,7 @@ def import_round(
     record = replace(record, previous=None)
     if files is not None:
         check_files(files, record)
+        report_of(files, record)
         target = Path(output_dir) / record.folder
         target.parent.mkdir(parents=True, exist_ok=True)
         save = partial(_link_files, files)
@@ -160,7 +161,13 @@ def record_round(
 
 
 def shared_first_round(
-    history: History, output_dir: str | Path, names: Collection[str], seed: int, fingerprint: str
+    history: History,
+    output_dir: str | Path,
+    names: Collection[str],
+    seed: int,
+    fingerprint: str,
+    *,
+    with_state: bool = False,
 ) -> RoundRecord | None:
     """Return the record of a first round that any start can take over, while it is kept.
 
@@ -171,20 +178,25 @@ def shared_first_round(
             seed and data alone.
         seed: of the run.
         fingerprint: of the round's data.
+        with_state: only a round that was saved with the optimizer's state.
     """
     for record in history.select(seed=seed):
         alike = record.start.partition("+")[0] in names
         same = record.round_index == 1 and record.data_fingerprint == fingerprint
-        if alike and same and (Path(output_dir) / record.folder).is_dir():
+        whole = OPTIMIZER in (record.file_sha256 or {}) or not with_state
+        kept = record.folder not in history.dropped and (Path(output_dir) / record.folder).is_dir()
+        if alike and same and whole and kept:
             return record
     return None
 
 
-def _link_files(source: Path, folder: Path) -> None:
-    folder.mkdir()
-    for name in LOADED:
-        if not (source / name).is_file():
+def _link_files(
+    source: Path, folder: Path, names: Collection[str] = (*LOADED, REPORT_NAME)
+) -> None:
+    for name in names:
+        if not (source / name).is_file() or (folder / name).exists():
             continue
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source / name, folder / name)
         except OSError:  # another disk, or one without links

@@ -24,48 +24,39 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_dash.history import (
-    LARGEST,
     MAY_DIFFER,
     History,
     Promotion,
     RoundRecord,
-    check_entry,
+    history_file,
     open_history,
     read_history,
     write_history,
 )
 from hf_dash.models import save_model
+from hf_dash.runs.recovery import CHAMPION, TRAINED, recover
 from hf_dash.runs.round_files import (
     HISTORY,
     OPTIMIZER,
+    RUN_HISTORY,
     WEIGHTS,
     check_file,
     check_files,
     check_finite,
     checksums_of,
+    keep_report,
 )
-from hf_dash.utils.chain import entry_digest
-from hf_dash.utils.distributed import by_main, is_main_process
+from hf_dash.utils.distributed import by_main, gather, is_main_process
 from hf_dash.utils.files import (
     ASIDE,
-    PENDING,
     finish_replacing,
     flush_folder,
     one_writer,
-    read_json,
     remove,
     write_text,
 )
 
 logger = logging.get_logger(__name__)
-
-CHAMPION = "champion.json"
-
-# The record of a round that is trained but not evaluated yet: its accuracy says nothing.
-TRAINED = "trained.json"
-
-# What a kill may leave: copies that are not whole, and what a finished round no longer needs.
-LEFTOVERS = (".*.tmp", f"*/{ASIDE}", "*/.*.tmp", "rounds/*/.*.tmp", f"rounds/*/[!.]*/{TRAINED}")
 
 
 @contextmanager
@@ -99,7 +90,7 @@ def open_run(
 
         def open_it() -> History:
             stack.enter_context(one_writer(output_dir))
-            history = open_history(Path(output_dir) / HISTORY, settings, may_differ=may_differ)
+            history = open_history(Path(output_dir) / RUN_HISTORY, settings, may_differ=may_differ)
             recover(output_dir, history)
             return history
 
@@ -150,86 +141,15 @@ def read_run(output_dir: str | Path, *, wait: float = 0.0) -> History:
     Raises:
         ValueError: there is no history, it is damaged, or a process is at work there.
     """
-    path = Path(output_dir) / HISTORY
-    if not path.is_file():
-        raise ValueError(f"output_dir must hold the {HISTORY} of a run, got {str(output_dir)!r}")
+    path = Path(output_dir) / RUN_HISTORY
+    if not history_file(path).exists():
+        raise ValueError(
+            f"output_dir must hold the {RUN_HISTORY} of a run, got {str(output_dir)!r}"
+        )
     with one_writer(output_dir, wait=wait):
         history = read_history(path)
         recover(output_dir, history)
     return history
-
-
-def recover(output_dir: str | Path, history: History) -> None:
-    """Put a run's folder in order after a kill; only under its lock.
-
-    Args:
-        output_dir: of the run.
-        history: gets the records of rounds, and the promotion, that are finished but missing in it.
-
-    Raises:
-        ValueError: a round is of a run with other settings, or entries before it are missing.
-    """
-    output_dir = Path(output_dir)
-    for place in LEFTOVERS:
-        for leftover in output_dir.glob(place):
-            remove(leftover)
-    for pending in output_dir.glob(f"*/{PENDING}"):
-        finish_replacing(pending.parent)
-    missing = _unrecorded(output_dir, history)
-    while missing:
-        head = history.head
-        following = next((e for e in missing if e.previous in (head, None)), None)
-        if following is None:
-            places = [CHAMPION if isinstance(e, Promotion) else e.folder for e in missing]
-            raise ValueError(
-                f"{output_dir / HISTORY} is older than {', '.join(places)}: entries recorded in"
-                " between are missing; restore its newest copy"
-            )
-        missing.remove(following)
-        if isinstance(following, Promotion):
-            history.append_promotion(following)
-        else:
-            history.append(following)
-
-
-def _unrecorded(output_dir: Path, history: History) -> list[RoundRecord | Promotion]:
-    """Return what is finished in a folder but not in its history."""
-    missing: list[RoundRecord | Promotion] = []
-    for path in sorted(output_dir.glob(f"rounds/*/*/{HISTORY}")):
-        if path.parent.name.startswith("."):
-            continue
-        found = read_history(path)
-        (record,) = found.records
-        if history.find(record.start, record.seed, record.round_index) is None:
-            history.check_same_run(found)
-            missing.append(record)
-    champion = read_champion(output_dir)
-    recorded = {entry_digest(entry) for entry in history.promotions}
-    if champion is not None and entry_digest(champion) not in recorded:
-        missing.append(champion)
-    return missing
-
-
-def read_champion(output_dir: str | Path) -> Promotion | None:
-    """Return the entry by which a model came into use, or None where none did.
-
-    Raises:
-        ValueError: ``champion.json`` is damaged.
-
-    Example:
-        >>> import hf_dash
-        >>> hf_dash.runs.read_champion("no/run") is None
-        True
-    """
-    path = Path(output_dir) / CHAMPION
-    if not path.exists():
-        return None
-    try:
-        entry = Promotion(**read_json(path, LARGEST))
-        check_entry(entry)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole promotion of hf_dash: {error}") from error
-    return entry
 
 
 def record_promotion(output_dir: str | Path, history: History, entry: Promotion) -> Promotion:
@@ -322,6 +242,7 @@ def keep_trained(
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         save(aside)
+        record = keep_report(aside, record)
         sums = checksums_of(aside)
         record = replace(record, file_sha256=sums, weights_sha256=sums.get(WEIGHTS))
         write_history(aside / TRAINED, dict(settings), [record])
@@ -481,13 +402,8 @@ def _optimizer_state(folder: Path, record: RoundRecord) -> dict[str, Tensor]:
     return state
 
 
-def prune_rounds(
-    output_dir: str | Path, records: list[RoundRecord], keep: int, champion: str | None = None
-) -> None:
-    """Remove the folders of all but the last ``keep`` of these rounds and the champion's.
-
-    Their records stay.
-    """
-    for record in records[: max(0, len(records) - keep)]:
-        if record.folder != champion:
-            shutil.rmtree(Path(output_dir) / record.folder, ignore_errors=True)
+def agree_on(history: History) -> None:
+    """Give every process the main one's history."""
+    history.records, history.promotions, history.changes, history.drops = gather(
+        (history.records, history.promotions, history.changes, history.drops)
+    )[0]

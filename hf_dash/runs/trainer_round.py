@@ -22,6 +22,7 @@ from hf_dash.data.examples import ImageExamples
 from hf_dash.data.rounds import Round, joint_fingerprint
 from hf_dash.history import MAY_DIFFER, History, RoundRecord, read_history
 from hf_dash.models import load_model, model_labels, save_model
+from hf_dash.runs.recovery import TRAINED
 from hf_dash.runs.round_files import (
     HISTORY,
     check_files,
@@ -30,13 +31,13 @@ from hf_dash.runs.round_files import (
     recorded_shrink,
     size_of,
 )
-from hf_dash.runs.store import TRAINED, keep_trained
+from hf_dash.runs.store import keep_trained
 from hf_dash.starts import is_dash
 from hf_dash.trainer.callback import DashCallback
-from hf_dash.trainer.logging import REPORT_NAME
 from hf_dash.training.evaluation import check_readable
 from hf_dash.utils.distributed import by_main, hardware
 from hf_dash.utils.files import ASIDE, check_free_space
+from hf_dash.utils.reports import REPORT_NAME
 
 # Settings of a shrink that a resumed training cannot change any more.
 SHRINKS_BY = {"alpha", "lam", "grouping", "variant", "tolerance", "num_batches", "include_frozen"}

@@ -77,7 +77,8 @@ def run_pretraining(
     def train(name: str, start: Start, round_: Round, **changes: Any) -> None:
         # What is recorded is done; the weights of a start's earlier rounds need not be there.
         if run.history.find(name, run.seed, round_.index) is None:
-            own = replace(run, name=name, **{"parent": None, **changes})
+            kept = {"parent": None, "save_total_limit": None}
+            own = replace(run, name=name, **{**kept, **changes})
             run_rounds(make_model(), [round_], held_out, start, own)
 
     train(SCRATCH, cold_, replace(whole, index=1))

@@ -15,8 +15,7 @@ from hf_dash.method.shrink import HISTOGRAM_BINS, ShrinkReport, TensorReport
 from hf_dash.method.wrappers import base_name
 from hf_dash.utils.distributed import is_main_process
 from hf_dash.utils.files import write_text
-
-REPORT_NAME = "dash_report.json"
+from hf_dash.utils.reports import REPORT_NAME
 
 MODEL_TAGS = ["hf_dash", "dash"]
 

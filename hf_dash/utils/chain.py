@@ -26,16 +26,28 @@ class Linked(Protocol):
 Entry = TypeVar("Entry", bound=Linked)
 
 
+def canonical(content: Any) -> bytes:
+    """Return plain JSON types as the one text that stands for them, on one line."""
+    return json.dumps(content, sort_keys=True).encode()
+
+
 def digest_of(content: Any) -> str:
     """Return the SHA-256 of plain JSON types, whatever the order of their names."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def recorded(entry: Linked) -> dict[str, Any]:
+    """Return the fields of an entry without those that are None.
+
+    So fields of later versions change no digest.
+    """
+    values: dict[str, Any] = asdict(entry)  # type: ignore[call-overload]
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def entry_digest(entry: Linked) -> str:
     """Return the digest that the entry after this one holds as ``previous``."""
-    # Without what was not recorded, so that fields of later versions change no digest.
-    values: dict[str, Any] = asdict(entry)  # type: ignore[call-overload]
-    return digest_of({name: value for name, value in values.items() if value is not None})
+    return digest_of(recorded(entry))
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:

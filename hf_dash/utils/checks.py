@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields, replace
+from functools import lru_cache
 from numbers import Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,7 +44,7 @@ def check_number(name: str, value: object, allowed: str, low: float, high: float
         TypeError: the value is not a real number.
         ValueError: it is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
     number = float(value)
     inside_low = number >= low if allowed.startswith("[") else number > low
@@ -115,39 +116,59 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
 
 
-def check_types(item: Any) -> None:
+def check_types(item: object) -> None:
     """Check the fields of a dataclass against its own annotations; numbers must be finite.
 
     Raises:
         TypeError: a field is of another kind.
     """
-    hints = get_type_hints(type(item))
-    for entry in fields(item):
+    kind: Any = type(item)
+    for entry, plain, fits in _fitting(kind):
         value = getattr(item, entry.name)
-        if not _fits(value, hints[entry.name]):
+        if type(value) not in plain and not fits(value):
             expected = getattr(entry.type, "__name__", str(entry.type))
             shown = f"{value!r}"[:80]
             raise TypeError(f"{entry.name} must be {expected}, got {shown}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+@lru_cache
+def _fitting(kind: Any) -> list[tuple[Field[Any], set[type[Any]], Callable[[Any], bool]]]:
+    """Return the fields of a dataclass, the types that fit each, and what tells it of others."""
+    hints = get_type_hints(kind)
+    found = []
+    for entry in fields(kind):
+        hint = hints[entry.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        # Of a float it takes more than its type: it must be finite.
+        plain = {bool, int, str, type(None)} & {one for one in kinds if isinstance(one, type)}
+        found.append((entry, plain, _fits(hint)))
+    return found
+
+
+def _fits(kind: Any) -> Callable[[Any], bool]:
+    """Return what tells whether a value is of a kind; made once, for it is asked often."""
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
-        return True
+        return lambda value: True
     if origin is Literal:
-        return value in parts
+        return lambda value: value in parts
+    inner = [_fits(part) for part in parts]
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return lambda value: any(fits(value) for fits in inner)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(key, parts[0]) and _fits(one, parts[1]) for key, one in value.items()
+        key_fits, value_fits = inner
+        return lambda value: (
+            isinstance(value, dict)
+            and all(key_fits(key) and value_fits(one) for key, one in value.items())
         )
     if origin is list:
-        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
-    if kind in (int, float) and not isinstance(value, bool):
+        return lambda value: isinstance(value, list) and all(map(inner[0], value))
+    if kind in (int, float):
         allowed = int if kind is int else (int, float)
-        return isinstance(value, allowed) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        return lambda value: (
+            isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

@@ -119,10 +119,13 @@ def run(name, seconds, command, output):
 
 
 def keep_histories(runs, output):
-    """Copy the history of the run, and those of starts that the run has not come to yet."""
+    """Copy histories and reports of the run, and of starts that the run has not come to yet."""
     for history in sorted(runs.glob("history.json*")) + sorted(runs.glob("starts/*/history.json*")):
         owner = "run" if history.parent == runs else history.parent.name
         shutil.copy(history, output / f"{owner}.{history.name}")
+        for report in history.parent.glob("rounds/*/*/dash_report.json"):
+            os.makedirs(output / report.parent.relative_to(history.parent), exist_ok=True)
+            shutil.copy(report, output / report.relative_to(history.parent))
 
 
 def main():

@@ -6,7 +6,7 @@ Launch:  for size in 0.5 1.0 2.0; do
          done
          accelerate launch recipes/continual_rounds.py --starts cold warm dash --seeds 2 \
              --output_dir runs/replay/all
-         python recipes/benchmarks/replay_accuracy.py --histories runs/replay/*/history.json
+         python recipes/benchmarks/replay_accuracy.py --histories runs/replay/*/history.jsonl
 
 Writes output_dir/rounds_by_size.csv, a line per round, and output_dir/replay.csv: per start and
 size the mean over seeds, in the last round and in rounds from the second on; the difference to all

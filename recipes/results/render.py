@@ -2,7 +2,7 @@
 
 Launch:  python recipes/results/render.py
          python recipes/results/render.py --check
-         python recipes/results/render.py --add runs/x/history.json --name x --like cifar10_small
+         python recipes/results/render.py --add runs/x/history.jsonl --name x --like cifar10_small
          python recipes/results/render.py --add runs/x/simulations.csv --name learning_framework
 
 Markers in the READMEs say what goes where: ``hf_dash/report/pages.py`` explains them, ``TABLES``

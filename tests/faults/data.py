@@ -131,5 +131,5 @@ fault(
     "others that change nothing",
     "==--",
     flags=("--on_bad_example", "skip"),
-    but=("history.json", "recommendation.json"),
+    but=("history.json", "history.jsonl", "recommendation.json"),
 )

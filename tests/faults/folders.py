@@ -46,25 +46,24 @@ HOLDERS: list[subprocess.Popen] = []
 
 def of_another_run(world):
     """A run with other settings, or for the Trainer any run at all."""
-    path = world.home / "history.json"
     if world.command == "retrain":
         (world.home / "rounds").mkdir(parents=True)
         first = hf_dash.read_history(world.history).records[0]
-        hf_dash.history.write_history(path, {"lam": 0.1}, [first])
+        hf_dash.history.write_history(world.home / "history.json", {"lam": 0.1}, [first])
     else:
-        rewritten(lambda content: content["settings"].update(lam=0.1))(path)
+        rewritten(lambda content: content["settings"].update(lam=0.1))(world.history)
 
 
 def another_history(world):
     world.home.mkdir()
     first = hf_dash.read_history(world.history).records[0]
-    other = hf_dash.History(world.home / "history.json", {})
-    other.append(replace(first, accuracy=0.125, previous=None))
+    other = replace(first, accuracy=0.125)
+    hf_dash.history.write_history(world.home / "history.json", {}, [other])
 
 
 def kill_leftovers(world):
     world.home.mkdir(exist_ok=True)
-    for name in (".history.json.tmp", ".champion.json.tmp"):
+    for name in (".history.jsonl.tmp", ".champion.json.tmp"):
         (world.home / name).write_text("half")
     model = world.home / "model" if world.command == "continual" else world.home
     halves = [model / ".aside"]
@@ -114,7 +113,9 @@ fault(
 )
 fault(AREA, "half-written copies of a kill", "==--", damage=kill_leftovers)
 fault(AREA, "an export that was killed while its files moved", "==-=", damage=pending_model)
-fault(AREA, "the report of another shrink", "-=-R", "is not what history", damage=stale_report)
+fault(
+    AREA, "the report of another shrink", "-=-R", "is not what (history|its)", damage=stale_report
+)
 fault(AREA, "files of other people", "====", damage=strangers)
 fault(
     AREA,

@@ -34,7 +34,7 @@ def older_copy(world):
 
 def older_copy_with_gap(world):
     """An older copy, where what came in between is recorded nowhere else."""
-    path = world.home / "history.json"
+    path = world.history
     content = path.read_bytes()
     own = hf_dash.read_history(path)
     rejected = own.records[-1]
@@ -82,7 +82,7 @@ fault(
     AREA,
     "an entry removed from the middle",
     "--R-",
-    "have lost the one before|is older than",
+    "ha(s|ve) lost the one before|is older than",
     damage=to(history, rewritten(drop_first)),
 )
 fault(AREA, "an older copy than its folders", "=-=-", damage=older_copy)
@@ -101,7 +101,7 @@ fault(
     "-==R",
     "names 1 places",
     damage=to(history, rewritten(places)),
-    but=("history.json",),
+    but=("history.json", "history.jsonl"),
 )
 fault(
     AREA,

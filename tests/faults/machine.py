@@ -69,6 +69,7 @@ def full_at_the_history():
         return fail
 
     replaced(hf_dash.history, "write_text", make)
+    replaced(hf_dash.history, "append_line", failing(FULL, 1))
 
 
 def full_at_the_card():

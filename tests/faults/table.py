@@ -69,7 +69,7 @@ class World:
     def history(self):
         """The history that is read."""
         place = {"retrain": "parent"}.get(self.command, HOME[self.command])
-        return self.folder / place / "history.json"
+        return self.folder / place / ("history.jsonl" if place == "run" else "history.json")
 
     @property
     def held_out(self):
@@ -154,4 +154,35 @@ def rewritten(change, redigest=True):
         change(content)
         content["digest"] = digest_of(content) if redigest else digest
 
-    return edited(write)
+    whole = edited(write)
+    return lambda path: rewrite_lines(path, change, redigest) if is_lines(path) else whole(path)
+
+
+def is_lines(path):
+    return path.suffix == ".jsonl"
+
+
+LISTS = {"records": "round", "promotions": "promotion", "changes": "settings"}
+
+
+def rewrite_lines(path, change, redigest):
+    """Change the lines of a history, given to ``change`` as the lists that a whole file has."""
+    (_, header), *lines = map(read_line, path.read_text().splitlines())
+    content = dict(header["run"])
+    for many, one in LISTS.items():
+        content[many] = [line[one] for _, line in lines if one in line]
+    digests = {id(entry): digest for digest, line in lines for entry in line.values()}
+    change(content)
+    entries = [(one, entry) for many, one in LISTS.items() for entry in content[many]]
+    order = [*digests, *(id(entry) for _, entry in entries)]
+    entries.sort(key=lambda named: order.index(id(named[1])))
+    run = {name: content[name] for name in ("format", "settings")}
+    with path.open("w") as file:
+        for name, entry in [("run", run), *entries]:
+            digest = digest_of(entry) if redigest else digests.get(id(entry), digest_of(entry))
+            file.write(json.dumps({"digest": digest, name: entry}, sort_keys=True) + "\n")
+
+
+def read_line(text):
+    line = json.loads(text)
+    return line.pop("digest"), line

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import hf_dash
 from hf_dash.hub.sharing import HubArguments, push_command, push_folder, push_promotion, push_rounds
+from hf_dash.runs.dropped import drop_rounds
 
 TOKEN = next(iter(TOKENS))
 
@@ -30,7 +31,7 @@ def warnings(caplog, monkeypatch):
 def run(tmp_path):
     """The output folder of a run of three rounds, and what was recorded."""
     names = [str(digit) for digit in range(10)]
-    history = hf_dash.History(tmp_path / "run" / "history.json", {"lam": 0.3})
+    history = hf_dash.History(tmp_path / "run" / "history.jsonl", {"lam": 0.3})
     history.path.parent.mkdir()
     for index in (1, 2, 3):
         model = hf_dash.create_model("test_resnet", label_names=names, image_size=32, seed=index)
@@ -155,6 +156,27 @@ def test_pruned_rounds_are_left_out_and_another_runs_rounds_refused(hub, run, wa
     records = [run[1].records[0], other, run[1].records[2]]
     assert push((run[0], dataclasses.replace(run[1], records=records))) is None
     assert "holds round-002 already, with other weights" in warnings.text
+
+
+def test_rounds_dropped_before_they_were_pushed_are_named(hub, run, warnings):
+    drop_rounds(*run, 2)
+    assert push(run).revision == "round-003"
+    assert list(hub.repositories["user/model"].tags) == ["round-002", "round-003"]
+    assert "user/model gets no round 1: save_total_limit 2 dropped the weights" in warnings.text
+
+
+def test_rounds_are_dropped_once_they_are_pushed(hub, run, quick):
+    data = hf_dash.report.CardData("digits", "test", 360)
+    chain = hf_dash.report.Chain(run[1], "dash", 0, data)
+    hub.fail("POST .*/tag/", 500)
+    assert push_rounds(ON, run[0], chain, save_total_limit=1) is None
+    assert run[1].dropped == {}
+    hub.faults.clear()
+    assert push_rounds(ON, run[0], chain, save_total_limit=1).revision == "round-003"
+    assert list(run[1].dropped) == [record.folder for record in run[1].records[:2]]
+    # What is on the Hub is not missed there.
+    assert push_rounds(ON, run[0], chain).revision == "round-003"
+    assert list(hub.repositories["user/model"].tags) == ["round-001", "round-002", "round-003"]
 
 
 def test_a_challenger_is_promoted_and_rolled_back(hub, run, quick, warnings):

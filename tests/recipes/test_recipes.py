@@ -1,5 +1,6 @@
 """The recipes as a user starts them, each by ``accelerate launch`` once, in an empty folder."""
 
+import csv
 import json
 import shutil
 
@@ -28,7 +29,7 @@ def finished(tmp_path_factory):
 def test_the_comparison_prints_its_tables_and_writes_its_files(finished):
     folder, done = finished
     output = folder / "runs" / "continual_rounds"
-    history = hf_dash.read_history(output / "history.json")
+    history = hf_dash.read_history(output / "history.jsonl")
     assert [(r.start, r.round_index) for r in history.records] == [
         (start, index) for start in ("cold", "warm", "dash") for index in (1, 2)
     ]
@@ -68,7 +69,7 @@ def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
     digits_test.to_parquet(tmp_path / "held_out.parquet")
     flags = ["--arrive_by", "files", "--dataset_name", "incoming", "--starts", "warm", *QUICK]
     flags += ["--test_dataset_name", "held_out.parquet", "--output_dir", "run", "--streaming"]
-    history = tmp_path / "run" / "history.json"
+    history = tmp_path / "run" / "history.jsonl"
     for index, day in enumerate(["monday", "tuesday"]):
         part = digits.select(range(60 * index, 60 * index + 60))
         part.to_parquet(tmp_path / "incoming" / f"{day}.parquet")
@@ -89,7 +90,7 @@ def test_all_starts_run_on_noisy_labels_with_a_replay(tmp_path):
     flags += ["--replay_samples", "0.5", "--replay_strategy", "class_balanced"]
     flags += ["--new_share", "0.5"]
     done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
-    records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
+    records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.jsonl").records
     second = [r for r in records if r.round_index == 2]
     assert [r.start for r in second] == list(hf_dash.STARTS)
     assert {(r.num_new, r.num_total, r.replay["num_drawn"]) for r in second} == {(40, 60, 20)}
@@ -100,7 +101,7 @@ def test_all_starts_run_on_noisy_labels_with_a_replay(tmp_path):
 
 
 def test_starts_share_the_first_round(finished):
-    records = hf_dash.read_history(finished[0] / "runs/continual_rounds/history.json").records
+    records = hf_dash.read_history(finished[0] / "runs/continual_rounds/history.jsonl").records
     first = {(r.accuracy, r.train_accuracy, r.steps) for r in records if r.round_index == 1}
     assert len(first) == 1
 
@@ -199,7 +200,7 @@ def test_cifar10_streams_through_the_comparison(tmp_path):
     flags += ["--examples_per_round", "100", "--starts", "warm", "dash", *QUICK]
     flags += ["--max_eval_samples", "200"]
     launch("continual_rounds.py", tmp_path, *flags, launcher=False)
-    records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.json").records
+    records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.jsonl").records
     assert [r.num_total for r in records] == [100, 200, 300] * 2
     assert set(records[0].per_class_accuracy) >= {"airplane", "truck"}
 
@@ -223,6 +224,16 @@ def test_the_counts_of_the_input_benchmark_are_right(tmp_path):
         "hf_dash, not kept": [8, 8],
         "datasets, plain DataLoader": [8, 8],
     }
+
+
+def test_the_history_benchmark_counts_what_an_addition_writes(tmp_path):
+    flags = ["--records", "3", "30", "--repeats", "1"]
+    done = launch("benchmarks/history.py", tmp_path, *flags, launcher=False)
+    rows = list(csv.DictReader(done.stdout.splitlines()[-5:]))
+    written = {(row["way"], int(row["records"])): int(row["bytes to add"]) for row in rows}
+    assert written["whole", 30] > 5 * written["whole", 3]
+    # A line; the number of its round has one digit more.
+    assert written["lines", 30] == written["lines", 3] + 1 < 2000
 
 
 def test_the_learning_framework_is_swept(tmp_path):
@@ -255,7 +266,7 @@ def test_lengths_of_pretraining_are_compared(tmp_path):
     flags += ["--max_eval_samples", "200"]
     done = launch("memorization.py", tmp_path, *flags)
     output = tmp_path / "runs" / "memorization"
-    records = hf_dash.read_history(output / "history.json").records
+    records = hf_dash.read_history(output / "history.jsonl").records
     lengths = [pretrained_epochs(r, records) for r in records if r.start == "warm"]
     assert lengths == [1, 2]
     assert [r.num_total for r in records if r.start == "pretraining"] == [40, 40]

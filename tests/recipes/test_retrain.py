@@ -66,7 +66,7 @@ def test_a_stream_with_a_new_label_is_retrained_on(tmp_path, digits):
 def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test):
     source = hf_dash.report.read_evidence(REPOSITORY / "recipes" / "results" / "digits")
     settings = source.settings["settings"]
-    history = hf_dash.History(tmp_path / "run" / "history.json", settings)
+    history = hf_dash.History(tmp_path / "run" / "history.jsonl", settings)
     history.path.parent.mkdir()
     # The champion knows no digit, so it is right on none; any answer of the challenger is better.
     for index, names in ((1, ["cat", "dog"]), (2, hf_dash.data.label_names(digits_test))):

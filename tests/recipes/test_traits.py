@@ -46,7 +46,7 @@ def prepare(trait, recipe, folder):
     if recipe == "retrain":
         hf_dash.save_model(model, folder / "parent")
     if recipe == "promote":
-        history = hf_dash.History(folder / "run" / "history.json", {})
+        history = hf_dash.History(folder / "run" / "history.jsonl", {})
         history.path.parent.mkdir()
         history.append(record(weights_sha256=None))
         hf_dash.save_model(model, folder / "run" / history.records[0].folder)
@@ -72,7 +72,7 @@ def found(trait, recipe, folder, done):
         return "clear error" if clear else f"rc {done.returncode}: {last}"
     if done.returncode:
         return f"rc {done.returncode}: {last}"
-    history = hf_dash.read_history(folder / "run" / "history.json")
+    history = hf_dash.read_history(folder / "run" / "history.jsonl")
     if recipe == "promote":
         count = history.promotions[-1].num_held_out
         return "right" if count == right else f"{count} images"

@@ -6,7 +6,7 @@ from helpers import record, same_state, state_of, tiny_vit
 
 import hf_dash
 from hf_dash import DashConfig, History
-from hf_dash.history import write_history
+from hf_dash.history import read_history, write_history
 from hf_dash.report import (
     choose_start,
     read_recommendation,
@@ -39,7 +39,7 @@ def write(folder, accuracies=ACCURACIES):
 
 
 def test_a_recommendation_comes_back_with_the_settings_of_its_start(tmp_path):
-    compared = history(tmp_path / "history.json", lam=0.2, num_batches=5, perturb_lam=0.6)
+    compared = history(tmp_path / "history.jsonl", lam=0.2, num_batches=5, perturb_lam=0.6)
     sentence = recommend(compared, [tmp_path], LABELS)
     read = read_recommendation(tmp_path)
     assert read == read_recommendation(tmp_path / "recommendation.json")
@@ -47,12 +47,12 @@ def test_a_recommendation_comes_back_with_the_settings_of_its_start(tmp_path):
     assert read.dash == DashConfig(alpha=0.1, lam=0.2, num_batches=5)
     assert read.start_config == StartsConfig(perturb_lam=0.6)
     assert read.label_names == ("cat", "dog")
-    assert read.history_digest == json.loads((tmp_path / "history.json").read_text())["digest"]
+    assert read.history_digest == read_history(tmp_path / "history.jsonl").digest
     content = json.loads((tmp_path / "recommendation.json").read_text())
     assert (content["format"], content["seeds"], content["last_round"]) == (1, [0, 1, 2], 2)
     assert content["comparisons"][0]["points"] == pytest.approx(10)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "history.json",
+        "history.jsonl",
         "recommendation.json",
     ]
 

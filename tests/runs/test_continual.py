@@ -116,7 +116,7 @@ def saved_run(
     folder, rounds, accelerator, settings=None, start="dash", training=TRAINING, **options
 ):
     """A run that keeps its rounds on disk, as the recipes make it."""
-    history = hf_dash.history.open_history(folder / "history.json", settings or {})
+    history = hf_dash.history.open_history(folder / "history.jsonl", settings or {})
     names = rounds[0].label_names or names_of(10)
     model = hf_dash.run_rounds(
         hf_dash.create_model("test_resnet", label_names=list(names), image_size=32, seed=0),
@@ -166,22 +166,22 @@ def test_rounds_go_on_where_an_earlier_call_ended(
 
 def test_a_round_that_was_saved_but_not_recorded_is_taken_over(two_rounds, accelerator, tmp_path):
     _, expected = saved_run(tmp_path, two_rounds, accelerator)
-    (tmp_path / "history.json").unlink()
+    (tmp_path / "history.jsonl").unlink()
     _, found = saved_run(tmp_path, two_rounds, accelerator)
     assert found.records == expected.records
-    (tmp_path / "history.json").unlink()
+    (tmp_path / "history.jsonl").unlink()
     with pytest.raises(ValueError, match=r"other settings \(lam was None, is 0.1\)"):
         saved_run(tmp_path, two_rounds, accelerator, {"lam": 0.1})
 
 
 def test_other_data_are_refused(two_rounds, accelerator, tmp_path, digits):
     saved_run(tmp_path, two_rounds, accelerator)
-    before = (tmp_path / "history.json").read_bytes()
+    before = (tmp_path / "history.jsonl").read_bytes()
     other = hf_dash.data.in_arrival_order(digits, seed=1, num_examples=120)
     rounds = list(hf_dash.data.cut_rounds(other, 2, two_rounds[0].new.transform, in_memory=True))
     with pytest.raises(ValueError, match="round 1 of 'dash' was trained on other data"):
         saved_run(tmp_path, rounds, accelerator)
-    assert (tmp_path / "history.json").read_bytes() == before
+    assert (tmp_path / "history.jsonl").read_bytes() == before
 
 
 def test_a_shard_that_is_replaced_in_mid_run_is_noticed(
@@ -216,10 +216,39 @@ def test_only_the_newest_rounds_are_kept(two_rounds, accelerator, tmp_path):
         saved_run(tmp_path / "none", two_rounds, accelerator, save_total_limit=0)
 
 
+def states(folder):
+    """The rounds that hold the optimizer's state."""
+    paths = sorted(folder.glob("rounds/*/*/optimizer.safetensors"))
+    return [f"{path.parent.parent.name} {path.parent.name}" for path in paths]
+
+
+def test_optimizer_state_is_saved_where_a_start_may_load_it(two_rounds, accelerator, tmp_path):
+    resets, keeps = {"starts": ["dash", "cold"]}, {"starts": ["dash", "warm"]}
+    saved_run(tmp_path / "resets", two_rounds, accelerator, resets)
+    assert states(tmp_path / "resets") == []
+    # The first round is that of every start; of the second one dash needs the weights alone.
+    saved_run(tmp_path / "keeps", two_rounds, accelerator, keeps)
+    assert states(tmp_path / "keeps") == ["001 dash_seed0"]
+    warm, _ = saved_run(tmp_path / "keeps", two_rounds, accelerator, keeps, start="warm")
+    assert states(tmp_path / "keeps") == ["001 dash_seed0", "001 warm_seed0", "002 warm_seed0"]
+    # A start that comes later, and needs what was left out, trains the first round itself.
+    late, history = saved_run(tmp_path / "resets", two_rounds, accelerator, resets, start="warm")
+    assert same_state(state_of(late), state_of(warm))
+    assert states(tmp_path / "resets") == ["001 warm_seed0", "002 warm_seed0"]
+    first, own = history.find("dash", 0, 1), history.find("warm", 0, 1)
+    assert first.weights_sha256 == own.weights_sha256
+
+
+def test_the_weights_that_a_run_must_return_were_dropped(two_rounds, accelerator, tmp_path):
+    saved_run(tmp_path, two_rounds, accelerator, save_total_limit=1)
+    with pytest.raises(ValueError, match=r"rounds/001/dash_seed0 .* save_total_limit 1 has dropp"):
+        saved_run(tmp_path, two_rounds[:1], accelerator, save_total_limit=1)
+
+
 def test_another_start_branches_off_a_finished_round(two_rounds, accelerator, tmp_path):
     straight, _ = saved_run(tmp_path / "straight", two_rounds, accelerator)
     saved_run(tmp_path / "branch", two_rounds[:1], accelerator, start="warm")
-    first = hf_dash.read_history(tmp_path / "branch" / "history.json").records[0]
+    first = hf_dash.read_history(tmp_path / "branch" / "history.jsonl").records[0]
     branch, history = saved_run(tmp_path / "branch", two_rounds[1:], accelerator, parent=first)
     assert same_state(state_of(branch), state_of(straight))
     assert (history.records[-1].start, history.records[-1].parent) == ("dash", first.folder)
@@ -303,7 +332,7 @@ def test_starts_of_a_seed_train_their_first_round_once(
         return train_round(*arguments, description=description, **options)
 
     monkeypatch.setattr("hf_dash.runs.continual.train_round", counted)
-    history = hf_dash.history.open_history(tmp_path / "history.json", {})
+    history = hf_dash.history.open_history(tmp_path / "history.jsonl", {})
     for name in ("warm", "dash", "l2_init"):
         model = hf_dash.create_model("test_resnet", label_names=names_of(10), image_size=32)
         one = hf_dash.runs.Run(

@@ -35,7 +35,7 @@ def attempt_on(
 
 def outcome(folder: Path) -> list[tuple]:
     """What must not depend on how often a run was killed."""
-    records = hf_dash.read_history(folder / "history.json").records
+    records = hf_dash.read_history(folder / "history.jsonl").records
     return [
         (r.folder, r.parent, r.weights_sha256, r.data_fingerprint, r.steps, r.accuracy)
         for r in records

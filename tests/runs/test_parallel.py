@@ -17,20 +17,29 @@ from parallel_worker import NAMES, Create, run, runs_of, train
 import hf_dash
 from hf_dash.history import read_history
 from hf_dash.runs import parallel
-from hf_dash.runs.round_files import HISTORY
+from hf_dash.runs.round_files import HISTORY, report_of
+from hf_dash.utils.reports import REPORT_NAME
 
 
 def outcome(history):
     """What must not depend on how the starts were trained, in the order of the history."""
     told = ("start_seconds", "train_seconds", "previous", "shrink")
     return [
-        replace(record, **dict.fromkeys(told[:2], 0.0), previous=None, shrink=None)
+        replace(
+            record,
+            **dict.fromkeys(told[:2], 0.0),
+            previous=None,
+            shrink=None,
+            # A report tells seconds; its content is compared on its own.
+            file_sha256={n: s for n, s in record.file_sha256.items() if n != REPORT_NAME},
+        )
         for record in history.records
     ]
 
 
 def shrinks(history):
-    found = (record.shrink for record in history.records)
+    place = history.path.parent
+    found = (report_of(place / record.folder, record) for record in history.records)
     return [{**shrink, "seconds": 0} for shrink in found if shrink is not None]
 
 

@@ -62,7 +62,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, models):
     """A run of three rounds, whose models say 5, 3 and 5."""
-    history = History(tmp_path / "history.json", {"output_dir": "run"})
+    history = History(tmp_path / "history.jsonl", {"output_dir": "run"})
     for index, answer in ((1, "5"), (2, "3"), (3, "5")):
         history.append(record(index))
         folder = tmp_path / history.records[-1].folder
@@ -88,7 +88,7 @@ def held_out(digits_test):
 
 
 def entries(run):
-    return read_history(run / "history.json").promotions
+    return read_history(run / "history.jsonl").promotions
 
 
 def test_the_first_challenger_is_the_first_champion(run, held_out, accelerator):
@@ -98,7 +98,7 @@ def test_the_first_challenger_is_the_first_champion(run, held_out, accelerator):
     assert (entry.kind, entry.challenger, entry.champion) == ("promote", FIRST, None)
     assert (entry.accuracy, entry.num_held_out, entry.comparison) == (0.25, 40, None)
     assert datetime.fromisoformat(entry.time).utcoffset() == timedelta(0)
-    assert read_history(run / "history.json").champion == FIRST
+    assert read_history(run / "history.jsonl").champion == FIRST
 
 
 def test_a_better_challenger_takes_over_and_a_worse_one_does_not(run, held_out, accelerator):
@@ -112,7 +112,7 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(run, held_out, 
     overall = taken.comparison.overall
     assert (overall.champion, overall.challenger, overall.difference) == (0.25, 0.75, 0.5)
     assert taken.comparison.per_class["3"].difference == 1.0
-    assert read_history(run / "history.json").champion == SECOND
+    assert read_history(run / "history.jsonl").champion == SECOND
 
     worse = promote(run, THIRD, held_out, accelerator=accelerator)
     assert not worse.promote
@@ -127,8 +127,8 @@ def test_a_better_challenger_takes_over_and_a_worse_one_does_not(run, held_out, 
     assert [e.reason for e in found[1:]] == [refused.reason, taken.reason, worse.reason]
     assert found[2].comparison == taken.comparison.to_dict()
     assert len({e.held_out_fingerprint for e in found}) == 1
-    assert read_history(run / "history.json").champion == SECOND
-    assert len(read_history(run / "history.json").records) == 3
+    assert read_history(run / "history.jsonl").champion == SECOND
+    assert len(read_history(run / "history.jsonl").records) == 3
 
 
 def test_of_two_promotions_at_once_the_second_is_compared_with_the_first(
@@ -154,7 +154,7 @@ def test_a_comparison_that_others_always_overtake_is_given_up(run, held_out, acc
     def meanwhile(transform):
         calls.append(transform)
         if len(calls) in (1, 2, 4):  # once in each of the comparisons
-            other = THIRD if read_history(run / "history.json").champion == SECOND else SECOND
+            other = THIRD if read_history(run / "history.jsonl").champion == SECOND else SECOND
             promote(run, other, held_out, force=True, accelerator=accelerator)
         return held_out(transform)
 
@@ -164,12 +164,12 @@ def test_a_comparison_that_others_always_overtake_is_given_up(run, held_out, acc
 
 
 def test_a_model_that_contradicts_its_record_is_refused(run, held_out, accelerator):
-    history = read_history(run / "history.json")
+    history = read_history(run / "history.jsonl")
     images = hf_dash.data.rounds.joint_fingerprint([held_out(None)])
 
     def recorded(accuracy, **changes):
         changed = [replace(r, accuracy=accuracy, **changes) for r in history.records]
-        write_history(run / "history.json", history.settings, chained(changed))
+        write_history(run / "history.jsonl", history.settings, chained(changed))
         (run / "champion.json").unlink(missing_ok=True)
 
     recorded(0.339, held_out_fingerprint=images)
@@ -191,7 +191,7 @@ def test_a_forced_promotion_is_recorded_with_the_verdict_against_it(run, held_ou
     # Nothing had to be forced the first time.
     assert [e.kind for e in entries(run)] == ["promote", "force"]
     assert entries(run)[1].reason == verdict.reason
-    assert read_history(run / "history.json").champion == THIRD
+    assert read_history(run / "history.jsonl").champion == THIRD
 
 
 def test_another_round_may_be_compared_with(run, held_out, accelerator):
@@ -199,7 +199,7 @@ def test_another_round_may_be_compared_with(run, held_out, accelerator):
     verdict = promote(run, THIRD, held_out, champion=SECOND + "/", accelerator=accelerator)
     assert not verdict.promote
     assert entries(run)[1].champion == SECOND
-    assert read_history(run / "history.json").champion == FIRST
+    assert read_history(run / "history.jsonl").champion == FIRST
 
 
 def test_labels_are_compared_by_name(run, held_out, accelerator):
@@ -258,12 +258,12 @@ def test_rollback_goes_to_an_earlier_round_or_a_former_champion(run, held_out, a
     assert entries(run)[-1] == entry
     assert (entry.kind, entry.challenger, entry.champion) == ("rollback", FIRST, SECOND)
     assert entry.reason == "complaints about threes"
-    assert read_history(run / "history.json").champion == FIRST
+    assert read_history(run / "history.jsonl").champion == FIRST
     # Forward again only to what was champion: a round never promoted would pass by the comparison.
     with pytest.raises(ValueError, match="to must be of an earlier round than the champion"):
         rollback(run, THIRD)
     rollback(run, SECOND)
-    assert read_history(run / "history.json").champion == SECOND
+    assert read_history(run / "history.jsonl").champion == SECOND
     with pytest.raises(ValueError, match="to must not be the champion itself"):
         rollback(run, SECOND)
     assert [e.kind for e in entries(run)] == ["promote", "rollback", "rollback"]
@@ -273,7 +273,7 @@ def test_rollback_goes_to_an_earlier_round_or_a_former_champion(run, held_out, a
 def test_what_was_never_recorded_is_refused(run, held_out, accelerator, name):
     promote(run, SECOND, held_out, accelerator=accelerator)
     (run.parent / "other").mkdir(exist_ok=True)
-    before = (run / "history.json").read_bytes()
+    before = (run / "history.jsonl").read_bytes()
     for argument, call in {
         "to": lambda: rollback(run, name),
         "challenger": lambda: promote(run, name, held_out, accelerator=accelerator),
@@ -281,24 +281,24 @@ def test_what_was_never_recorded_is_refused(run, held_out, accelerator, name):
     }.items():
         with pytest.raises(ValueError, match=f"{argument} must be the folder of a round recorded"):
             call()
-    assert (run / "history.json").read_bytes() == before
+    assert (run / "history.jsonl").read_bytes() == before
 
 
 def test_folders_that_lead_out_or_are_gone_are_refused(run, held_out, accelerator):
     promote(run, THIRD, held_out, accelerator=accelerator)
-    history = read_history(run / "history.json")
+    history = read_history(run / "history.jsonl")
     outside = record(1, start="../../../outside")
     assert not (run / outside.folder).resolve().is_relative_to(run)
     with pytest.raises(ValueError, match=r"start must be .*, got '\.\./\.\./\.\./outside'"):
         history.append(outside)
     # Not even where somebody else has recorded it.
-    content = (run / "history.json").read_bytes()
+    content = (run / "history.jsonl").read_bytes()
     linked = [*history.records, replace(outside, previous=history.head)]
-    write_history(run / "history.json", {}, linked, history.promotions)
+    write_history(run / "history.jsonl", {}, linked, history.promotions)
     for call in (rollback, lambda *where: promote(*where, held_out, accelerator=accelerator)):
-        with pytest.raises(ValueError, match=r"history\.json is not a whole .* start must be"):
+        with pytest.raises(ValueError, match=r"history\.jsonl is not a whole .* start must be"):
             call(run, outside.folder)
-    (run / "history.json").write_bytes(content)
+    (run / "history.jsonl").write_bytes(content)
     (run / SECOND).rename(run.parent / f"{run.name}_moved")
     (run / SECOND).symlink_to(run.parent / f"{run.name}_moved")
     with pytest.raises(ValueError, match=r"to must lie below .*, but .* leads out of it"):
@@ -323,6 +323,6 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, held_out, tmp_path, 
         promote(run, FIRST, HeldOut(held_out, batch_size=0))
     with pytest.raises(ValueError, match="challenger must not be the champion itself"):
         promote(run, FIRST, held_out, champion=FIRST)
-    with pytest.raises(ValueError, match=r"output_dir must hold the history.json of a run, got"):
+    with pytest.raises(ValueError, match=r"output_dir must hold the history.jsonl of a run, got"):
         rollback(tmp_path / "nowhere", FIRST)
     assert entries(run) == []

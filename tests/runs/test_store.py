@@ -1,15 +1,16 @@
 import json
 import logging
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import SHRINK, record, same_state, save_round, state_of
+from helpers import SHRINK, files_below, record, same_state, save_round, state_of
 
 import hf_dash
-from hf_dash.history import Promotion, open_history, read_history
+from hf_dash.history import open_history, read_history
 from hf_dash.runs import store
+from hf_dash.runs.round_files import report_of
 from hf_dash.runs.store import (
     find_trained,
     finish_round,
@@ -18,11 +19,7 @@ from hf_dash.runs.store import (
     load_weights_,
     open_model_folder,
     open_run,
-    prune_rounds,
-    read_champion,
     read_run,
-    record_promotion,
-    recover,
     save_trained,
 )
 
@@ -40,11 +37,6 @@ def saved(small_model, tmp_path):
 def warnings(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_dash"), "propagate", True)
     return caplog
-
-
-def files_below(folder):
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_a_round_comes_back_as_it_was(saved, small_model, tmp_path):
@@ -117,15 +109,22 @@ def test_every_file_of_a_round_is_verified(saved, small_model, tmp_path, name, h
             load_optimizer_state(tmp_path, saved)
 
 
-def test_old_rounds_are_pruned(small_model, tmp_path):
-    records = [
-        save_round(tmp_path, small_model, {}, record(round_index=index), SETTINGS)
-        for index in (1, 2, 3)
-    ]
-    prune_rounds(tmp_path, records, keep=2)
-    assert [(tmp_path / r.folder).exists() for r in records] == [False, True, True]
-    prune_rounds(tmp_path, records, keep=1, champion=records[1].folder)
-    assert [(tmp_path / r.folder).exists() for r in records] == [False, True, True]
+def test_the_report_of_a_shrink_is_kept_beside_the_weights(small_model, tmp_path):
+    one = record(shrink={**SHRINK, "untouched": ["norm.weight"]})
+    saved = save_round(tmp_path, small_model, {}, one, SETTINGS)
+    assert saved.shrink == {k: v for k, v in SHRINK.items() if k != "tensors"}
+    folder = tmp_path / saved.folder
+    assert json.loads((folder / "dash_report.json").read_text()) == one.shrink
+    assert report_of(folder, saved) == one.shrink
+    for text in ("{}", (folder / "dash_report.json").read_text().replace("0.4", "0.9")):
+        (folder / "dash_report.json").write_text(text)
+        with pytest.raises(ValueError, match=r"dash_report.json is not what its round's record"):
+            report_of(folder, saved)
+    (folder / "dash_report.json").unlink()
+    with pytest.raises(ValueError, match=r"dash_report.json is gone: the factors of a shrink"):
+        report_of(folder, saved)
+    # The next round needs the weights alone.
+    load_weights_(small_model, tmp_path, saved)
 
 
 ORIGIN = {"data_fingerprint": "images", "parent": "rounds/000/warm_seed0", "parent_sha256": None}
@@ -138,7 +137,7 @@ def trained(small_model, tmp_path):
 
 
 def history_of(folder, settings=SETTINGS, **options):
-    return open_history(folder / "history.json", settings, **options)
+    return open_history(folder / "history.jsonl", settings, **options)
 
 
 def test_what_was_trained_is_taken_up_and_finished(trained, small_model, tmp_path):
@@ -184,103 +183,13 @@ def test_a_finish_that_fails_keeps_what_was_trained(trained, tmp_path, monkeypat
     assert find_trained(tmp_path, history_of(tmp_path), trained.folder, ORIGIN) == trained
 
 
-def test_leftovers_of_a_kill_are_swept_away(saved, tmp_path):
-    history = history_of(tmp_path)
-    recover(tmp_path, history)
-    whole = files_below(tmp_path)
-    for leftover in (
-        *("rounds/001/.dash_seed0.tmp/model.safetensors", ".history.json.tmp"),
-        *(".champion.json.tmp", "model/.aside/config.json", f"{saved.folder}/trained.json"),
-    ):
-        (tmp_path / leftover).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / leftover).write_bytes(b"half")
-    recover(tmp_path, history)
-    assert files_below(tmp_path) == whole
-
-
-def three_rounds(folder, model):
-    """A run of three rounds, the second of which is champion."""
-    history = history_of(folder)
-    for index in (1, 2, 3):
-        one = record(round_index=index, shrink=SHRINK if index > 1 else None)
-        history.append(save_round(folder, model, {}, one, SETTINGS, history.head))
-        if index == 2:
-            entry = Promotion("promote", one.folder, None, "first champion", "")
-            record_promotion(folder, history, entry)
-    return history
-
-
-@pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_finished_things_that_are_not_recorded_are_taken_over(small_model, tmp_path, kept):
-    whole = three_rounds(tmp_path, small_model)
-    content = (tmp_path / "history.json").read_bytes()
-    # An older copy: the folders and the champion hold what it lacks, in an unbroken chain.
-    older = history_of(tmp_path)
-    older.records, older.promotions = [], []
-    (tmp_path / "history.json").unlink()
-    for entry in whole.entries[:kept]:
-        (older.append_promotion if isinstance(entry, Promotion) else older.append)(entry)
-    with open_run(tmp_path, SETTINGS) as history:
-        assert history.entries == whole.entries
-        assert history.head == whole.head
-    assert (tmp_path / "history.json").read_bytes() == content
-    assert read_run(tmp_path).champion == "rounds/002/warm_seed0"
-
-
-def test_an_older_history_is_noticed_where_folders_are_newer(small_model, tmp_path):
-    older = three_rounds(tmp_path, small_model)
-    content = (tmp_path / "history.json").read_bytes()
-    reject = Promotion("reject", older.records[2].folder, older.records[1].folder, "worse", "")
-    record_promotion(tmp_path, older, reject)  # in the history alone
-    one = record(round_index=4)
-    older.append(save_round(tmp_path, small_model, {}, one, SETTINGS, older.head))
-    (tmp_path / "history.json").write_bytes(content)
-    with (
-        pytest.raises(ValueError, match=r"history.json is older than rounds/004/warm_seed0"),
-        open_run(tmp_path, SETTINGS),
-    ):
-        pass
-    assert (tmp_path / "history.json").read_bytes() == content
-
-
-def test_an_older_history_is_noticed_where_the_champion_is_newer(small_model, tmp_path):
-    history = three_rounds(tmp_path, small_model)
-    content = (tmp_path / "history.json").read_bytes()
-    for challenger, kind in ((3, "reject"), (3, "force")):
-        entry = Promotion(kind, f"rounds/00{challenger}/warm_seed0", None, "", "")
-        record_promotion(tmp_path, history, entry)
-    (tmp_path / "history.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"history.json is older than champion.json"):
-        read_run(tmp_path)
-
-
-def test_a_damaged_champion_is_refused(small_model, tmp_path):
-    three_rounds(tmp_path, small_model)
-    entry = asdict(read_champion(tmp_path))
-    for damaged in (
-        "[]",
-        "{",
-        json.dumps({**entry, "kind": "x"}),
-        json.dumps({**entry, "time": 3}),
-    ):
-        (tmp_path / "champion.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"champion.json is not a whole promotion"):
-            read_run(tmp_path)
-
-
-def test_another_runs_round_is_not_taken_over(small_model, tmp_path):
-    save_round(tmp_path, small_model, {}, record(), {"lam": 0.1})
-    with pytest.raises(ValueError, match=r"other settings \(lam was 0.1, is 0.3\)"):
-        recover(tmp_path, history_of(tmp_path))
-
-
 def test_a_run_is_open_once(tmp_path):
     with open_run(tmp_path / "run", SETTINGS) as history:
         assert (history.records, history.settings) == ([], SETTINGS)
         # In one process calls may be nested: an export locks its folder too.
         with open_model_folder(tmp_path / "run"):
             pass
-    with pytest.raises(ValueError, match=r"output_dir must hold the history\.json of a run"):
+    with pytest.raises(ValueError, match=r"output_dir must hold the history\.jsonl of a run"):
         read_run(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
@@ -292,7 +201,7 @@ def test_a_model_folder_is_put_in_order_first(tmp_path):
     (pending / "stale.json").write_text('["factors.png"]')
     (tmp_path / ".aside").mkdir()
     # A kill leaves single files too.
-    (tmp_path / ".history.json.tmp").write_text("half")
+    (tmp_path / ".history.jsonl.tmp").write_text("half")
     for name in ("config.json", "factors.png", "mine.txt"):
         (tmp_path / name).write_text("old")
     with open_model_folder(tmp_path):

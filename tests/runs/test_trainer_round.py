@@ -13,6 +13,7 @@ from hf_dash.data.rounds import joint_fingerprint
 from hf_dash.data.stamps import stamps_of
 from hf_dash.history import write_history
 from hf_dash.runs import TrainerRound
+from hf_dash.runs.round_files import report_of
 
 SETTINGS = {"lam": 0.3}
 
@@ -63,7 +64,9 @@ def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path, steps
     assert (made.num_new, made.num_total, made.steps) == (60, 120, steps)
     assert (made.accuracy, made.per_class_accuracy) == (0.5, {"3": 0.25, "0": 0.75})
     report = json.loads((tmp_path / "dash_report.json").read_text())
-    assert made.shrink == report
+    assert report_of(task.kept, made) == report
+    # What is listed by tensor lies beside the weights alone.
+    assert made.shrink == {name: v for name, v in report.items() if not isinstance(v, list)}
     assert made.seconds >= report["seconds"]
     # Two steps are no whole epoch of three, of which alone it is known what they read.
     expected = None if steps == 2 else 2 * 120 + report["num_images"]
@@ -72,7 +75,8 @@ def test_the_record_of_a_trainers_round(two_rounds, small_model, tmp_path, steps
     assert made.data_fingerprint == round_.fingerprint
     # One arrival or one part of several: the same images are the same.
     assert made.held_out_fingerprint == joint_fingerprint([held_out])
-    assert set(made.file_sha256) == {"model.safetensors", "config.json"}
+    names = {"model.safetensors", "config.json", "dash_report.json"}
+    assert set(made.file_sha256) == names
 
 
 def test_what_is_trained_is_not_trained_again(two_rounds, small_model, tmp_path):
@@ -204,10 +208,11 @@ def test_a_resumed_round_has_the_shrink_of_its_checkpoint(two_rounds, tmp_path):
     task = make_task(tmp_path / "second", two_rounds)
     trainer = make_trainer(tmp_path / "second", fresh_model(), two_rounds[1], max_steps=3)
     model, one = task.train_(trainer, resume_from_checkpoint=checkpoint)
-    assert one.shrink == json.loads(
+    report = report_of(task.kept, one)
+    assert report == json.loads(
         (tmp_path / "first" / "checkpoint-1" / "dash_report.json").read_text()
     )
-    assert one.shrink != SHRINK
+    assert report != SHRINK
     assert same_state(state_of(model), state_of(first.model))
 
 
@@ -239,7 +244,7 @@ def test_a_native_model_is_kept_with_its_image_processor(two_rounds, tmp_path):
     task = make_task(tmp_path, rounds)
     trainer = make_trainer(tmp_path, model, rounds[1])
     _, one = task.train_(trainer, image_processor=tiny_processor())
-    names = {"model.safetensors", "config.json", "preprocessor_config.json"}
+    names = {"model.safetensors", "config.json", "preprocessor_config.json", "dash_report.json"}
     assert set(one.file_sha256) == names
     again, _ = task.train_(None)
     assert same_state(state_of(again), state_of(model))

@@ -19,7 +19,7 @@ def make_model():
 
 
 def compare(folder, rounds, accelerator, lengths, compared=STARTS):
-    history = hf_dash.history.open_history(folder / "history.json", {})
+    history = hf_dash.history.open_history(folder / "history.jsonl", {})
     hf_dash.studies.run_pretraining(
         make_model,
         *rounds,
@@ -91,9 +91,9 @@ def test_the_same_call_goes_on_where_an_earlier_one_was_stopped(rounds, accelera
         compare(tmp_path / "parts", rounds, accelerator, [1, 2], {**STARTS, "dash": stop})
     parts = compare(tmp_path / "parts", rounds, accelerator, [1, 2])
     assert [r.weights_sha256 for r in parts.records] == [r.weights_sha256 for r in whole.records]
-    before = (tmp_path / "parts" / "history.json").read_bytes()
+    before = (tmp_path / "parts" / "history.jsonl").read_bytes()
     compare(tmp_path / "parts", rounds, accelerator, [1, 2])
-    assert (tmp_path / "parts" / "history.json").read_bytes() == before
+    assert (tmp_path / "parts" / "history.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
