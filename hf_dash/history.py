@@ -90,6 +90,7 @@ MAY_DIFFER = frozenset(
         "allow_overlap",
         "allow_disjoint_classes",
         "compare_images_by",
+        "verify_data",
         # The same batches, in smaller pieces or by other processes.
         "micro_batch_size",
         "num_workers",

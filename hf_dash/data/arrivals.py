@@ -27,7 +27,14 @@ from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
 from hf_dash.data.stamps import Stamps, joint_stamps
 from hf_dash.data.streams import FileBlock, StreamedImages, stream_of
-from hf_dash.data.survey import Survey, drop_rows, survey_rows
+from hf_dash.data.survey import (
+    Opened,
+    Survey,
+    check_survey,
+    drop_rows,
+    survey_opened,
+    survey_rows,
+)
 from hf_dash.transforms import ImageTransform
 from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
@@ -57,6 +64,7 @@ class Arrival:
         stamps: of the files that are read while a model trains.
         pieces: of a stream, all rows of its shards in parts that can be read alone, skipped ones
             included, in order of ``example_id``; None if a shard has none.
+        opened: the shards that ``dataset`` is put together of, or was before rows were chosen.
 
     Example:
         >>> import hf_dash
@@ -75,6 +83,7 @@ class Arrival:
     survey: Survey | None = None
     stamps: Stamps = field(default_factory=dict)
     pieces: tuple[Piece, ...] | None = None
+    opened: Opened | None = None
 
     def examples(
         self,
@@ -140,9 +149,8 @@ class Arrival:
         if how is None or self.survey is None:
             return None
         mode = self.dataset.features["image"].mode
-        content = self.survey.of(self.dataset["example_id"][:]).content
         digest = hashlib.sha256(f"{how} {mode}".encode())
-        digest.update(content.tobytes())
+        digest.update(self.survey.of(self.dataset["example_id"][:]).content.tobytes())
         return digest.hexdigest()
 
     def check_mode(self, transform: Transform) -> None:
@@ -195,21 +203,25 @@ class Arrival:
     def with_rows(self, dataset: Dataset) -> "Arrival":
         """Return the arrival with some of its rows, in the order given."""
         survey = self.survey and self.survey.of(dataset["example_id"][:])
+        fingerprint = None if survey is None else survey.fingerprint(label_names(dataset))
         return replace(
-            self, dataset=dataset, num_examples=len(dataset), fingerprint=None, survey=survey
+            self, dataset=dataset, num_examples=len(dataset), fingerprint=fingerprint, survey=survey
         )
 
     def without(self, example_ids: frozenset[int]) -> "Arrival":
         """Return a surveyed arrival without some of its examples."""
         if not example_ids or self.survey is None:
             return self
+        dataset = drop_rows(self.dataset, example_ids)
+        if isinstance(dataset, Dataset):
+            return self.with_rows(dataset)
         ids = self.survey.example_ids
         kept = self.survey.of(ids[~np.isin(ids, list(example_ids))])
         return replace(
             self,
-            dataset=drop_rows(self.dataset, example_ids),
+            dataset=dataset,
             num_examples=len(kept.example_ids),
-            fingerprint=None,
+            fingerprint=kept.fingerprint(label_names(dataset)),
             survey=kept,
         )
 
@@ -222,17 +234,13 @@ def unread(shards: Sequence[Shard], files: Sequence[str] = (), *, numbered: bool
     """Put shards together, before anything in them is read."""
     dataset, names = merge_shards(shards, numbered=numbered)
     arrival = Arrival(tuple(files), dataset, None, types=shards[0].types, names=names)
-    stamps = joint_stamps(shard.stamps for shard in shards)
-    return replace(arrival, stamps=stamps, pieces=_joint_pieces(shards))
+    stamps, opened = joint_stamps(s.stamps for s in shards), Opened(tuple(shards), dataset)
+    return replace(arrival, stamps=stamps, pieces=_joint_pieces(shards), opened=opened)
 
 
 def _joint_pieces(shards: Sequence[Shard]) -> tuple[Piece, ...] | None:
-    pieces: list[Piece] = []
-    for shard in shards:
-        if shard.pieces is None:
-            return None
-        pieces += shard.pieces
-    return tuple(pieces)
+    parts = [shard.pieces for shard in shards]
+    return None if None in parts else tuple(piece for part in parts for piece in part or ())
 
 
 def left_out_of(shards: Sequence[Shard]) -> tuple[str, ...]:
@@ -264,30 +272,50 @@ def arrive(
 
 
 def read_once(
-    arrival: Arrival, config: DataConfig, *, known_bad: frozenset[int] | None = None
+    arrival: Arrival,
+    config: DataConfig,
+    *,
+    known_bad: frozenset[int] | None = None,
+    example_ids: np.ndarray | None = None,
 ) -> Arrival:
-    """Read all images of an arrival once, and leave corrupt ones out.
+    """Read all images of an arrival once, unless an earlier command has; leave corrupt ones out.
+
+    Args:
+        arrival: with all of its rows, or some.
+        config: what to do about corrupt images, and how to compare them.
+        known_bad: ids of corrupt images, if they are known.
+        example_ids: of a stream of some rows, if they are known.
 
     Raises:
         ValueError: see :func:`load_arrival`.
     """
     names = arrival.names or RowNames(("the images",), (0,), (None,))
-    survey = survey_rows(
-        arrival.dataset,
-        names,
-        on_bad_example=config.on_bad_example,
-        known_bad=known_bad,
-        by_pixels=config.compare_images_by == "pixels",
-    )
+    by_pixels = config.compare_images_by == "pixels"
+    survey = None
+    if arrival.opened is not None:
+        survey = survey_opened(
+            arrival.opened, arrival.dataset, example_ids, known_bad=known_bad, by_pixels=by_pixels
+        )
+    if survey is None:
+        survey = survey_rows(
+            arrival.dataset,
+            names,
+            on_bad_example=config.on_bad_example,
+            known_bad=known_bad,
+            by_pixels=by_pixels,
+        )
+    else:
+        check_survey(survey, names, known_bad is None and config.on_bad_example == "error")
     _say_lost_classes(arrival, survey, names)
+    good = survey.good
     return replace(
         arrival,
         dataset=drop_rows(arrival.dataset, frozenset(survey.bad)),
-        num_examples=len(survey.example_ids) - len(survey.bad),
+        num_examples=len(good.example_ids),
         skipped=tuple(names.name(example_id) for example_id in sorted(survey.bad)),
-        fingerprint=survey.fingerprint,
+        fingerprint=good.fingerprint(label_names(arrival.dataset)),
         names=names,
-        survey=survey.good,
+        survey=good,
     )
 
 

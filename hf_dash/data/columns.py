@@ -9,7 +9,6 @@ content was loaded.
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -37,6 +36,9 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 # Encoded images in memory at a time.
 BATCH_SIZE = 100
 
+# Of a SHA-256, in bytes.
+DIGEST = 32
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -52,6 +54,8 @@ class Reading:
         class_folder: which folder names the class of an image that lies more than one folder
             deep: ``"first"`` or ``"last"``; None refuses such images.
         allow_missing: continue although a class or more than 1 % of the images cannot be read.
+        by_pixels: tell images apart by their pixels instead of their encoded bytes.
+        verify: read shards although what is in them is known, and compare.
     """
 
     image_column: str = "image"
@@ -60,14 +64,41 @@ class Reading:
     streaming: bool = False
     class_folder: str | None = None
     allow_missing: bool = False
+    by_pixels: bool = False
+    verify: bool = False
+
+    @property
+    def key(self) -> tuple[str | bool | None, ...]:
+        """What of this decides what is found in a file."""
+        columns = self.image_column, self.label_column
+        return *columns, self.image_mode, self.class_folder, self.by_pixels
 
 
-def standard_columns(dataset: AnyDataset, reading: Reading) -> AnyDataset:
+# Labels that occur, sorted, and what finds them.
+Values: TypeAlias = Sequence[int | str]
+FindValues: TypeAlias = Callable[[AnyDataset], Values]
+
+
+def label_values(dataset: AnyDataset) -> Values:
+    """Return the labels that occur, sorted; reads a stream once."""
+    if isinstance(dataset, Dataset):
+        values: Iterable[Any] = dataset.unique("label")
+    else:
+        batches = dataset.select_columns(["label"]).iter(batch_size=BATCH_SIZE)
+        values = {label for batch in batches for label in batch["label"]}
+    return sorted(value for value in values if value is not None)
+
+
+def standard_columns(
+    dataset: AnyDataset, reading: Reading, find_values: FindValues = label_values
+) -> AnyDataset:
     """Keep two columns, renamed to ``image`` and ``label``, and name the classes.
 
     Args:
-        dataset: as loaded. A stream of integer or text labels is read once to find its classes.
+        dataset: as loaded.
         reading: names the columns and the mode of the images.
+        find_values: returns the labels that occur in a column ``label`` of integers or text; by
+            default a stream is read once.
 
     Raises:
         ValueError: a column is missing, or the labels are not class labels, integers of at least
@@ -93,7 +124,7 @@ def standard_columns(dataset: AnyDataset, reading: Reading) -> AnyDataset:
     if reading.image_mode is not None or not isinstance(image, Image):
         image = Image(mode=reading.image_mode)
     dataset = dataset.cast_column("image", image)
-    return _named_labels(dataset, features[label_column])
+    return _named_labels(dataset, features[label_column], find_values)
 
 
 def _take_field(dataset: AnyDataset, image_column: str, label_column: str) -> AnyDataset:
@@ -134,7 +165,7 @@ def map_columns(
     return dataset.map(function, **settings).cast(features)
 
 
-def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
+def _named_labels(dataset: AnyDataset, feature: Any, find_values: FindValues) -> AnyDataset:
     """Name the classes; labels become positions in the list of names."""
     kind = label_kind(feature)
     if kind == "others":
@@ -143,7 +174,7 @@ def _named_labels(dataset: AnyDataset, feature: Any) -> AnyDataset:
         values: list[Any] = list(range(feature.num_classes))
         texts = list(feature.names)
     else:
-        values = _label_values(dataset)
+        values = list(find_values(dataset))
         texts = [str(value) for value in values]
     if kind == "integers" and values and values[0] < 0:
         raise ValueError(f"labels must not be negative, got {values[0]}")
@@ -227,16 +258,6 @@ def label_kind(feature: Any) -> str:
     return "strings" if dtype in ("string", "large_string") else "others"
 
 
-def _label_values(dataset: AnyDataset) -> list[Any]:
-    """Return the labels that occur, sorted; reads a stream once."""
-    if isinstance(dataset, Dataset):
-        values: Iterable[Any] = dataset.unique("label")
-    else:
-        batches = dataset.select_columns(["label"]).iter(batch_size=BATCH_SIZE)
-        values = {label for batch in batches for label in batch["label"]}
-    return sorted(value for value in values if value is not None)
-
-
 def label_names(dataset: AnyDataset) -> list[str]:
     """Return the names of the classes, in the order of the labels.
 
@@ -250,7 +271,7 @@ def label_names(dataset: AnyDataset) -> list[str]:
 
 
 def fingerprint(dataset: AnyDataset) -> str:
-    """Return a SHA-256 of the class names and of all labels and encoded images, in order.
+    """Return a SHA-256 of the class names and of all labels and images' own SHA-256s, in order.
 
     Images are read as stored, without decoding. Images in memory that were never encoded count by
     their mode, size and pixels. The same examples have the same fingerprint, streamed or not,
@@ -270,11 +291,14 @@ def fingerprint(dataset: AnyDataset) -> str:
     if not isinstance(features.get("label"), ClassLabel):
         raise ValueError(f"dataset must have a column label of ClassLabel, got {features}")
     plain = dataset.with_format(None).select_columns(["image", "label"])
-    digest = Fingerprint(label_names(dataset))
+    labels, digests = [], []
     for batch in undecoded(plain).iter(batch_size=BATCH_SIZE):
-        for value, label in zip(batch["image"], batch["label"], strict=True):
-            digest.add(label, stored_bytes(value))
-    return digest.hexdigest()
+        labels += batch["label"]
+        digests += [hashlib.sha256(stored_bytes(value)).digest() for value in batch["image"]]
+    sha256 = np.frombuffer(b"".join(digests), np.uint8).reshape(
+        len(labels), hashlib.sha256().digest_size
+    )
+    return fingerprint_of(label_names(dataset), np.array(labels, dtype=np.int64), sha256)
 
 
 def part_of(checksum: str | None, rows: np.ndarray) -> str | None:
@@ -284,25 +308,18 @@ def part_of(checksum: str | None, rows: np.ndarray) -> str | None:
     return hashlib.sha256(checksum.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
-class Fingerprint:
-    """The checksum of :func:`fingerprint`, example by example.
+def fingerprint_of(names: Sequence[str], labels: np.ndarray, sha256: np.ndarray) -> str:
+    """Return the :func:`fingerprint` of images whose own checksums are known.
 
     Args:
         names: of the classes.
+        labels: int64 [images].
+        sha256: of the encoded images, uint8 [images, 32].
     """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._digest = hashlib.sha256(json.dumps(list(names)).encode())
-
-    def add(self, label: int, content: bytes) -> None:
-        """Add one example."""
-        # The length marks where an image ends and the next label begins.
-        self._digest.update(struct.pack("<qq", label, len(content)))
-        self._digest.update(content)
-
-    def hexdigest(self) -> str:
-        """Return the checksum so far."""
-        return self._digest.hexdigest()
+    rows = np.concatenate([labels.astype("<i8").reshape(-1, 1).view(np.uint8), sha256], axis=1)
+    digest = hashlib.sha256(json.dumps(list(names)).encode())
+    digest.update(np.ascontiguousarray(rows).data)
+    return digest.hexdigest()
 
 
 def stored_bytes(value: Any) -> bytes:

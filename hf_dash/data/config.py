@@ -80,6 +80,8 @@ class DataConfig:
         on_bad_example: ``error`` stops at a corrupt image, ``skip`` leaves it out and lists it.
         compare_images_by: ``bytes`` or ``pixels``: how held-out and training images are compared.
             Pixels find an image that was stored again in another format.
+        verify_data: Read all images again, and stop at a shard that is not what an earlier command
+            has read. By default a shard whose size and time of change are the same is not read.
         allow_missing: Continue although a class or more than 1 % of the images cannot be read.
         allow_overlap: Continue although held-out images are also training images; recorded.
         allow_disjoint_classes: Continue although an arrival shares no class with its parent.
@@ -121,6 +123,7 @@ class DataConfig:
     new_share: float | None = None
     on_bad_example: str = "error"
     compare_images_by: str = "bytes"
+    verify_data: bool = False
     allow_missing: bool = False
     allow_overlap: bool = False
     allow_disjoint_classes: bool = False
@@ -135,7 +138,7 @@ class DataConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("allow_missing", "allow_overlap", "allow_disjoint_classes"):
+        for name in ("verify_data", "allow_missing", "allow_overlap", "allow_disjoint_classes"):
             check_flag(name, getattr(self, name))
         if self.train_val_split is not None:
             check_number("train_val_split", self.train_val_split, "(0, 1)", 0, 1)
@@ -217,6 +220,8 @@ class DataConfig:
             self.streaming,
             self.class_folder,
             self.allow_missing,
+            self.compare_images_by == "pixels",
+            self.verify_data,
         )
 
     def open_train(self, name: str | None = None, access: Access = ANONYMOUS) -> list[Shard]:

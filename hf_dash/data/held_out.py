@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from hf_dash.data.arrivals import Arrival
+from hf_dash.data.columns import label_names
 from hf_dash.data.shards import RowNames
 from hf_dash.data.survey import Survey
 from hf_dash.utils.checks import refuse_unless
@@ -122,9 +123,10 @@ def drop_repeated(arrivals: Sequence[Arrival], num_kept: int = 0) -> list[Arriva
 
 def _digest(arrival: Arrival, survey: Survey, inside: np.ndarray) -> bytes:
     """Return what tells a shard's labeled images from others, whatever their order."""
-    classes = np.array(arrival.dataset.features["label"].names, dtype=object)
-    rows = zip(survey.content[inside].tolist(), classes[survey.labels[inside]], strict=True)
-    return hashlib.sha256(repr(sorted(rows)).encode()).digest()
+    names = [hashlib.sha256(name.encode()).digest() for name in label_names(arrival.dataset)]
+    classes = np.array([int.from_bytes(name[:8], "big") for name in names], dtype=np.uint64)
+    rows = np.stack([classes[survey.labels[inside]], survey.content[inside]])
+    return hashlib.sha256(rows[:, np.lexsort(rows)].tobytes()).digest()
 
 
 def _read(arrival: Arrival) -> tuple[Survey, RowNames]:

@@ -136,9 +136,10 @@ def _draw_parts(
         rows = drawn(pieces, every, seed=0)[: data.max_train_samples]
     check_enough(len(rows), wanted)
     orders = [drawn(pieces, rows, seed)[:wanted] for seed in seeds]
-    unused = np.setdiff1d(every, np.concatenate(orders))
-    dataset = drop_rows(arriving.dataset, frozenset(unused.tolist()))
-    (whole,) = drop_repeated([read_once(replace(arriving, dataset=dataset), data)])
+    used = np.unique(np.concatenate(orders))
+    dataset = drop_rows(arriving.dataset, frozenset(np.setdiff1d(every, used).tolist()))
+    part = replace(arriving, dataset=dataset)
+    (whole,) = drop_repeated([read_once(part, data, example_ids=used)])
     assert whole.survey is not None
     good = whole.survey.example_ids
     return [whole.with_ids(order[np.isin(order, good)]) for order in orders]
@@ -371,8 +372,7 @@ def _limited(arrival: Arrival, count: int | None) -> Arrival:
 
 
 def _in_fixed_order(arrival: Arrival) -> Arrival:
-    dataset = in_arrival_order(arrival.dataset, seed=0)
-    return replace(arrival, dataset=dataset, num_examples=len(dataset), fingerprint=None)
+    return arrival.with_rows(in_arrival_order(arrival.dataset, seed=0))
 
 
 def single_schedule(

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import numpy as np
 from datasets import Dataset
 
 from hf_dash.data.arrivals import Arrival
-from hf_dash.data.columns import all_names, joined, label_names, matched
+from hf_dash.data.columns import all_names, fingerprint_of, joined, label_names, matched
 from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.held_out import check_overlap
@@ -133,11 +134,24 @@ class Schedule:
             transform,
             in_memory=self.cache_images,
             label_ids=label_ids,
+            fingerprint=self._held_out_fingerprint(),
             cache_key=None if None in keys else hashlib.sha256(repr(keys).encode()).hexdigest(),
             budget=self.budget,
         )
         examples.open()
         return examples
+
+    def _held_out_fingerprint(self) -> str | None:
+        """Return the fingerprint of the held-out images, if all of them were read."""
+        names, labels, sha256 = self.held_out_names, [], []
+        for part in self.held_out:
+            if part.survey is None:
+                return None
+            found = part.survey.of(part.dataset["example_id"][:])
+            places = np.array([names.index(name) for name in label_names(part.dataset)])
+            labels.append(places[found.labels])
+            sha256.append(found.sha256)
+        return fingerprint_of(names, np.concatenate(labels), np.concatenate(sha256))
 
     @property
     def held_out_images(self) -> Dataset:

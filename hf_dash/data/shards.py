@@ -16,11 +16,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 from datasets import (
     ClassLabel,
     Dataset,
@@ -37,20 +40,32 @@ from pyarrow.parquet import ParquetFile
 from hf_dash.data.columns import (
     BATCH_SIZE,
     AnyDataset,
+    FindValues,
     Reading,
+    Values,
     all_names,
     joined,
     label_kind,
     label_names,
+    label_values,
     map_columns,
     matched,
     replace_labels,
     standard_columns,
     undecoded,
 )
-from hf_dash.data.folders import find_images
+from hf_dash.data.folders import find_images, walk
+from hf_dash.data.manifest import (
+    Manifest,
+    Origin,
+    decoded_manifest,
+    file_origin,
+    find_manifest,
+    keep_manifest,
+    read_coded,
+)
 from hf_dash.data.pieces import Piece, Rows, members, row_groups
-from hf_dash.data.stamps import Stamps, stamps_of
+from hf_dash.data.stamps import Stamps, content_stamps
 
 # The loader of ``datasets`` for each kind of file.
 LOADERS = {
@@ -94,6 +109,9 @@ class Shard:
         stamps: of the files that are read while a model trains.
         pieces: of a stream, all rows in parts that can be read alone; None if there are none, as on
             the Hub and in a compressed archive.
+        origin: which files these are; None for a shard that is read anew by every command.
+        manifest: what an earlier command has found in them, if it is known.
+        values: integer or text labels of the source, sorted, if its labels are not class labels.
     """
 
     name: str
@@ -104,6 +122,9 @@ class Shard:
     left_out: tuple[str, ...] = ()
     stamps: Stamps = field(default_factory=dict)
     pieces: tuple[Piece, ...] | None = None
+    origin: Origin | None = None
+    manifest: Manifest | None = None
+    values: Values | None = None
 
     def count(self) -> int:
         """Return the number of rows; reads a stream of unknown length."""
@@ -153,22 +174,35 @@ def open_shard(path: Path, name: str, options: Reading) -> Shard:
             raise ValueError(f"a shard must be a folder or end in {' or '.join(LOADERS)}")
         if kind in openers:
             return openers[kind](path, name, options)
-        num_rows = ParquetFile(path).metadata.num_rows if kind == "parquet" else None
-        source = _load_file(path, kind, options.streaming, num_rows)
-        known: dict[str, Any] = {"num_rows": num_rows}
-        if options.streaming:
-            known |= {"stamps": stamps_of([path]), **_pieces_of(path, kind, options.image_column)}
-        shard = standard_shard(name, source, options, **known)
-        if isinstance(source, Dataset) and num_rows not in (None, len(source)):
-            raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
-        return shard
+        return _open_file(path, name, options, kind)
+
+
+def _open_file(path: Path, name: str, options: Reading, kind: str) -> Shard:
+    origin = file_origin(name, path, [path], options)
+    num_rows, find_values = None, None
+    if kind == "parquet":
+        num_rows, key = ParquetFile(path).metadata.num_rows, content_key(path, footer_only=True)
+        find_values = partial(_column_values, path, options.label_column)
+    manifest = find_manifest(origin, num_rows)
+    if kind == "webdataset":
+        key = f"state-{origin.state[:32]}"
+        if manifest is None:
+            _check_tar_end(path)
+    source = _load_file(path, kind, options.streaming, num_rows, key)
+    known: dict[str, Any] = {"num_rows": num_rows, "origin": origin}
+    if options.streaming:
+        stamps = content_stamps(origin.stamps)
+        known |= {"stamps": stamps, **_pieces_of(path, kind, options.image_column)}
+    shard = standard_shard(name, source, options, find_values, manifest=manifest, **known)
+    if isinstance(source, Dataset) and num_rows not in (None, len(source)):
+        raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
+    return shard
 
 
 def _pieces_of(path: Path, kind: str, image_column: str) -> dict[str, Any]:
     """Return the pieces of a file, and their number of rows."""
-    pieces: Sequence[Piece] = ()
     if kind == "parquet":
-        pieces = row_groups(path, image_column)
+        pieces: Sequence[Piece] = row_groups(path, image_column)
     elif (found := members(path, image_column)) is not None:
         pieces = (found,)
     else:
@@ -176,9 +210,48 @@ def _pieces_of(path: Path, kind: str, image_column: str) -> dict[str, Any]:
     return {"pieces": tuple(pieces), "num_rows": sum(piece.num_rows for piece in pieces)}
 
 
-def standard_shard(name: str, source: AnyDataset, options: Reading, **known: Any) -> Shard:
-    """Make a shard of a dataset as its loader returned it."""
-    dataset = standard_columns(source, options)
+def _column_values(path: Path, label_column: str, dataset: AnyDataset) -> Values:
+    """Return the labels that occur in a parquet file; of a stream, only their column is read."""
+    if isinstance(dataset, Dataset):
+        return label_values(dataset)
+    column = ParquetFile(path).read([label_column]).column(0)
+    if pyarrow.types.is_struct(column.type):
+        column = pyarrow.compute.struct_field(column, label_column.partition(".")[2])
+    return sorted(value for value in column.unique().to_pylist() if value is not None)
+
+
+def standard_shard(
+    name: str,
+    source: AnyDataset,
+    options: Reading,
+    find_values: FindValues | None = None,
+    *,
+    manifest: Manifest | None = None,
+    origin: Origin | None = None,
+    **known: Any,
+) -> Shard:
+    """Make a shard of a dataset as its loader returned it.
+
+    Where only a pass over a stream tells its classes, that pass finds all that a manifest holds.
+    """
+    values: Values | None = None
+    found, codes = None, dict[int | str, int]()
+
+    def find(dataset: AnyDataset) -> Values:
+        nonlocal values, found
+        if manifest is not None and manifest.values is not None:
+            values = manifest.values
+        elif find_values is not None or isinstance(dataset, Dataset):
+            values = (find_values or label_values)(dataset)
+        else:
+            found = read_coded(undecoded(dataset), options, codes)
+            values = sorted(codes)
+        return values
+
+    dataset = standard_columns(source, options, find)
+    if found is not None and values is not None:
+        manifest = decoded_manifest(found, codes, tuple(label_names(dataset)), values)
+        keep_manifest(origin, manifest)
     features = source.features if source.features is not None else dataset.features
     record, _, part = options.label_column.partition(".")
     label = features.get(options.label_column) or features[record][part]
@@ -186,6 +259,9 @@ def standard_shard(name: str, source: AnyDataset, options: Reading, **known: Any
     types = {options.image_column: image, options.label_column: label_kind(label)}
     if isinstance(dataset, Dataset):
         known["num_rows"] = len(dataset)
+    elif manifest is not None:
+        known["num_rows"] = known.get("num_rows") or len(manifest.findings)
+    known |= {"manifest": manifest, "origin": origin, "values": values}
     return Shard(name, dataset, types, **known)
 
 
@@ -204,14 +280,21 @@ def _open_folder(path: Path, name: str, options: Reading) -> Shard:
     else:
         source = Dataset.from_dict(columns).cast_column("image", Image())
     left_out = tuple(f"{image} ({why})" for image, why in found.left_out.items())
-    stamps = stamps_of(path / image for image in found.images)
-    known = {"paths": found.images, "left_out": left_out, "stamps": stamps}
-    shard = standard_shard(name, source, options, **known)
+    files = (path / image for image in found.images)
+    origin = file_origin(name, path, files, options, found.rows)
+    stamps = content_stamps(origin.stamps)
+    known: dict[str, Any] = {"paths": found.images, "left_out": left_out, "stamps": stamps}
+    manifest = find_manifest(origin, len(found.images))
+    shard = standard_shard(name, source, options, manifest=manifest, origin=origin, **known)
     return streamed(shard) if options.streaming else shard
 
 
 def _open_saved(path: Path, name: str, options: Reading) -> Shard:
-    shard = standard_shard(name, load_from_disk(str(path)), options)
+    source = load_from_disk(str(path))
+    files = (path / file for file, kind in walk(path) if kind == "file")
+    origin = file_origin(name, path, files, options)
+    manifest = find_manifest(origin, len(source))
+    shard = standard_shard(name, source, options, manifest=manifest, origin=origin)
     return streamed(shard) if options.streaming else shard
 
 
@@ -224,17 +307,17 @@ def _as_stream(dataset: Dataset) -> IterableDataset:
     return dataset.to_iterable_dataset(num_shards=max(1, min(NUM_SHARDS, len(dataset))))
 
 
-def _load_file(path: Path, kind: str, streaming: bool, num_rows: int | None) -> AnyDataset:
-    if kind == "webdataset":
-        _check_tar_end(path)
+def _load_file(
+    path: Path, kind: str, streaming: bool, num_rows: int | None, key: str
+) -> AnyDataset:
     files = {"train": glob.escape(str(path))}
     if num_rows == 0 and not streaming:
         # ``datasets`` refuses to prepare an empty file, but its stream knows the columns.
         stream = load_dataset(kind, data_files=files, split="train", streaming=True)
         return Dataset.from_dict({name: [] for name in stream.features}, features=stream.features)
     # The name becomes part of the cache's key, which otherwise is a path and a time stamp.
-    key = None if streaming else content_key(path, footer_only=kind == "parquet")
-    return load_dataset(kind, key, data_files=files, split="train", streaming=streaming)
+    name = None if streaming else key
+    return load_dataset(kind, name, data_files=files, split="train", streaming=streaming)
 
 
 def content_key(path: Path, *, footer_only: bool = False) -> str:

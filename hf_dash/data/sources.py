@@ -20,6 +20,7 @@ from datasets import get_dataset_split_names, load_dataset
 from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import EMBEDDED, FASHION_MNIST
 from hf_dash.data.folders import METADATA, is_image, unreadable, walk
+from hf_dash.data.manifest import find_manifest, hub_origin
 from hf_dash.data.names import canonical, shown
 from hf_dash.data.shards import (
     Shard,
@@ -37,6 +38,9 @@ from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__, main_process_only=True)
+
+# Bytes at the start and the end of files that are compared before the rest is.
+END = 4096
 
 # Splits of shards that are named like ``name-00000-of-00010.parquet``.
 _NUMBERED = re.compile(r"(.+)-\d+-of-\d+")
@@ -119,6 +123,12 @@ class Source:
             shard = standard_shard(label, images, options)
             return [streamed(shard) if options.streaming else shard]
         with reading(label):
+            origin = hub_origin(
+                *(label, self.name, split, options),
+                revision=self.revision,
+                config_name=self.config_name,
+                token=self.access.token,
+            )
             source = load_dataset(
                 self.name,
                 self.config_name,
@@ -128,7 +138,8 @@ class Source:
                 token=self.access.token,
                 cache_dir=self.access.cache_dir,
             )
-            return [standard_shard(label, source, options)]
+            manifest = find_manifest(origin)
+            return [standard_shard(label, source, options, origin=origin, manifest=manifest)]
 
     def _check_left_out(self, allow_missing: bool) -> None:
         message = f"{self.name!r}: {shown(self.left_out)} belong to none of its splits and shards"
@@ -137,15 +148,30 @@ class Source:
 
 def without_copies(shards: Mapping[str, Path]) -> dict[str, Path]:
     """Return the shards without those that are the same file or folder as an earlier one."""
-    sizes = Counter(path.stat().st_size for path in shards.values())
+    sizes = Counter(path.stat().st_size for path in shards.values() if path.is_file())
+    alike = Counter(_ends_of(path) for path in shards.values() if _is_one_of(path, sizes))
     first: dict[str, str] = {}
     for name, path in shards.items():
         key = str(path.resolve())
-        if path.is_file() and sizes[path.stat().st_size] > 1:
+        if _is_one_of(path, sizes) and alike[_ends_of(path)] > 1:
             key = content_key(path)
         if first.setdefault(key, name) != name:
             logger.warning("%s is the same as %s: counted once", name, first[key])
     return {name: shards[name] for name in first.values()}
+
+
+def _is_one_of(path: Path, sizes: Mapping[int, int]) -> bool:
+    """Check whether a path is a file of a size that several have."""
+    return path.is_file() and sizes[path.stat().st_size] > 1
+
+
+def _ends_of(path: Path) -> tuple[int, bytes, bytes]:
+    """Return the size of a file and its ends, which are those of its copies only, as a rule."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(END)
+        file.seek(max(0, size - END))
+        return size, start, file.read()
 
 
 def find_source(

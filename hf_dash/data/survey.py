@@ -1,37 +1,33 @@
 """All rows of an arrival looked at once: labels, corrupt images, and what tells images apart.
 
-Flow: a dataset of encoded images → every row read, and decoded unless that was done before → a
-``Survey`` → corrupt images refused or left out.
+Flow: shards → the manifests of those that an earlier command has read, every row of the others read
+and decoded → a ``Survey`` → corrupt images refused or left out.
 """
 
-import hashlib
-import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset, Features
-from PIL import Image as PILImage
-from PIL import ImageOps
 
 from hf_dash.data.columns import (
     BATCH_SIZE,
     AnyDataset,
-    Fingerprint,
+    fingerprint_of,
     label_names,
     map_columns,
-    stored_bytes,
     undecoded,
 )
-from hf_dash.data.shards import RowNames, reading
+from hf_dash.data.findings import NO_LABEL, Findings, Flaw, look_at
+from hf_dash.data.manifest import Manifest, keep_manifest
+from hf_dash.data.shards import RowNames, Shard, reading
+from hf_dash.utils.logging import get_logger
 
+logger = get_logger(__name__, main_process_only=True)
 
-class Flaw(NamedTuple):
-    """Why an image cannot be used: what it is, and how that was found out."""
-
-    what: str
-    detail: str
+KNOWN = Flaw("is known to be corrupt", "")
 
 
 @dataclass(frozen=True)
@@ -40,33 +36,59 @@ class Survey:
 
     Args:
         example_ids: of all rows, int64.
-        labels: of all rows, int64; −1 where there is none.
+        labels: of all rows, int64; −1 for one that is not a class, −2 where there is none.
         content: a number for each image, uint64; equal images have equal ones.
+        sha256: of the images as stored, uint8 [rows, 32].
+        own_modes: PIL modes of the decoded images, bytes; empty for one that was not decoded.
         bad: flaws of the images that cannot be used, by id.
-        modes: PIL modes of the decoded images, each with the id of the first one.
-        fingerprint: of the good rows, see :func:`~hf_dash.data.columns.fingerprint`; None for a
-            part of the rows.
     """
 
     example_ids: np.ndarray
     labels: np.ndarray
     content: np.ndarray
+    sha256: np.ndarray
+    own_modes: np.ndarray
     bad: dict[int, Flaw] = field(default_factory=dict)
-    modes: dict[str, int] = field(default_factory=dict)
-    fingerprint: str | None = None
+
+    @classmethod
+    def from_findings(cls, found: Findings, example_ids: np.ndarray) -> "Survey":
+        """Return what was found, by ``example_id``."""
+        bad = {int(example_ids[row]): flaw for row, flaw in found.bad.items()}
+        return cls(example_ids, found.labels, found.content, found.sha256, found.modes, bad)
 
     def of(self, example_ids: Sequence[int] | np.ndarray) -> "Survey":
         """Return the survey of some of the rows, in the order given."""
         order = np.argsort(self.example_ids)
         places = order[np.searchsorted(self.example_ids, example_ids, sorter=order)]
-        columns = self.example_ids[places], self.labels[places], self.content[places]
-        return Survey(*columns, modes=self.modes)
+        bad = {i: self.bad[i] for i in np.intersect1d(example_ids, list(self.bad)).tolist()}
+        return Survey(
+            self.example_ids[places],
+            self.labels[places],
+            self.content[places],
+            self.sha256[places],
+            self.own_modes[places],
+            bad,
+        )
 
     @property
     def good(self) -> "Survey":
         """The survey without the rows that cannot be used."""
-        kept = self.example_ids[~np.isin(self.example_ids, list(self.bad))]
-        return replace(self.of(kept), fingerprint=self.fingerprint)
+        return self.of(self.example_ids[~np.isin(self.example_ids, list(self.bad))])
+
+    @property
+    def modes(self) -> dict[str, int]:
+        """PIL modes of the decoded images, each with the id of the first one."""
+        modes, first = np.unique(self.own_modes, return_index=True)
+        found = zip(modes.tolist(), self.example_ids[first].tolist(), strict=True)
+        return {mode.decode(): example_id for mode, example_id in found if mode}
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        """Return the :func:`~hf_dash.data.columns.fingerprint` of the rows.
+
+        Args:
+            names: of the classes.
+        """
+        return fingerprint_of(names, self.labels, self.sha256)
 
 
 def survey_rows(
@@ -91,32 +113,170 @@ def survey_rows(
         ValueError: a row cannot be read, an image cannot be used and ``on_bad_example`` is
             ``"error"``, or an image that can be used has no label.
     """
-    found = _Found(dataset.features["image"].mode, known_bad, by_pixels)
-    digest = Fingerprint(label_names(dataset))
-    rows = _rows(dataset, names)
-    for value, label, example_id in rows:
-        content = found.add(value, label, example_id)
-        if content is not None:
-            digest.add(-1 if label is None else label, content)
-    survey = found.survey(digest.hexdigest())
-    _check(survey, names, refuse=known_bad is None and on_bad_example == "error")
+    ids: list[int] = []
+    batches = _batches(dataset, names, ids)
+    mode = dataset.features["image"].mode
+    found = look_at(batches, mode=mode, by_pixels=by_pixels, decodes=known_bad is None)
+    survey = Survey.from_findings(found, np.array(ids, dtype=np.int64))
+    if known_bad is not None:
+        survey = replace(survey, bad=survey.bad | dict.fromkeys(known_bad, KNOWN))
+    check_survey(survey, names, known_bad is None and on_bad_example == "error")
     return survey
 
 
-def _rows(dataset: AnyDataset, names: RowNames) -> Any:
-    """Yield images as stored, labels and ids; an error names the shard that was being read."""
-    expected = 0
+def _batches(
+    dataset: AnyDataset, names: RowNames, ids: list[int]
+) -> Iterator[tuple[list[Any], list[int | None]]]:
+    """Yield images as stored and labels, and note ids; an error names the shard being read."""
     batches = iter(undecoded(dataset).iter(batch_size=BATCH_SIZE))
     while True:
-        with reading(names.shard(expected)):
+        with reading(names.shard(ids[-1] + 1 if ids else 0)):
             batch = next(batches, None)
         if batch is None:
             return
-        yield from zip(batch["image"], batch["label"], batch["example_id"], strict=True)
-        expected = batch["example_id"][-1] + 1
+        ids += batch["example_id"]
+        yield batch["image"], batch["label"]
 
 
-def _check(survey: Survey, names: RowNames, *, refuse: bool) -> None:
+class Opened(NamedTuple):
+    """Shards, and all their rows as one dataset."""
+
+    shards: tuple[Shard, ...]
+    dataset: AnyDataset
+
+
+def survey_opened(
+    opened: Opened,
+    dataset: AnyDataset,
+    example_ids: np.ndarray | None = None,
+    *,
+    known_bad: frozenset[int] | None = None,
+    by_pixels: bool = False,
+) -> Survey | None:
+    """Return what is found in rows of some shards by :func:`survey_shards`, if that pays.
+
+    Args:
+        opened: the shards.
+        dataset: all of their rows, or some.
+        example_ids: of some rows, if they are known; those of a map-style dataset are.
+        known_bad: see :func:`survey_shards`.
+        by_pixels: see :func:`survey_rows`.
+
+    Returns:
+        The survey of these rows; None if shards that nobody has read would be read for less than
+        half of their rows, or for rows that nobody knows.
+
+    Raises:
+        ValueError: see :func:`survey_shards`.
+    """
+    shards, whole = opened
+    if dataset is not whole:
+        if example_ids is None and isinstance(dataset, Dataset):
+            example_ids = np.array(dataset["example_id"][:], dtype=np.int64)
+        if example_ids is None:
+            return None
+        rows = sum(shard.num_rows or math.inf for shard in shards)
+        if 2 * len(example_ids) < rows and not all(shard.manifest for shard in shards):
+            return None
+    classes = label_names(dataset)
+    survey = survey_shards(shards, classes, known_bad=known_bad, by_pixels=by_pixels)
+    return survey if dataset is whole else survey.of(cast(np.ndarray, example_ids))
+
+
+def survey_shards(
+    shards: Sequence[Shard],
+    classes: Sequence[str],
+    *,
+    known_bad: frozenset[int] | None = None,
+    by_pixels: bool = False,
+) -> Survey:
+    """Return what is found in all rows of some shards; those that have a manifest are not read.
+
+    Args:
+        shards: as :func:`~hf_dash.data.shards.merge_shards` puts them together.
+        classes: of all of them.
+        known_bad: ids of corrupt images, if an earlier survey has found them.
+        by_pixels: see :func:`survey_rows`.
+
+    Raises:
+        ValueError: a shard cannot be read, was changed meanwhile, or is not what its manifest says
+            where that is to be verified.
+    """
+    parts: list[Survey] = []
+    start = 0
+    for shard in shards:
+        own = manifest_of(shard, by_pixels=by_pixels)
+        ids = start + np.arange(len(own.findings))
+        part = Survey.from_findings(own.findings, ids)
+        # The last place is that of a label which is not a class.
+        places = np.array([*map(classes.index, own.classes), -1])
+        known = (part.labels >= 0) & (part.labels < len(own.classes))
+        labels = np.where(known, places[np.where(known, part.labels, -1)], -1)
+        labels = np.where(part.labels == NO_LABEL, NO_LABEL, labels)
+        parts.append(replace(part, labels=labels))
+        start += len(ids)
+    survey = _joined(parts)
+    if known_bad is None:
+        return survey
+    unread = survey.example_ids[~survey.sha256.any(axis=1)].tolist()
+    return replace(survey, bad=survey.of(unread).bad | dict.fromkeys(known_bad, KNOWN))
+
+
+def _joined(parts: Sequence[Survey]) -> Survey:
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return Survey(
+        column("example_ids"),
+        column("labels"),
+        column("content"),
+        column("sha256"),
+        column("own_modes"),
+        {row: flaw for part in parts for row, flaw in part.bad.items()},
+    )
+
+
+def manifest_of(shard: Shard, *, by_pixels: bool = False) -> Manifest:
+    """Return a shard's manifest; one that has none is read once.
+
+    Raises:
+        ValueError: see :func:`survey_shards`.
+    """
+    if shard.manifest is not None and _fits(shard, shard.manifest):
+        return shard.manifest
+    images = undecoded(shard.dataset)
+    with reading(shard.name):
+        batches = ((b["image"], b["label"]) for b in images.iter(batch_size=BATCH_SIZE))
+        found = look_at(batches, mode=images.features["image"].mode, by_pixels=by_pixels)
+    values = None if shard.values is None else tuple(shard.values)
+    manifest = Manifest(tuple(label_names(shard.dataset)), values, found)
+    keep_manifest(shard.origin, manifest)
+    return manifest
+
+
+def _fits(shard: Shard, manifest: Manifest) -> bool:
+    """Check a manifest against what is known of its shard without reading images."""
+    same = shard.num_rows in (None, len(manifest.findings))
+    same = same and manifest.classes == tuple(label_names(shard.dataset))
+    if same and isinstance(shard.dataset, Dataset):
+        labels = [NO_LABEL if label is None else label for label in shard.dataset["label"][:]]
+        same = np.array_equal(manifest.findings.labels, labels)
+    if not same:
+        logger.warning("%s: its manifest has other rows or labels, and is written anew", shard.name)
+    return same
+
+
+def check_survey(survey: Survey, names: RowNames, refuse: bool) -> None:
+    """Check that what was found can be used.
+
+    Args:
+        survey: of all rows that were read.
+        names: of the rows, for errors.
+        refuse: images that cannot be used.
+
+    Raises:
+        ValueError: see :func:`survey_rows`.
+    """
     if survey.bad and refuse:
         first = min(survey.bad)
         shard, flaw = names.shard(first), survey.bad[first]
@@ -138,68 +298,8 @@ def _check(survey: Survey, names: RowNames, *, refuse: bool) -> None:
         survey.example_ids[unlabeled].tolist(), survey.labels[unlabeled].tolist(), strict=True
     ):
         if example_id not in survey.bad:
-            got = None if label == _NO_LABEL else label
+            got = None if label == NO_LABEL else label
             raise ValueError(f"{names.name(example_id)} has no label among its classes, got {got}")
-
-
-_NO_LABEL = -2
-
-
-class _Found:
-    """What a survey has found so far."""
-
-    def __init__(self, mode: str | None, known: frozenset[int] | None, by_pixels: bool) -> None:
-        self.mode = mode
-        self.by_pixels = by_pixels
-        self.decodes = known is None
-        self.bad = dict.fromkeys(known or (), Flaw("is known to be corrupt", ""))
-        self.modes: dict[str, int] = {}
-        self.columns: list[tuple[int, int, int]] = []
-
-    def add(self, value: Any, label: int | None, example_id: int) -> bytes | None:
-        """Take one row in; return its encoded image unless it cannot be used."""
-        content, number = None, 0
-        try:
-            content = stored_bytes(value)
-            number = _number(content)
-            if example_id not in self.bad and (self.decodes or self.by_pixels):
-                number = self._decode(value, content, example_id) or number
-        except Exception as error:  # a decoder may raise anything for a broken file
-            self.bad[example_id] = Flaw("is a corrupt image", f"{type(error).__name__}: {error}")
-        self.columns.append((example_id, _NO_LABEL if label is None else label, number))
-        return None if example_id in self.bad else content
-
-    def _decode(self, value: Any, content: bytes, example_id: int) -> int | None:
-        """Decode an image; return the number of its pixels if they tell images apart."""
-        in_memory = isinstance(value, PILImage.Image)
-        image = value if in_memory else PILImage.open(io.BytesIO(content))
-        image.load()
-        if image.mode.startswith("I") or image.mode == "F":
-            detail = f"mode {image.mode}: scale it to 8 bits first, since converting it would clip"
-            self.bad[example_id] = Flaw("has more than 8 bits a pixel", detail)
-            return None
-        self.modes.setdefault(self.mode or image.mode, example_id)
-        if not self.by_pixels:
-            return None
-        image = ImageOps.exif_transpose(image)
-        image = image if self.mode is None else image.convert(self.mode)
-        return _number(f"{image.mode} {image.size} ".encode() + image.tobytes())
-
-    def survey(self, fingerprint: str) -> Survey:
-        """Return the survey of the rows so far."""
-        ids, labels, content = zip(*self.columns, strict=True) if self.columns else ((), (), ())
-        return Survey(
-            np.array(ids, dtype=np.int64),
-            np.array(labels, dtype=np.int64),
-            np.array(content, dtype=np.uint64),
-            self.bad,
-            self.modes,
-            fingerprint,
-        )
-
-
-def _number(content: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def drop_rows(dataset: AnyDataset, example_ids: Sequence[int] | frozenset[int]) -> AnyDataset:

@@ -74,10 +74,10 @@ def of_files(contents, labels, names=("a", "b")):
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def test_the_fingerprint_is_the_hash_of_names_labels_and_bytes():
+def test_the_fingerprint_is_the_hash_of_names_labels_and_hashes_of_bytes():
     expected = hashlib.sha256(json.dumps(["a", "b"]).encode())
     for label, content in ((1, b"first"), (0, b"2nd")):
-        expected.update(label.to_bytes(8, "little") + len(content).to_bytes(8, "little") + content)
+        expected.update(label.to_bytes(8, "little") + hashlib.sha256(content).digest())
     assert fingerprint(of_files([b"first", b"2nd"], [1, 0])) == expected.hexdigest()
 
 

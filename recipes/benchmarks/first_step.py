@@ -1,0 +1,145 @@
+"""What commands read and decode before their first step: counts, beside times.
+
+Launch:  python recipes/benchmarks/first_step.py
+         python recipes/benchmarks/first_step.py --kinds parquet --num_images 32000 --num_new 500
+
+JPEGs of smooth noise in shards, and three commands on each kind, each in a process of its own: the
+first; the same again; and again with one new shard. A command loads and checks all images and takes
+the first batch. Per command: MB of all shards; MB read before the first batch, of whichever file,
+and how often that is all shards (passes); images decoded; seconds. Reads of mapped files do not
+count: of what is not streamed, ``datasets`` makes a copy and maps it. A line of CSV each.
+"""
+
+import csv
+import io
+import multiprocessing
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image as PILImage
+from PIL import ImageFile
+from transformers import HfArgumentParser
+
+import hf_dash
+
+NAMES = ["cat", "dog"]
+KINDS = ["parquet", "parquet, streamed", "tar", "tar, streamed", "folder"]
+HEADER = ["kind", "command", "images", "MB", "MB read", "passes", "decoded", "CPU s", "seconds"]
+
+
+@dataclass
+class Arguments:
+    num_images: int = 2000
+    num_new: int = field(default=32, metadata={"help": "Images of the shard that comes last."})
+    num_shards: int = 4
+    size: int = field(default=256, metadata={"help": "Pixels of the JPEGs."})
+    kinds: list[str] = field(default_factory=lambda: KINDS.copy())
+
+
+def images_of(args, kind, number, count):
+    """Yield the encoded images of a shard; no two are equal."""
+    generator = np.random.default_rng(number)
+    for _ in range(count):
+        buffer = io.BytesIO()
+        coarse = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        image = PILImage.fromarray(coarse).resize((args.size, args.size), PILImage.BICUBIC)
+        image.save(buffer, "JPEG", quality=90)
+        yield buffer.getvalue()
+
+
+def write_shard(args, kind, folder, number, count):
+    images = images_of(args, kind, number, count)
+    if kind == "folder":
+        for name in NAMES:
+            (folder / f"{number}" / name).mkdir(parents=True)
+        for row, content in enumerate(images):
+            (folder / f"{number}" / NAMES[row % 2] / f"{row}.jpg").write_bytes(content)
+    elif kind.startswith("tar"):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for row, content in enumerate(images):
+                for end, data in (("jpg", content), ("txt", NAMES[row % 2].encode())):
+                    info = tarfile.TarInfo(f"{row}.{end}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    else:
+        rows = [{"bytes": content, "path": None} for content in images]
+        labels = [NAMES[row % 2] for row in range(count)]
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+        table = pa.table({"image": rows, "label": labels}, schema=features.arrow_schema)
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=1000)
+
+
+def make_transform():
+    model = hf_dash.create_model("test_resnet", label_names=NAMES, image_size=32)
+    return hf_dash.models.image_transform(model)
+
+
+def command(kind, folder):
+    """Load everything and take the first batch; return images, MB read, images decoded, seconds."""
+    decoded, load = multiprocessing.Value("q"), ImageFile.ImageFile.load
+
+    def counted(image):
+        if image.tile:
+            with decoded.get_lock():
+                decoded.value += 1
+        return load(image)
+
+    ImageFile.ImageFile.load = counted
+    columns = {"image_column_name": "jpg", "label_column_name": "txt"} if "tar" in kind else {}
+    (columns["test_dataset_name"],) = map(str, (folder / "held_out").iterdir())
+    options = {"arrive_by": "files", "streaming": "streamed" in kind, "cache_images": False}
+    data = hf_dash.DataConfig(str(folder / "train"), image_mode="RGB", **options, **columns)
+    transform = make_transform()
+    begin, start = time.perf_counter(), time.process_time()
+    before = psutil.Process().io_counters().read_chars
+    (schedule,) = hf_dash.data.load_schedules(data, [0], 1, None, [])
+    round_ = schedule.rounds(transform)[-1]
+    held_out = schedule.held_out_examples(transform)
+    assert round_.fingerprint != held_out.fingerprint
+    count, read = decoded.value, psutil.Process().io_counters().read_chars - before
+    next(iter(hf_dash.data.train_batches(round_, 64, seed=0)))
+    seconds = time.process_time() - start, time.perf_counter() - begin
+    return round_.num_total + len(held_out), read / 1e6, count, *seconds
+
+
+def measure(args, kind, folder):
+    train, fork = folder / "train", multiprocessing.get_context("fork")
+    train.mkdir(parents=True)
+    (folder / "held_out").mkdir()
+    for number in range(args.num_shards):
+        write_shard(args, kind, train, number, args.num_images // args.num_shards)
+    write_shard(args, kind, folder / "held_out", 1000, max(2, args.num_images // 100))
+    for name in ("first", "again", "new shard"):
+        if name == "new shard":
+            write_shard(args, kind, train, 2000, args.num_new)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        with ProcessPoolExecutor(1, mp_context=fork) as pool:
+            count, read, decoded, *seconds = pool.submit(command, kind, folder).result()
+        passes = [f"{size:.1f}", f"{read:.1f}", f"{read / size:.3f}"]
+        yield [kind, name, count, *passes, decoded, *(f"{value:.1f}" for value in seconds)]
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    make_transform()  # the processes to come find imported what it imports
+    datasets.disable_progress_bars()
+    (writer := csv.writer(sys.stdout, lineterminator="\n")).writerow(HEADER)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DASH_CACHE"] = datasets.config.HF_DATASETS_CACHE = f"{folder}/cache"
+        for number, kind in enumerate(args.kinds):
+            writer.writerows(measure(args, kind, Path(folder) / f"{number}"))
+
+
+if __name__ == "__main__":
+    main()
