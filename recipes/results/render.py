@@ -84,18 +84,18 @@ def plot_front(folders, path):
     figure = Figure(figsize=(2 + 4.5 * len(folders), 3.5), layout="constrained")
     for panel, folder in enumerate(folders, 1):
         evidence = hf_dash.report.read_evidence(folder)
-        axes = figure.add_subplot(1, len(folders), panel)
+        axes = figure.add_subplot(1, len(folders), panel, frameon=False)
         for name, color in (("cold", "#0072B2"), ("warm", "#D55E00"), ("DASH", "#009E73")):
             seen = {}
             for record in evidence.records:
                 if record.start == name.lower():
                     seen.setdefault(record.num_total, []).append(100 * record.accuracy)
-            (*_, last), means = seen, [np.mean(accuracies) for accuracies in seen.values()]
-            axes.plot(seen, means, "-", seen, list(seen.values()), "o", color=color, markersize=4)
-            axes.text(last, means[-1], f"  {name}, {means[-1]:.0f} %", color=color, va="center")
-        axes.set_title(f"{evidence.settings['about']['network']}; seeds: {len(seen[last])}")
+            images, means = list(seen), [np.mean(values) for values in seen.values()]
+            axes.plot(images, means, "-", images, list(seen.values()), "o", color=color, ms=4)
+            end, name = (images[-1], means[-1]), f"  {name}, {means[-1]:.0f} %"
+            axes.text(*end, name, color=color, va="center")
+        axes.set_title(f"{evidence.settings['about']['network']}; seeds: {len(seen[images[-1]])}")
         axes.set(xlabel="CIFAR-10 images so far", ylabel="held-out accuracy (%)")
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
