@@ -159,7 +159,8 @@ def _fits(kind: Any) -> Callable[[Any], bool]:
         key_fits, value_fits = inner
         return lambda value: (
             isinstance(value, dict)
-            and all(key_fits(key) and value_fits(one) for key, one in value.items())
+            and all(map(key_fits, value))
+            and all(map(value_fits, value.values()))
         )
     if origin is list:
         return lambda value: isinstance(value, list) and all(map(inner[0], value))

@@ -87,7 +87,7 @@ def written():
 
 def add_whole(path, records):
     """Add a round the old way: work out the head from all entries, then write all of them."""
-    head = hf_dash.utils.chain.head_of(hf_dash.utils.chain.in_order(records))
+    head = hf_dash.History(None, {}, records).head
     newest = replace(records[-1], round_index=len(records) + 1, previous=head)
     hf_dash.history.write_history(path, {"lam": 0.3}, [*records, newest])
 
@@ -106,8 +106,8 @@ def measure_whole(folder, count, repeats):
 
 def measure_lines(folder, count, repeats):
     path, shrink = folder / "history.jsonl", shrink_report()
-    summary = hf_dash.utils.reports.summary_of(shrink)
-    records = make_records(count, summary, [hf_dash.utils.reports.REPORT_NAME])
+    summary = {name: value for name, value in shrink.items() if name != "tensors"}
+    records = make_records(count, summary, ["dash_report.json"])
     hf_dash.history.write_history(path, {"lam": 0.3}, records)
     history = hf_dash.history.open_history(path, {"lam": 0.3})
     newest = replace(records[-1], previous=None)

@@ -51,8 +51,11 @@ def places(content):
 
 
 WHOLE = "is not a whole hf_dash history"
+
+# Of a run's lines a torn one is cut off, and what it held comes back from the folders. The half of
+# a run of one round ends in its settings.
+fault(AREA, "cut in the middle", "RR=R", WHOLE, damage=to(history, cut))
 for told, change in (
-    ("cut in the middle", cut),
     ("empty", empty),
     ("of another kind of file", lambda path: path.write_bytes(bytes(range(256)))),
     ("a list", text("[]")),
