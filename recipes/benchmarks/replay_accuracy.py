@@ -9,9 +9,8 @@ Launch:  for size in 0.5 1.0 2.0; do
          python recipes/benchmarks/replay_accuracy.py --histories runs/replay/*/history.jsonl
 
 Writes output_dir/rounds_by_size.csv, a line per round, and output_dir/replay.csv: per start and
-size the mean over seeds, in the last round and in rounds from the second on; the difference to all
-old images of the same seeds, its mean and its lowest and highest; images read in all rounds. Seeds
-that a size lacks are left out of all.
+size the mean over its seeds, in the last round and in rounds from the second on; the difference to
+another size on the seeds of both, its mean and its lowest and highest; images read in all rounds.
 """
 
 import csv
@@ -29,6 +28,7 @@ ALL = "all"
 @dataclass
 class Arguments:
     histories: list[str] = field(metadata={"help": "Of one size or of several, of any seeds."})
+    baseline: str = field(default=ALL, metadata={"help": "Size that others are compared with."})
     output_dir: str = "runs/replay"
 
 
@@ -42,27 +42,29 @@ def runs_of(paths):
             key = record.start, ALL if size is None else str(size), record.seed
             runs.setdefault(key, []).append(record)
     last = max(len(records) for records in runs.values())
-    return {key: records for key, records in runs.items() if len(records) == last}
+    return {key: runs[key] for key in sorted(runs, key=order) if len(runs[key]) == last}
 
 
-def summary(runs):
+def summary(runs, baseline):
     """Yield a row per start and size."""
-    starts, sizes = (list(dict.fromkeys(key[place] for key in runs)) for place in (0, 1))
-    sizes = [*sorted((size for size in sizes if size != ALL), key=float), ALL]
-    for start in starts:
-        found = [{seed for *key, seed in runs if key == [start, size]} for size in sizes]
-        seeds = sorted(set.intersection(*found))
-        baseline = np.array([mean_of(runs[start, ALL, seed]) for seed in seeds])
-        for size in sizes:
-            own = [runs[start, size, seed] for seed in seeds]
-            last = np.array([100 * records[-1].accuracy for records in own])
-            means = np.array([mean_of(records) for records in own])
-            gains = means - baseline
-            told = f"{gains.mean():+.2f} ({gains.min():+.2f} … {gains.max():+.2f})"
-            read = np.mean([sum(record.images_read for record in records) for records in own])
-            row = [start, size, len(seeds), f"{last.mean():.2f}", f"{means.mean():.2f}"]
-            row += ["" if size == ALL else told, own[0][-1].num_total, f"{read:,.0f}"]
-            yield row
+    for start, size in dict.fromkeys(key[:2] for key in runs):
+        own = {key[2]: records for key, records in runs.items() if key[:2] == (start, size)}
+        last = np.mean([100 * records[-1].accuracy for records in own.values()])
+        means = np.mean([mean_of(records) for records in own.values()])
+        gains = [
+            mean_of(records) - mean_of(runs[start, baseline, seed])
+            for seed, records in own.items()
+            if (start, baseline, seed) in runs and size != baseline
+        ]
+        told = f"{np.mean(gains):+.2f} ({min(gains):+.2f} … {max(gains):+.2f})" if gains else ""
+        read = np.mean([sum(record.images_read for record in r) for r in own.values()])
+        row = [start, size, len(own), f"{last:.2f}", f"{means:.2f}", told]
+        yield [*row, next(iter(own.values()))[-1].num_total, f"{read:,.0f}"]
+
+
+def order(key):
+    start, size, seed = key
+    return start, float("inf") if size == ALL else float(size), seed
 
 
 def mean_of(records):
@@ -81,13 +83,13 @@ def main():
     header = ["start", "replay", "seed", "round", "images", "accuracy", "steps", "images read"]
     rows = [
         [*key, r.round_index, r.num_total, round(r.accuracy, 4), r.steps, r.images_read]
-        for key, records in sorted(runs.items())
+        for key, records in runs.items()
         for r in records
     ]
     write(folder / "rounds_by_size.csv", header, rows)
     header = ["start", "replay", "seeds", "accuracy, last round", "mean of rounds ≥ 2"]
-    header += ["vs. all", "images, last round", "images read, all rounds"]
-    write(folder / "replay.csv", header, summary(runs))
+    header += [f"vs. {args.baseline}", "images, last round", "images read, all rounds"]
+    write(folder / "replay.csv", header, summary(runs, args.baseline))
 
 
 if __name__ == "__main__":
