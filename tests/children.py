@@ -1,10 +1,15 @@
-"""Child processes that are up at once: forked from one that has imported everything.
+"""Child processes that are up at once: forked from a server that has imported everything.
 
-That process, a server of multiprocessing, computes nothing, so a child starts like a fresh
-interpreter, only without the seconds of its imports.
+The server is forked from the test process before its first test, with all that is imported there.
+It computes nothing, so a child starts like a fresh interpreter, only without the seconds of its
+imports.
 """
 
+import faulthandler
 import gc
+import importlib
+import itertools
+import logging
 import multiprocessing
 import os
 import pkgutil
@@ -13,32 +18,79 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import datasets
 import huggingface_hub
+import PIL.Image
 from accelerate.commands import accelerate_cli
 
 import hf_dash
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *(module.name for module in pkgutil.walk_packages(hf_dash.__path__, "hf_dash.")),
-        "accelerate.commands.accelerate_cli",
-        "matplotlib.pyplot",
-        "sklearn.datasets",
-        "sklearn.model_selection",
-        "transformers.models.timm_wrapper.modeling_timm_wrapper",
-        "transformers.models.vit.modeling_vit",
-        "transformers.trainer",
-    ]
-)
+# What children use and the fixtures have not imported.
+MODULES = [
+    *(module.name for module in pkgutil.walk_packages(hf_dash.__path__, "hf_dash.")),
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "transformers.models.timm_wrapper.modeling_timm_wrapper",
+    "transformers.models.vit.modeling_vit",
+    "transformers.trainer",
+]
 STREAMS = ("stdout", "stderr")
 # What libraries read of the environment when they are imported, so that a child cannot change it.
 FIXED = {"HF_ENDPOINT", "HF_HOME"}
+
+
+def start_server():
+    """Fork the server of multiprocessing, which would import for as long as this process has."""
+    for name in MODULES:
+        importlib.import_module(name)
+    PIL.Image.init()  # imports a module for each format
+    resource_tracker.ensure_running()
+    with mock.patch("multiprocessing.util.spawnv_passfds", fork_instead):
+        forkserver.ensure_running()
+
+
+def fork_instead(path, arguments, descriptors):
+    """Run ``python -c code`` in a fork of this process, with the given descriptors only."""
+    *_, code = arguments
+    child = os.fork()
+    if child == 0:
+        try:
+            forget_pytest()
+            limit = os.sysconf("SC_OPEN_MAX")
+            for low, high in itertools.pairwise([2, *sorted(descriptors), limit]):
+                os.closerange(low + 1, high)
+            exec(code)
+        finally:
+            os._exit(1)
+    return child
+
+
+# What pytest's settings turn into errors or show; ordered as in ``warnings.filters``.
+FILTERS = {
+    ("error", Warning),
+    ("always", DeprecationWarning),
+    ("always", PendingDeprecationWarning),
+}
+
+
+def forget_pytest():
+    """Undo what pytest has done to the interpreter."""
+    warnings.filters[:] = [one for one in warnings.filters if (one[0], one[2]) not in FILTERS]
+    faulthandler.disable()
+    logging.root.handlers.clear()
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
 
 
 class Child:
@@ -101,3 +153,30 @@ def run_launcher(path, flags):
     """Run a script as ``accelerate launch path flags…`` does."""
     sys.argv = ["accelerate", "launch", str(path), *flags]
     accelerate_cli.main()
+
+
+def run_launcher_with_forks(path, flags):
+    """Do the same, but fork where the launcher starts an interpreter."""
+    stand_in = SimpleNamespace(Popen=Forked, CalledProcessError=subprocess.CalledProcessError)
+    with mock.patch("accelerate.commands.launch.subprocess", stand_in):
+        run_launcher(path, flags)
+
+
+class Forked:
+    """``subprocess.Popen`` for ``python script flags…``: in a fork of this process."""
+
+    def __init__(self, command, env):
+        _, script, *flags = command
+        arguments = (env, Path(script), flags)
+        self.process = multiprocessing.get_context("fork").Process(target=run_in, args=arguments)
+        self.process.start()
+
+    def wait(self):
+        self.process.join()
+        self.returncode = self.process.exitcode
+
+
+def run_in(environment, path, flags):
+    os.environ.clear()
+    os.environ.update(environment)
+    run_script(path, flags)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from children import Child, join, run_script
-from helpers import REPOSITORY
+from helpers import REPOSITORY, draw_no_figures
 from hub_double import TOKENS
 
 import hf_dash
@@ -90,7 +90,7 @@ def perform(command, flags, fault, kill_at, count_in):
         count_in: file to write the number of events to, and which of them touch files.
     """
     torch.set_num_threads(1)
-    use_stand_ins()
+    draw_no_figures()
     if fault is not None:
         from faults import FAULTS
 
@@ -108,16 +108,6 @@ def perform(command, flags, fault, kill_at, count_in):
         sys.setprofile(None)
         if count_in is not None:
             Path(count_in).write_text(json.dumps([events[0], touching]))
-
-
-def use_stand_ins():
-    """Draw no figures, which are tested elsewhere and take half of a command's time."""
-    import hf_dash.report.export as export
-
-    def draw(drawn, path):
-        hf_dash.report.export.write_text(Path(path), "a figure")
-
-    export.plot_rounds = export.plot_factors = draw
 
 
 def watch(events, touching, kill_at):

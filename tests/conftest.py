@@ -52,6 +52,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     # The process that only hands out the tests is spared the imports.
     if not xdist.is_xdist_controller(session):
         session.config.pluginmanager.import_plugin("shared_fixtures")
+        import children
+
+        children.start_server()
 
 
 def pytest_collection_finish() -> None:

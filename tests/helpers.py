@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from children import Child, join, run_launcher, run_script
+from children import Child, join, run_launcher, run_launcher_with_forks, run_script
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch import Tensor, nn
@@ -157,18 +157,24 @@ def launch(
     *flags: str,
     check: bool = True,
     launcher: bool = True,
+    fresh: bool = False,
     binary: bool = False,
+    figures: bool = False,
     **environment: str,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a recipe as a user does and return what it printed.
 
-    ``accelerate launch`` runs in a forked child, which saves the seconds of its own imports, and
-    starts the recipe as a fresh interpreter; with ``binary=True`` it is a fresh one too.
-    ``launcher=False`` runs the recipe in a forked child: for what another test has launched.
+    ``accelerate launch`` runs in a forked child, and the recipe in a fork of that, which saves the
+    seconds of their imports. With ``fresh=True`` the recipe is a fresh interpreter, and with
+    ``binary=True`` both are. ``launcher=False`` runs the recipe alone, for what another test has
+    launched; it draws no figures then unless ``figures=True``.
     """
     script = REPOSITORY / "recipes" / recipe
     if not binary:
-        run_it = run_launcher if launcher else run_script
+        if launcher:
+            run_it = run_launcher if fresh else run_launcher_with_forks
+        else:
+            run_it = run_script if figures else run_without_figures
         (done,) = join([Child(run_it, script, flags, folder=folder, **environment)])
         if check:
             done.check_returncode()
@@ -183,6 +189,22 @@ def launch(
         timeout=500,
         check=check,
     )
+
+
+def run_without_figures(path, flags):
+    """Run a script without the figures of a model's folder, which take half of its time."""
+    draw_no_figures()
+    run_script(path, flags)
+
+
+def draw_no_figures():
+    """Write a text in place of the figures of a model's folder, in this process."""
+    import hf_dash.report.export as export
+
+    def draw(drawn, path):
+        export.write_text(Path(path), "a figure")
+
+    export.plot_rounds = export.plot_factors = draw
 
 
 def run(world, cases, folder):

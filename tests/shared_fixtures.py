@@ -62,6 +62,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_dash.hub.client.TIMEOUT", 0.5)
 
 
+@pytest.fixture(params=["forked", pytest.param("fresh", marks=pytest.mark.slow)])
+def fresh(request: pytest.FixtureRequest) -> bool:
+    """Whether ``accelerate launch`` starts a recipe as a fresh interpreter, or as a fork."""
+    return request.param == "fresh"
+
+
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A world of each of the four commands; copy it before use."""

@@ -43,8 +43,9 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_installs_elsewhere_and_carries_the_template(wheel, tmp_path):
     target = tmp_path / "target"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target)]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
+    install += ["--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
     # -P and another folder: nothing of the checkout may be found instead.
     done = subprocess.run(
         [sys.executable, "-c", CHECK.format(target=str(target))],
@@ -71,25 +72,30 @@ def test_floors_are_declared_for_every_library():
     assert metadata["Requires-Python"] == ">=3.10"
 
 
-def test_importing_the_package_has_no_side_effects(tmp_path):
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """What ``import hf_dash`` writes, and then ``from hf_dash import dash_shrink_`` loads."""
     code = (
-        "import os, random, torch; a = torch.get_rng_state(); r = random.getstate();"
+        "import os, random, sys, torch; a = torch.get_rng_state(); r = random.getstate();"
         "import hf_dash; assert torch.equal(a, torch.get_rng_state()) and r == random.getstate();"
-        "print(os.listdir('.'))"
+        "print(os.listdir('.')); from hf_dash import dash_shrink_; print(*sys.modules)"
     )
+    folder = tmp_path_factory.mktemp("imported")
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return done.stdout.splitlines()
+
+
+def test_importing_the_package_has_no_side_effects(imported):
+    assert imported[0] == "[]"
     assert Path(hf_dash.__file__).parent.name == "hf_dash"
 
 
 @pytest.fixture(scope="module")
-def loaded_with_the_shrink():
+def loaded_with_the_shrink(imported):
     """The modules that ``from hf_dash import dash_shrink_`` loads."""
-    code = "import sys; from hf_dash import dash_shrink_; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    return imported[1].split()
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,9 @@ def test_known_corrupt_images_are_not_decoded_again(
             load_arrival(with_corrupt_images, config, root=tmp_path, skip=[entry])
 
 
-def test_a_shuffled_stream_keeps_ids_with_their_images(tmp_path, with_corrupt_images):
+def test_a_shuffled_stream_keeps_ids_with_their_images(tmp_path, with_corrupt_images, monkeypatch):
+    # Five seconds, in case the interpreter ends at once.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     folder = write_folder(tmp_path / "x", {f"{n % 2}/{n}.png": png(n) for n in range(6)})
     config = DataConfig(streaming=True, on_bad_example="skip", **FILES)
     # The ids that each level has: of the folder, even numbers come first.

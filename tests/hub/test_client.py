@@ -149,12 +149,12 @@ def test_a_server_that_never_ends_is_given_up(hub, folder, quick, monkeypatch, f
     monkeypatch.setattr("hf_dash.hub.client.TIMEOUT", 30.0)
     hub.fail("GET .*/refs", fault, times=3)
     with monkeypatch.context() as patch:
-        patch.setattr("hf_dash.hub.client.DEADLINE", 1.0)
-        patch.setattr("hf_dash.hub.client.SLOWEST", 1e6)
+        patch.setattr("hf_dash.hub.client.DEADLINE", 0.2)
+        patch.setattr("hf_dash.hub.client.SLOWEST", 1e7)
         started = time.monotonic()
         with pytest.raises(HubError, match=r"the Hub did not finish within \d+ seconds"):
             push_round(folder, "user/model")
-        # The file has 1.5 MB, which add 1.5 seconds.
+        # The file has 1.5 MB, which add 0.15 seconds.
         assert time.monotonic() - started < 25
     hub.faults.clear()
     assert push_round(folder, "user/model").revision == "round-001"

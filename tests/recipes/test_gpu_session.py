@@ -64,7 +64,7 @@ def test_the_starts_are_those_of_the_paper_and_the_control(session, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_session_runs_on_the_cpu(tmp_path):
-    launch("benchmarks/gpu_session.py", tmp_path, "--tiny", "--time_limit", "600")
+    launch("benchmarks/gpu_session.py", tmp_path, "--tiny", "--time_limit", "600", fresh=True)
     kept = tmp_path / "runs" / "gpu_session"
     printed = {path.stem: path.read_text() for path in kept.glob("*.txt")}
     for way in ("(a) bare loop", "(b) on_device", "(d) loader", "(e) Trainer"):

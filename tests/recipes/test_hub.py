@@ -92,8 +92,9 @@ def test_the_token_is_written_nowhere(pushed):
     assert not [text for text in texts if TOKEN.encode() in text]
 
 
-def test_what_was_not_pushed_is_published_later(pushed):
+def test_what_was_not_pushed_is_published_later(pushed, fresh):
     folder, hub, _, environment = pushed
+    hub.repositories.pop("user/later", None)
     hub.fail("POST .*/user/later/commit/", 403)
     flags = ["--model_dir", "child", "--hub_model_id", "user/later", "--hub_private_repo", "false"]
     failed = launch("publish.py", folder, *flags, check=False, launcher=False, **environment)
@@ -104,7 +105,7 @@ def test_what_was_not_pushed_is_published_later(pushed):
     hub.faults.clear()
     words = shlex.split(command)
     assert words[:3] == ["accelerate", "launch", "recipes/publish.py"]
-    launch("publish.py", folder, *words[3:], **environment)
+    launch("publish.py", folder, *words[3:], fresh=fresh, **environment)
     repository = hub.repositories["user/later"]
     assert (repository.private, list(repository.tags)) == (False, ["round-003"])
     own = (folder / "child" / "model.safetensors").read_bytes()

@@ -1,4 +1,7 @@
-"""The recipes as a user starts them, each by ``accelerate launch`` once, in an empty folder."""
+"""The recipes as a user starts them, each by ``accelerate launch`` once, in an empty folder.
+
+The slow tests launch each of them as a fresh interpreter.
+"""
 
 import csv
 import json
@@ -52,7 +55,7 @@ def test_the_same_command_finds_everything_done(finished):
     folder, done = finished
     output = folder / "runs" / "continual_rounds"
     before = {path: path.read_bytes() for path in output.rglob("*.*") if path.suffix != ".lock"}
-    again = launch("continual_rounds.py", folder, *SMALL, launcher=False)
+    again = launch("continual_rounds.py", folder, *SMALL, launcher=False, figures=True)
     assert again.stdout == done.stdout
     assert {path: path.read_bytes() for path in before} == before
 
@@ -86,10 +89,10 @@ def test_files_that_arrive_make_rounds(tmp_path, digits, digits_test):
 def test_all_starts_run_on_noisy_labels_with_a_replay(tmp_path):
     flags = ["--starts", "all", "--num_rounds", "2", "--examples_per_round", "40", *QUICK]
     flags += ["--label_noise", "0.2", "--measure_memorization", "--export_start", "dash"]
-    flags += ["--max_eval_samples", "200"]
+    flags += ["--max_eval_samples", "60"]
     flags += ["--replay_samples", "0.5", "--replay_strategy", "class_balanced"]
     flags += ["--new_share", "0.5"]
-    done = launch("continual_rounds.py", tmp_path, *flags, launcher=False)
+    done = launch("continual_rounds.py", tmp_path, *flags, launcher=False, figures=True)
     records = hf_dash.read_history(tmp_path / "runs/continual_rounds/history.jsonl").records
     second = [r for r in records if r.round_index == 2]
     assert [r.start for r in second] == list(hf_dash.STARTS)
@@ -127,7 +130,7 @@ def test_the_exported_folder_is_whole(finished):
     assert hf_dash.load_model(str(model_folder)).config.num_labels == 10
 
 
-def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, digits_test):
+def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, digits_test, fresh):
     for name, rows in (("old", range(200)), ("new", range(200, 300))):
         digits.select(rows).to_parquet(tmp_path / f"{name}.parquet")
     digits_test.to_parquet(tmp_path / "test.parquet")
@@ -136,7 +139,7 @@ def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, dig
     flags += ["--seen_dataset_names", "old.parquet", "--dataset_name", "new.parquet"]
     flags += ["--test_dataset_name", "test.parquet", "--num_train_epochs", "1"]
     flags += ["--save_strategy", "steps", "--save_steps", "30", "--report_to", "none"]
-    launch("retrain_with_trainer.py", tmp_path, *flags)
+    launch("retrain_with_trainer.py", tmp_path, *flags, fresh=fresh)
 
     records = hf_dash.read_history(tmp_path / "child" / "history.json").records
     assert [r.round_index for r in records] == [1, 2, 3]
@@ -236,10 +239,10 @@ def test_the_history_benchmark_counts_what_an_addition_writes(tmp_path):
     assert written["lines", 30] == written["lines", 3] + 1 < 2000
 
 
-def test_the_learning_framework_is_swept(tmp_path):
+def test_the_learning_framework_is_swept(tmp_path, fresh):
     flags = ["--num_points", "100", "--num_experiments", "4", "--num_test_points", "0"]
     flags += ["--seeds", "2", "--sweep", "gamma", "5", "20", "--output_dir", "out"]
-    done = launch("learning_framework.py", tmp_path, *flags)
+    done = launch("learning_framework.py", tmp_path, *flags, fresh=fresh)
     sizes = {"num_points": 100, "num_experiments": 4, "num_test_points": 0}
     expected = {
         f"C=2 K=50 N=100 γ={gamma} τ=3": [
@@ -261,10 +264,10 @@ def test_the_learning_framework_is_swept(tmp_path):
     assert "sweep must be one of ['num_classes', " in wrong.stderr
 
 
-def test_lengths_of_pretraining_are_compared(tmp_path):
+def test_lengths_of_pretraining_are_compared(tmp_path, fresh):
     flags = ["--num_examples", "80", "--pretrain_epochs", "1", "2", "--starts", "warm", *QUICK]
-    flags += ["--max_eval_samples", "200"]
-    done = launch("memorization.py", tmp_path, *flags)
+    flags += ["--max_eval_samples", "60"]
+    done = launch("memorization.py", tmp_path, *flags, fresh=fresh)
     output = tmp_path / "runs" / "memorization"
     records = hf_dash.read_history(output / "history.jsonl").records
     lengths = [pretrained_epochs(r, records) for r in records if r.start == "warm"]
@@ -288,7 +291,7 @@ def test_the_framework_benchmark_compares_with_the_plain_loops(tmp_path):
     assert "\n1 seeds of all starts with figure: " in done.stdout
 
 
-def test_starts_are_compared_without_training(tmp_path):
+def test_starts_are_compared_without_training(tmp_path, fresh):
     for start, gain in (("cold", 0.0), ("dash", 0.1)):
         records = [
             record(start, seed=seed, round_index=index, accuracy=0.4 + gain)
@@ -297,7 +300,8 @@ def test_starts_are_compared_without_training(tmp_path):
         ]
         hf_dash.history.write_history(tmp_path / f"{start}.json", {"starts": [start]}, records)
     histories = ("--histories", "cold.json", "dash.json", "--skip_seeds", "0")
-    printed = launch("compare_starts.py", tmp_path, *histories, "--output_dir", "both").stdout
+    histories = (*histories, "--output_dir", "both")
+    printed = launch("compare_starts.py", tmp_path, *histories, fresh=fresh).stdout
     cells = [cell.strip() for cell in printed.split("|")]
     assert cells[cells.index("dash") :][:3] == ["dash", "2", "50.00 ± 0.00 %"]
     assert "+10.00 (+10.00 … +10.00)" in printed

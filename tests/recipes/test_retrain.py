@@ -63,7 +63,7 @@ def test_a_stream_with_a_new_label_is_retrained_on(tmp_path, digits):
     assert list(child.config.id2label.values()) == [*names, "9"]
 
 
-def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test):
+def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test, fresh):
     source = hf_dash.report.read_evidence(REPOSITORY / "recipes" / "results" / "digits")
     settings = source.settings["settings"]
     history = hf_dash.History(tmp_path / "run" / "history.jsonl", settings)
@@ -80,7 +80,7 @@ def test_a_challenger_is_promoted_refused_and_rolled_back(tmp_path, digits_test)
     history.append_promotion(entry)
     flags = ["--output_dir", "run", "--dataset_name", "digits", "--challenger"]
 
-    done = launch("promote.py", tmp_path, *flags, second)
+    done = launch("promote.py", tmp_path, *flags, second, fresh=fresh)
     assert "promote: not worse overall, and no class drops" in done.stdout
     # A header, its rule, all examples, ten classes.
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]

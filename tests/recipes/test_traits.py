@@ -9,8 +9,8 @@ import json
 import os
 
 import pytest
-from children import Child, join, run_script
-from helpers import REPOSITORY, record
+from children import Child, join
+from helpers import REPOSITORY, record, run_without_figures
 from traits import RECIPES, TRAITS
 
 import hf_dash
@@ -93,7 +93,7 @@ def try_all(trait, folder):
         flags = prepare(trait, recipe, place)
         script = REPOSITORY / "recipes" / SCRIPTS[recipe]
         cache = {"HF_DATASETS_CACHE": str(folder / "cache")}
-        children.append(Child(run_script, script, flags, folder=place, **cache))
+        children.append(Child(run_without_figures, script, flags, folder=place, **cache))
     results = [join([child])[0] for child in children]
     return [
         found(trait, recipe, place, done)
