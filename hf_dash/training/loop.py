@@ -9,10 +9,12 @@ of at least 99.9 %, here counted while training, without a second pass over the 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -179,6 +181,8 @@ def train_round(
     # A prepared DataLoader sets the epoch itself.
     set_epoch = None if isinstance(batches, DataLoader) else getattr(batches, "set_epoch", None)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        _share_forward_(inner, accelerator)
     # Not prepared by Accelerate, which would step it once per process.
     schedule = make_schedule(plain_optimizer, config, _length(batches))
     training = _Training(model, optimizer, schedule, accelerator, penalty, config.sam_rho, loss)
@@ -214,6 +218,23 @@ def _length(batches: Iterable[Any]) -> int | None:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+# What Accelerate has made of a class's forward for mixed precision, the first time.
+_FORWARDS: dict[tuple[Any, ...], Any] = {}
+
+
+def _share_forward_(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give a prepared model the forward that the first one of its class was given.
+
+    For mixed precision Accelerate makes a forward anew for every model and round. ``torch.compile``
+    would compile each, and after eight of them none.
+    """
+    original = getattr(getattr(model, "_original_forward", None), "__func__", None)
+    if original is not None:
+        how = (accelerator.mixed_precision, accelerator.device.type, accelerator.autocast_handler)
+        key = (original, *map(str, how))
+        model.forward = MethodType(_FORWARDS.setdefault(key, model.forward.__func__), model)
 
 
 @torch.no_grad()

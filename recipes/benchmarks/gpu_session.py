@@ -84,10 +84,10 @@ def start_stages(args, runs):
 
 
 def shrink_stages(args):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ["float32", "bfloat16"][: 1 if args.tiny else 2]:
         flags = ["--dtype", dtype, "--time_limit", "10", "--channels_last"]
         if args.tiny:
-            flags += ["--rounds", "1", "--batch_size", "4", "--repeats", "1", "--time_limit", "0"]
+            flags += ["--rounds", "1", "--batch_size", "250", "--repeats", "1", "--time_limit", "0"]
         yield f"shrink_{dtype}", 30, launched("benchmarks/shrink_pass.py", *flags)
 
 

@@ -69,7 +69,7 @@ def test_the_whole_session_runs_on_the_cpu(tmp_path):
     printed = {path.stem: path.read_text() for path in kept.glob("*.txt")}
     for way in ("(a) bare loop", "(b) on_device", "(d) loader", "(e) Trainer"):
         assert way in printed["step_bf16"]
-    assert "1 × 1,000 (1)" in printed["shrink_bfloat16"]
+    assert "1 × 1,000 (1)" in printed["shrink_float32"]
     assert "skipped" in printed["tests"]
     (history,) = kept.glob("run.history.json*")
     records = read_history(history).records

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from helpers import heard, same_state, state_of
 from torch import nn
@@ -149,8 +150,9 @@ def test_no_step_reads_a_number_from_the_device(two_rounds, accelerator, penalty
 
 # Anew for the second size of batches, then for no size and no model; of one size, once.
 @pytest.mark.slow
-@pytest.mark.parametrize(("drop_last", "times"), [(False, 2), (True, 1)])
-def test_compiled_once_for_all_rounds(two_rounds, accelerator, monkeypatch, drop_last, times):
+@pytest.mark.parametrize(("precision", "drop_last", "times"), [("no", False, 2), ("bf16", True, 1)])
+def test_compiled_once_for_all_rounds(two_rounds, monkeypatch, precision, drop_last, times):
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
     graphs = []
 
     def backend(graph, inputs):
