@@ -234,7 +234,9 @@ def _share_forward_(model: nn.Module, accelerator: Accelerator) -> None:
     if original is not None:
         how = (accelerator.mixed_precision, accelerator.device.type, accelerator.autocast_handler)
         key = (original, *map(str, how))
-        model.forward = MethodType(_FORWARDS.setdefault(key, model.forward.__func__), model)
+        forward: Any = model.forward
+        shared: Any = _FORWARDS.setdefault(key, forward.__func__)
+        model.forward = MethodType(shared, model)
 
 
 @torch.no_grad()
