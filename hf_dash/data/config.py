@@ -76,7 +76,7 @@ class DataConfig:
         replay_strategy: ``uniform`` (the default), ``class_balanced``, or ``recency`` (an image
             that arrived j rounds ago has the weight 1/j). Only with ``replay_samples``.
         new_share: Share of the round's new images in every training batch, in (0, 1), whose other
-            images are old; by default in proportion.
+            images are old; by default in proportion. Not for streams.
         on_bad_example: ``error`` stops at a corrupt image, ``skip`` leaves it out and lists it.
         compare_images_by: ``bytes`` or ``pixels``: how held-out and training images are compared.
             Pixels find an image that was stored again in another format.

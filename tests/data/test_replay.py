@@ -377,6 +377,8 @@ def test_of_a_stream_only_the_row_groups_of_what_is_drawn_are_read(
         return images(group, rows)
 
     monkeypatch.setattr(RowGroup, "images", counted)
+    # Nothing is kept decoded, so that no old shard is opened to see how much room it needs.
+    assert not any(arrival.cache for arrival in round_.arrivals)
     loader = train_batches(round_, 16, seed=0)
     epochs = [levels_of(loader), levels_of(loader)]
     old = [n for n in epochs[0] if n < 160]
