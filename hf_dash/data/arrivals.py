@@ -17,7 +17,7 @@ from uuid import uuid4
 import numpy as np
 from datasets import Dataset
 
-from hf_dash.data.columns import AnyDataset, label_names
+from hf_dash.data.columns import AnyDataset, label_names, whole_numbers
 from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
@@ -150,7 +150,7 @@ class Arrival:
             return None
         mode = self.dataset.features["image"].mode
         digest = hashlib.sha256(f"{how} {mode}".encode())
-        digest.update(self.survey.of(self.dataset["example_id"][:]).content.tobytes())
+        digest.update(self.survey.of(whole_numbers(self.dataset, "example_id")).content.tobytes())
         return digest.hexdigest()
 
     def check_mode(self, transform: Transform) -> None:
@@ -202,7 +202,7 @@ class Arrival:
 
     def with_rows(self, dataset: Dataset) -> "Arrival":
         """Return the arrival with some of its rows, in the order given."""
-        survey = self.survey and self.survey.of(dataset["example_id"][:])
+        survey = self.survey and self.survey.of(whole_numbers(dataset, "example_id"))
         fingerprint = None if survey is None else survey.fingerprint(label_names(dataset))
         return replace(
             self, dataset=dataset, num_examples=len(dataset), fingerprint=fingerprint, survey=survey

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import fsspec
 import numpy as np
+import pyarrow.compute
 from datasets import (
     ClassLabel,
     Dataset,
@@ -246,6 +247,18 @@ def replace_labels(dataset: Dataset, labels: Sequence[int | None], feature: Clas
     # Removed first, a column in memory would leave an empty table that takes no new column.
     added = dataset.add_column("new_label", labels, feature=feature).remove_columns("label")
     return added.rename_column("new_label", "label").select_columns(dataset.column_names)
+
+
+def whole_numbers(dataset: Dataset, column: str, missing: int = -2) -> np.ndarray:
+    """Return a column of integers, int64 [rows], with ``missing`` in place of None.
+
+    ``dataset[column][:]`` gathers row by row where rows were selected, which takes a minute for a
+    million of them.
+    """
+    stored = dataset.data.column(column)
+    values = np.asarray(pyarrow.compute.fill_null(stored, missing).to_numpy(), dtype=np.int64)
+    chosen = dataset._indices  # there is no other way to them
+    return values if chosen is None else values[chosen.column(0).to_numpy()]
 
 
 def label_kind(feature: Any) -> str:

@@ -23,7 +23,7 @@ from hf_dash.data.arrivals import (
     read_once,
     unread,
 )
-from hf_dash.data.columns import AnyDataset, label_names
+from hf_dash.data.columns import AnyDataset, label_names, whole_numbers
 from hf_dash.data.config import DataConfig
 from hf_dash.data.held_out import drop_repeated, hold_out
 from hf_dash.data.names import check_spelling
@@ -152,15 +152,15 @@ def _read_orders(arriving: Arrival, ordered: Sequence[Dataset], data: DataConfig
         return [drop_repeated([arrival])[0] for arrival in read]
     whole = arriving
     if whole.survey is None:
-        used = np.unique(np.concatenate([order["example_id"][:] for order in ordered]))
-        ids = np.array(arriving.dataset["example_id"][:])
+        used = np.unique(np.concatenate([whole_numbers(order, "example_id") for order in ordered]))
+        ids = whole_numbers(arriving.dataset, "example_id")
         part = arriving.dataset.select(np.flatnonzero(np.isin(ids, used)))
         whole = read_once(replace(arriving, dataset=part), data)
     (whole,) = drop_repeated([whole])
     assert whole.survey is not None
     arrivals = []
     for order in ordered:
-        ids = np.array(order["example_id"][:])
+        ids = whole_numbers(order, "example_id")
         good = order.select(np.flatnonzero(np.isin(ids, whole.survey.example_ids)))
         arrivals.append(whole.with_rows(good))
     return arrivals

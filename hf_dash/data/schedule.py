@@ -13,7 +13,14 @@ import numpy as np
 from datasets import Dataset
 
 from hf_dash.data.arrivals import Arrival
-from hf_dash.data.columns import all_names, fingerprint_of, joined, label_names, matched
+from hf_dash.data.columns import (
+    all_names,
+    fingerprint_of,
+    joined,
+    label_names,
+    matched,
+    whole_numbers,
+)
 from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.held_out import check_overlap
@@ -147,7 +154,7 @@ class Schedule:
         for part in self.held_out:
             if part.survey is None:
                 return None
-            found = part.survey.of(part.dataset["example_id"][:])
+            found = part.survey.of(whole_numbers(cast(Dataset, part.dataset), "example_id"))
             places = np.array([names.index(name) for name in label_names(part.dataset)])
             labels.append(places[found.labels])
             sha256.append(found.sha256)

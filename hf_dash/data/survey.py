@@ -19,6 +19,7 @@ from hf_dash.data.columns import (
     label_names,
     map_columns,
     undecoded,
+    whole_numbers,
 )
 from hf_dash.data.findings import NO_LABEL, Findings, Flaw, look_at
 from hf_dash.data.manifest import Manifest, keep_manifest
@@ -172,7 +173,7 @@ def survey_opened(
     shards, whole = opened
     if dataset is not whole:
         if example_ids is None and isinstance(dataset, Dataset):
-            example_ids = np.array(dataset["example_id"][:], dtype=np.int64)
+            example_ids = whole_numbers(dataset, "example_id")
         if example_ids is None:
             return None
         rows = sum(shard.num_rows or math.inf for shard in shards)
@@ -259,7 +260,7 @@ def _fits(shard: Shard, manifest: Manifest) -> bool:
     same = shard.num_rows in (None, len(manifest.findings))
     same = same and manifest.classes == tuple(label_names(shard.dataset))
     if same and isinstance(shard.dataset, Dataset):
-        labels = [NO_LABEL if label is None else label for label in shard.dataset["label"][:]]
+        labels = whole_numbers(shard.dataset, "label", NO_LABEL)
         same = np.array_equal(manifest.findings.labels, labels)
     if not same:
         logger.warning("%s: its manifest has other rows or labels, and is written anew", shard.name)
@@ -307,7 +308,7 @@ def drop_rows(dataset: AnyDataset, example_ids: Sequence[int] | frozenset[int]) 
     if not example_ids:
         return dataset
     if isinstance(dataset, Dataset):
-        ids = np.array(dataset["example_id"][:], dtype=np.int64)
+        ids = whole_numbers(dataset, "example_id")
         return dataset.select(np.flatnonzero(~np.isin(ids, list(example_ids))))
     features = Features(dataset.features)
     settings = {"example_ids": frozenset(example_ids)}

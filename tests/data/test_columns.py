@@ -1,11 +1,27 @@
 import hashlib
 import json
 
+import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+)
 from PIL import Image as PILImage
 
-from hf_dash.data.columns import Reading, fingerprint, label_kind, label_names, standard_columns
+from hf_dash.data.columns import (
+    Reading,
+    fingerprint,
+    label_kind,
+    label_names,
+    standard_columns,
+    whole_numbers,
+)
 
 BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 
@@ -136,3 +152,12 @@ def test_blank_text_is_not_a_label(streaming):
     assert [row["label"] for row in dataset] == [1, None, 0, None]
     named = labeled([0, 1, 0], ClassLabel(names=["cat", ""]), streaming)
     assert [row["label"] for row in standard_columns(named, Reading())] == [0, None, 0]
+
+
+def test_a_column_of_integers_is_read_as_it_was_selected_and_put_together():
+    one = Dataset.from_dict({"a": [5, None, 7, 8], "b": ["x"] * 4})
+    whole = concatenate_datasets([one.select([3, 1, 0]), one]).select([6, 0, 1, 4])
+    assert whole["a"][:] == [8, 8, None, None]
+    assert whole_numbers(whole, "a").tolist() == [8, 8, -2, -2]
+    assert whole_numbers(one, "a", missing=0).tolist() == [5, 0, 7, 8]
+    assert whole_numbers(one.select([]), "a").dtype == np.int64
