@@ -23,7 +23,7 @@ from torch.utils.data import ConcatDataset, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as vision
 
-from hf_dash.data.columns import fingerprint, part_of, undecoded
+from hf_dash.data.columns import fingerprint, part_of, undecoded, whole_numbers
 from hf_dash.data.decoding import image_decoder
 from hf_dash.data.image_batch import Examples, ImageBatch, joined, stacked
 from hf_dash.data.pixel_cache import PixelBudget, PixelCache
@@ -208,7 +208,7 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
         self.stamps = stamps or {}
         self.transform = transform
         self._steps = None if transform is None else ImageTransform.of(transform)
-        labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
+        labels = torch.tensor(whole_numbers(dataset, "label"))
         num_classes = dataset.features["label"].num_classes
         check_labels(labels, num_classes)
         self._fingerprint = fingerprint

@@ -108,9 +108,12 @@ def hub_origin(
     Returns:
         The origin; None where the Hub cannot be reached, and what is read comes from a cache.
     """
-    where = {"revision": revision, "token": token}
     try:
-        info = reach(lambda: client(None).dataset_info(dataset_id, **where, files_metadata=True))
+        info = reach(
+            lambda: client(None).dataset_info(
+                dataset_id, revision=revision, token=token, files_metadata=True
+            )
+        )
     except HubError as error:
         logger.info("%s: the Hub does not say what is in its files: %s", name, error)
         return None
