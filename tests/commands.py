@@ -30,7 +30,8 @@ COMMANDS = {
         *("continual_rounds.py", "--output_dir", "run", "--arrive_by", "files", *COLUMNS),
         *("--files_per_round", "1", "--starts", "dash", "--architecture", "resnet10t"),
         *("--model_args", json.dumps(MODEL), "--max_epochs", "1", "--train_batch_size", "8"),
-        *("--gradient_batch_size", "8", "--disable_tqdm"),
+        # A start that keeps the momentum, so that it lies in the rounds' folders too.
+        *("--gradient_batch_size", "8", "--disable_tqdm", "--no_reset_optimizer"),
     ],
     "retrain": [
         *("retrain_with_trainer.py", "--output_dir", "child", "--model_name_or_path", "parent"),
