@@ -23,6 +23,14 @@ def test_records_come_back_as_they_were(tmp_path):
     assert len(read_history(tmp_path / "history.jsonl").records) == 4
 
 
+def test_names_keep_their_order(tmp_path):
+    history = History(tmp_path / "history.jsonl", {"b": 1, "a": 2})
+    history.append(record(per_class_accuracy={"9": 0.5, "10": 0.25, "1": 1.0}))
+    back = read_history(tmp_path / "history.jsonl")
+    assert list(back.settings) == ["b", "a"]
+    assert list(back.records[0].per_class_accuracy) == ["9", "10", "1"]
+
+
 def test_a_round_is_recorded_once(tmp_path):
     history = History(tmp_path / "history.jsonl", {})
     history.append(record())

@@ -26,14 +26,9 @@ class Linked(Protocol):
 Entry = TypeVar("Entry", bound=Linked)
 
 
-def canonical(content: Any) -> bytes:
-    """Return plain JSON types as the one text that stands for them, on one line."""
-    return json.dumps(content, sort_keys=True).encode()
-
-
 def digest_of(content: Any) -> str:
     """Return the SHA-256 of plain JSON types, whatever the order of their names."""
-    return hashlib.sha256(canonical(content)).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def recorded(entry: Linked) -> dict[str, Any]:

@@ -1,25 +1,21 @@
 """A file of JSON lines that only grows: an addition writes one line and leaves the rest alone.
 
-Flow: mappings → one line each, with a name and the SHA-256 of its text → written whole once, in one
-step → each later line at the end of the file, on the disk before the call returns. A kill in the
-middle of an addition leaves a torn line: one without its line end, which readers leave out and the
-next writer cuts off.
+Flow: mappings → one line each, with a name and the digest of its content → written whole once, in
+one step → each later line at the end of the file, on the disk before the call returns. A kill in
+the middle of an addition leaves a torn line: one without its line end, which readers leave out and
+the next writer cuts off.
 """
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_dash.utils.chain import canonical
+from hf_dash.utils.chain import digest_of
 from hf_dash.utils.files import write_bytes
 
 CHANGED = "was changed by something else; restore it from a copy"
-
-_LINE = re.compile(rb'\{"digest": "([0-9a-f]{64})", "(\w+)": (\{.*\})\}\n')
 
 
 class Line(NamedTuple):
@@ -130,16 +126,17 @@ def cut_torn_line(path: Path, size: int) -> bool:
 
 
 def _text(name: str, content: Mapping[str, Any]) -> bytes:
-    text = canonical(content)
-    digest = hashlib.sha256(text).hexdigest()
-    return b'{"digest": "%b", "%b": %b}\n' % (digest.encode(), name.encode(), text)
+    return json.dumps({"digest": digest_of(content), name: content}).encode() + b"\n"
 
 
 def _line(text: bytes) -> Line:
-    found = _LINE.fullmatch(text)
-    if found is None:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(line, dict) or [*line][:1] != ["digest"] or len(line) != 2:
         raise ValueError(CHANGED)
-    digest, name, content = found.groups()
-    if hashlib.sha256(content).hexdigest() != digest.decode():
+    (_, digest), (name, content) = line.items()
+    if digest != digest_of(content) or not isinstance(content, dict):
         raise ValueError(CHANGED)
-    return Line(name.decode(), json.loads(content), digest.decode())
+    return Line(name, content, digest)

@@ -83,7 +83,8 @@ def test_a_torn_line_is_left_out_and_cut_off(path):
     ("line", "message"),
     [
         (b"[]\n", "line 2 was changed by something else"),
-        (b"\n", "line 2 was changed by something else"),
+        (b"\n", "line 2 is not JSON"),
+        (b'{"digest": "", "a": {}, "b": {}}\n', "line 2 was changed by something else"),
         (b'{"digest": "%b", "a": {}}\n' % (b"0" * 64), "line 2 was changed by something else"),
         (bytes(1001), "line 2 has more than 1,000 bytes"),
     ],
