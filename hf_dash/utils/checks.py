@@ -153,6 +153,9 @@ def _fits(kind: Any) -> Callable[[Any], bool]:
     if origin is Literal:
         return lambda value: value in parts
     inner = [_fits(part) for part in parts]
+    if origin in (Union, UnionType) and len(inner) == 2:
+        first, second = inner
+        return lambda value: first(value) or second(value)
     if origin in (Union, UnionType):
         return lambda value: any(fits(value) for fits in inner)
     if origin is dict:
@@ -169,6 +172,8 @@ def _fits(kind: Any) -> Callable[[Any], bool]:
         return lambda value: (
             isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
         )
+    if kind is str:
+        return lambda value: isinstance(value, str)
     return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
