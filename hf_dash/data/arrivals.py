@@ -178,9 +178,7 @@ class Arrival:
             return None
         labels = self.survey.labels
         return [
-            FileBlock(
-                self.pieces[run.piece], run.rows, labels[run.first : run.first + len(run.rows)]
-            )
+            FileBlock(self.pieces[run.piece], run.rows, labels[run.first :][: len(run.rows)])
             for run in runs_of(self.pieces, self.survey.example_ids)
         ]
 
@@ -190,9 +188,12 @@ class Arrival:
         Nothing is read.
         """
         assert self.survey is not None
-        arrival = replace(self, survey=self.survey.of(example_ids), num_examples=len(example_ids))
+        survey = self.survey.of(example_ids)
+        digest = survey.fingerprint(label_names(self.dataset))
+        count = len(example_ids)
+        arrival = replace(self, num_examples=count, survey=survey, fingerprint=digest)
         stream = stream_of(arrival.blocks() or [], example_ids, self.dataset.features)
-        return replace(arrival, dataset=stream, fingerprint=None)
+        return replace(arrival, dataset=stream)
 
     def drawn(self, seed: int, count: int | None = None) -> "Arrival":
         """Return such a stream in random order, at most ``count`` rows; see ``pieces.drawn``."""

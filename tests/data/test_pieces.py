@@ -23,7 +23,7 @@ from hf_dash.data import (
     load_schedules,
     round_schedule,
 )
-from hf_dash.data.columns import stored_bytes
+from hf_dash.data.columns import fingerprint, stored_bytes
 from hf_dash.data.pieces import drawn, members, row_groups, runs_of
 from hf_dash.data.shares import sources_of
 from hf_dash.data.stream_loader import cut_batches
@@ -225,6 +225,8 @@ def test_one_dataset_is_cut_by_parts_that_are_read_as_needed(shards, kind):
     assert len({number for numbers in found for number in numbers}) == 210
     # A row group that two rounds share is read by both.
     assert read <= 1.4 * size
+    for arrival in one.arrivals:
+        assert arrival.fingerprint == fingerprint(arrival.dataset)
     ids = [[a.survey.example_ids.tolist() for a in s.arrivals] for s in (one, other, again)]
     assert ids[0] == ids[2] != ids[1]
     if kind != "parquet":
