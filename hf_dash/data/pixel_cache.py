@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import xxhash
@@ -147,6 +148,7 @@ class PixelCache:
         self.path = cache_folder() / f"{key or uuid.uuid4().hex}.pixels"
         self._file = _open(self.path, self._size)
         self._full = False
+        self._written = np.zeros(count, dtype=bool)  # as far as known
         weakref.finalize(self, self._file.close)
         if key is None:
             weakref.finalize(self, _remove, self.path, os.getpid())
@@ -164,6 +166,15 @@ class PixelCache:
                 missing.append(place)
         pixels = records[:, HEADER:].view(self.dtype)
         return pixels.view(len(indices), *self.shape), missing
+
+    def hold(self, indices: Sequence[int]) -> bool:
+        """Check that all of these images have been written; whether whole, :meth:`read` tells."""
+        places, file = np.asarray(indices, dtype=np.int64), self._file.fileno()
+        for index in places[~self._written[places]].tolist():
+            if not any(os.pread(file, HEADER, index * self._record)):
+                return False
+            self._written[index] = True
+        return True
 
     def write(self, index: int, pixels: Tensor) -> None:
         """Keep an image; a full disk is said once, and the image is then decoded every time.

@@ -8,15 +8,17 @@ many examples, and no shard is read by every process because their numbers do no
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
-from typing import Any
+from itertools import accumulate, chain, groupby, pairwise, repeat
 
 import numpy as np
 from torch import Tensor
 
 from hf_dash.data.batches import cut_evenly
-from hf_dash.data.streams import Block, StreamedImages
+from hf_dash.data.streams import Block, Row, StreamedImages
 from hf_dash.utils.distributed import gather
+
+# A place in a source, unless nobody counted it, and what is there, unless it is kept.
+Item = tuple[int | None, Row | None]
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,6 @@ class Source:
         return self.end - self.begin
 
     @property
-    def key(self) -> tuple[int, int, int]:
-        """Identifies a source among those of its arrival."""
-        return self.number, self.begin, self.end
-
-    @property
     def block(self) -> Block:
         """The block."""
         return self.arrival.blocks[self.number]
@@ -53,26 +50,51 @@ class Source:
         ends = accumulate(sizes, initial=self.begin)
         return [replace(self, begin=a, end=b) for a, b in pairwise(ends) if b > a]
 
-    def items(self, generator: np.random.Generator) -> Iterator[Any]:
-        """Yield encoded images and labels, or positions in the cache."""
+    @property
+    def is_kept(self) -> bool:
+        """Whether loaders have kept all of it."""
+        kept = self.arrival.kept
+        return kept is not None and kept.hold(range(self._begin, self._begin + len(self)))
+
+    @property
+    def _begin(self) -> int:
+        return self.arrival.begins[self.number] + self.begin
+
+    def items(self, generator: np.random.Generator) -> Iterator[Item]:
+        """Yield places and what is to be decoded there: nothing where all is kept."""
         order: Sequence[int] = range(len(self))
         if self.block.scattered:
             order = generator.permutation(len(self)).tolist()
-        if not self.arrival.cache:
-            return self.block.rows([self.begin + place for place in order])
-        held = len(self.arrival.decoded[self.key][1])
-        return iter(order if held == len(self) else range(held))
+        if self.is_kept:
+            return zip(order, repeat(None), strict=False)
+        rows = self.block.rows([self.begin + place for place in order])
+        # A stream may hold more than was counted, which is noticed later.
+        return zip(chain(order, repeat(None)), rows, strict=False)
 
-    def rows(self) -> Iterator[tuple[Any, int]]:
-        """Yield encoded images and labels in the arrival's order."""
-        return self.block.rows(range(self.begin, self.end))
+    def decode(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of these items, before images are normalized."""
+        places, kept = [place for place, _ in items if place is not None], self.arrival.kept
+        if kept is None or len(places) < len(items):
+            return self.arrival.decode_pixels([row for _, row in items if row is not None])
+        pixels, labels, missing = kept.read([self._begin + place for place in places])
+        if missing:
+            rows = self._rows([items[number] for number in missing])
+            decoded, theirs = self.arrival.decode_pixels(rows)
+            for number, image, label in zip(missing, decoded, theirs.tolist(), strict=True):
+                kept.write(self._begin + places[number], image, label)
+                pixels[number], labels[number] = image, label
+        return pixels, labels
 
-    def decode(self, items: list[Any]) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of these items."""
-        if self.arrival.cache:
-            pixels, labels = self.arrival.decoded[self.key]
-            return self.arrival.normalized(pixels[items]), labels[items]
-        return self.arrival.decode(items)
+    def _rows(self, items: Sequence[Item]) -> list[Row]:
+        """Return encoded images; what was kept, and is gone since, is read from the stream."""
+        gone = sorted(
+            {self.begin + place for place, row in items if row is None and place is not None}
+        )
+        again = dict(zip(gone, self.block.rows(gone), strict=False))
+        return [
+            again[self.begin + place] if row is None and place is not None else row
+            for place, row in items
+        ]
 
 
 def sources_of(

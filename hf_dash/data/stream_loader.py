@@ -27,9 +27,11 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from hf_dash.data.batches import cut_evenly
 from hf_dash.data.examples import Augment
+from hf_dash.data.image_batch import ImageBatch
 from hf_dash.data.order import DRAWN_AT_ONCE, shuffled
-from hf_dash.data.shares import Source, count_together, sources_of
+from hf_dash.data.shares import Item, Source, count_together, sources_of
 from hf_dash.data.streams import StreamedImages
+from hf_dash.utils.memory import empty_tensor
 
 Chunk = dict[str, Any]
 
@@ -69,16 +71,21 @@ def _numbered(
             yield number, item
 
 
-def _decode(sources: Sequence[Source], items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Tensor]:
+def _decode(
+    sources: Sequence[Source], items: Sequence[tuple[int, Item]], normalized: bool
+) -> tuple[Tensor, Tensor]:
     """Return the images and labels of items from several sources, in the given order."""
     places: dict[int, list[int]] = {}
     for place, (number, _) in enumerate(items):
         places.setdefault(number, []).append(place)
-    parts = [
-        sources[number].decode([items[place][1] for place in at]) for number, at in places.items()
-    ]
+    parts = []
+    for number, at in places.items():
+        pixels, labels = sources[number].decode([items[place][1] for place in at])
+        parts.append((sources[number].arrival.normalized(pixels) if normalized else pixels, labels))
+    if len(parts) == 1:
+        return parts[0]
     order = torch.tensor([place for at in places.values() for place in at]).argsort()
-    pixels, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    pixels, labels = (_joined(part) for part in zip(*parts, strict=True))
     return pixels[order], labels[order]
 
 
@@ -116,6 +123,7 @@ class Reader(TorchIterableDataset[Chunk]):
     num_workers: int
     process_index: int
     augment: Augment | None = None
+    normalized: bool = True
     epoch: int = 0
     skip: int = 0
 
@@ -141,7 +149,7 @@ class Reader(TorchIterableDataset[Chunk]):
     def _decoded(self, chunk: list[tuple[int, Any]], worker: int, number: int) -> Chunk:
         # Seeded per chunk, random transforms are the same with and without a skip.
         with _seeded(self.seed, self.epoch, self.process_index, worker, number):
-            pixels, labels = _decode(self.shares[worker], chunk)
+            pixels, labels = _decode(self.shares[worker], chunk, self.normalized)
             if self.augment is not None:
                 pixels = torch.stack([self.augment(image, None) for image in pixels])
         return {"pixel_values": pixels, "labels": labels}
@@ -154,21 +162,6 @@ class Reader(TorchIterableDataset[Chunk]):
         """Return how many examples have come by the end of a chunk; workers take turns."""
         turns = range(len(self.shares))
         return sum(self._end(other, number + (other <= worker)) for other in turns)
-
-
-@dataclass(frozen=True)
-class Decoder(TorchIterableDataset[tuple[int, Tensor, Tensor]]):
-    """All examples of several sources, decoded and not yet normalized, in chunks."""
-
-    sources: tuple[Source, ...]
-    batch_size: int
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        worker, workers = _this_worker()
-        for number in range(worker, len(self.sources), workers):
-            rows = self.sources[number].rows()
-            while chunk := list(islice(rows, self.batch_size)):
-                yield number, *self.sources[number].arrival.decode_pixels(chunk)
 
 
 def in_turn(iterators: list[Iterator[Chunk]]) -> Iterator[Chunk]:
@@ -191,6 +184,11 @@ def _after(chunks: Iterator[Chunk], skip: int) -> Iterator[tuple[Tensor, Tensor]
         skip = max(0, skip - length)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(tuple(parts), out=empty_tensor(shape, parts[0].dtype))
+
+
 def cut_batches(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Iterator[Chunk]:
     """Cut parts of any length into batches of these sizes.
 
@@ -205,7 +203,7 @@ def cut_batches(parts: Iterator[tuple[Tensor, Tensor]], sizes: Sequence[int]) ->
                 raise ValueError("num_examples is more than a stream holds")
             held.append(part)
         pixels, labels = (
-            part[0] if len(part) == 1 else torch.cat(part) for part in zip(*held, strict=True)
+            part[0] if len(part) == 1 else _joined(part) for part in zip(*held, strict=True)
         )
         yield {"pixel_values": pixels[:size], "labels": labels[:size]}
         held = [(pixels[size:], labels[size:])] if len(labels) > size else []
@@ -228,6 +226,8 @@ class StreamLoader:
     """Shuffled training batches of streams: ``pixel_values`` [b, c, h, w], ``labels`` [b] int64.
 
     Each iteration yields the batches of one epoch, on the CPU; the next one yields the next epoch.
+    A batch is a mapping whose images are bytes until they are used, see
+    :class:`~hf_dash.data.image_batch.ImageBatch`.
     The order depends on ``seed``, the epoch, ``buffer_size`` and the numbers of workers and
     processes. All processes must create the loader together, because they agree on one number of
     batches. Each has as many examples as the others, or one more, and cuts them into that many
@@ -251,9 +251,8 @@ class StreamLoader:
 
     Raises:
         RuntimeError: another process failed to count its examples.
-        ValueError: an argument is out of range, only some arrivals have ``cache`` set, or a
-            process has fewer examples than batches (on all processes). While iterating: a stream
-            does not hold ``num_examples`` examples.
+        ValueError: an argument is out of range, or a process has fewer examples than batches (on
+            all processes). While iterating: a stream does not hold ``num_examples`` examples.
 
     Example:
         >>> import hf_dash
@@ -286,11 +285,8 @@ class StreamLoader:
             raise ValueError(
                 f"process_index must be in 0 … {num_processes - 1}, got {process_index}"
             )
-        if len({arrival.cache for arrival in arrivals}) != 1:
-            raise ValueError(
-                "arrivals must be at least one, all with cache or all without, got"
-                f" {[arrival.cache for arrival in arrivals]}"
-            )
+        if not arrivals:
+            raise ValueError("arrivals must be at least one, got none")
         ranks = num_processes, process_index
         self._arrivals = tuple(arrivals)
         count_together(arrivals, *ranks)
@@ -298,20 +294,24 @@ class StreamLoader:
         self._sizes = _batch_sizes(self._counts, process_index, batch_size)
         shares = tuple(map(tuple, sources_of(arrivals, *ranks, num_workers)))
         order = batch_size, seed, buffer_size, num_workers, process_index
-        self._reader = Reader(shares, len(self._sizes), *order, augment)
+        steps = [arrival.transform.normalize for arrival in arrivals]
+        # Images travel as bytes if they can be normalized last, and all alike.
+        last = augment is None and all(step is steps[0] for step in steps)
+        self._normalize = steps[0] if last else None
+        self._reader = Reader(shares, len(self._sizes), *order, augment, not last)
         self._epoch = self._batches = self._first = 0
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         epoch, first = self._epoch, self._first
         self._batches, self._first = first, 0
         skip = sum(self._sizes[:first])
         reader = replace(self._reader, epoch=epoch, skip=skip)
         for batch in cut_batches(_after(self._chunks(reader), skip), self._sizes[first:]):
             self._batches += 1
-            yield batch
+            yield ImageBatch(batch["pixel_values"], batch["labels"], self._normalize)
         self._epoch, self._batches = epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -348,26 +348,11 @@ class StreamLoader:
         self._epoch, self._batches, self._first = state["epoch"], state["batches"], state["batches"]
 
     def _chunks(self, reader: Reader) -> Iterator[Chunk]:
-        if self._arrivals[0].cache:
-            self._fill_cache([source for share in reader.shares for source in share])
+        # Asked of each before workers start, so that they share the file of what is kept.
+        kept = [source.is_kept for share in reader.shares for source in share]
+        if all(kept):
             return in_turn([reader.chunks(worker) for worker in range(len(reader.shares))])
         return iter(self._load(reader))
-
-    def _fill_cache(self, sources: list[Source]) -> None:
-        """Decode what is not in memory yet; drop what other loaders left there."""
-        for arrival in self._arrivals:
-            keys = {source.key for source in sources if source.arrival is arrival}
-            arrival.decoded = {k: kept for k, kept in arrival.decoded.items() if k in keys}
-        missing = tuple(s for s in sources if s.key not in s.arrival.decoded)
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in missing]
-        if missing:
-            for number, pixels, labels in self._load(Decoder(missing, self._reader.batch_size)):
-                # Copied, because a tensor from a worker keeps a file open.
-                parts[number].append((pixels.clone(), labels.clone()))
-        for source, decoded in zip(missing, parts, strict=True):
-            columns = zip(*decoded, strict=True) if decoded else ([torch.empty(0)],) * 2
-            pixels, labels = (torch.cat(tuple(column)) for column in columns)
-            source.arrival.decoded[source.key] = pixels, labels
 
     def _load(self, dataset: "TorchIterableDataset[Any]") -> "DataLoader[Any]":
         # A separate generator, so that the loader does not disturb training's random state.

@@ -8,19 +8,26 @@ Differs from map-style arrivals: only the images in use are in memory.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from functools import cached_property
+from itertools import accumulate, islice, pairwise
 from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
-from datasets import Features, Image, IterableDataset
+from datasets import Features, IterableDataset
 from torch import Tensor
 
 from hf_dash.data.columns import fingerprint, part_of, undecoded
+from hf_dash.data.decoding import image_decoder
+from hf_dash.data.image_batch import stacked
+from hf_dash.data.kept import KeptExamples
 from hf_dash.data.pieces import Piece
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
 from hf_dash.transforms import ImageTransform
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 Row = tuple[Any, int]
 
@@ -171,9 +178,9 @@ class StreamedImages:
         num_examples: number of examples in the stream; None counts them on first use, in one pass
             that decodes no image.
         label_ids: the model's index for each of the stream's classes; None if they are the same.
-        cache: let a loader keep what it has decoded: one tensor per image, as the transform's
-            first step returns it (3 KiB for 32×32 RGB), for the images this process trains on.
-            The first epoch then starts by decoding them all; batches are the same either way.
+        cache: let loaders keep what they have decoded, as the transform's first step returns it
+            (3 KiB for 32×32 RGB), in a file that workers share and the system holds in memory.
+            Later epochs read the stream only for what is not there; batches are the same.
         fingerprint: of the stream, if known; see ``hf_dash.data.columns.fingerprint``.
         labels: the stream's own labels of all examples, if known, in any order.
         stamps: of the files that it reads.
@@ -229,13 +236,12 @@ class StreamedImages:
         self.transform = ImageTransform.of(transform)
         self.label_ids = None if label_ids is None else tuple(label_ids)
         self.cache = cache
-        # Decoded by loaders: images and labels by source, see Source.key.
-        self.decoded: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._kept: KeptExamples | None = None
         self._num_examples = num_examples if blocks is None else sum(map(len, blocks))
         self._blocks = None if blocks is None else tuple(blocks)
         self._fingerprint = fingerprint
         self._labels = None if labels is None else list(labels)
-        self._image = features["image"]
+        self._decode = image_decoder(features["image"])
         columns = undecoded(stream.select_columns(["image", "label"]))
         self._encoded = columns.with_format("arrow")
         self.num_shards: int = stream.num_shards if is_shardable(stream._ex_iterable) else 1
@@ -357,10 +363,29 @@ class StreamedImages:
 
     def num_bytes(self) -> int:
         """Return the size of all decoded images; reads the first one."""
-        first = next((block for block in self.blocks if len(block)), None)
-        if first is None:
-            return 0
-        return len(self) * self.decode_pixels([*islice(first.rows([0]), 1)])[0].nbytes
+        return len(self) * self._first.nbytes if len(self) else 0
+
+    @cached_property
+    def _first(self) -> Tensor:
+        """The pixels of the first image [1, channels, h, w]."""
+        block = next(block for block in self.blocks if len(block))
+        return self.decode_pixels([*islice(block.rows([0]), 1)])[0]
+
+    @property
+    def kept(self) -> KeptExamples | None:
+        """What loaders keep, by its place in the stream; None without ``cache``."""
+        if self.cache and self._kept is None and len(self):
+            try:
+                self._kept = KeptExamples(len(self), self._first.shape[1:], self._first.dtype)
+            except OSError as error:
+                logger.warning("decoded images cannot be kept: %s", error)
+                self.cache = False
+        return self._kept
+
+    @cached_property
+    def begins(self) -> list[int]:
+        """The place of each block's first example in the stream."""
+        return [*accumulate(map(len, self.blocks), initial=0)]
 
     def decode_pixels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Return images as caches keep them, before they are normalized, and labels.
@@ -372,9 +397,10 @@ class StreamedImages:
         check_labels(labels, self.num_classes)
         if self.label_ids is not None:
             labels = torch.tensor(self.label_ids, dtype=torch.int64)[labels]
-        decode = self._image.decode_example if isinstance(self._image, Image) else None
-        images = [image if decode is None else decode(image) for image, _ in rows]
-        return torch.stack([self.transform.checked_pixels(image) for image in images]), labels
+        step = self.transform.checked_pixels
+        pixels = stacked((step(self._decode(image)) for image, _ in rows), len(rows))
+        # Of several sizes, torch says what is wrong.
+        return pixels if isinstance(pixels, Tensor) else torch.stack(pixels), labels
 
 
 def _shard_of(stream: IterableDataset, num_shards: int, shard: int) -> IterableDataset:
