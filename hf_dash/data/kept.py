@@ -46,7 +46,9 @@ class KeptExamples:
         """Return images, labels [places], and which of them are not there."""
         records, missing = self._records.read(places)
         pixels = records[:, : self._size].view(self.dtype).view(len(places), *self.shape)
-        return pixels, records[:, self._size :].contiguous().view(LABEL).view(-1), missing
+        # Cloned, because a label may begin at any byte.
+        labels = records[:, self._size :].clone(memory_format=torch.contiguous_format)
+        return pixels, labels.view(LABEL).view(-1), missing
 
     def write(self, place: int, pixels: Tensor, label: int) -> None:
         """Keep an image; a full disk is said once, and the image is then decoded every time.

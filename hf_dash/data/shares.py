@@ -87,14 +87,10 @@ class Source:
 
     def _rows(self, items: Sequence[Item]) -> list[Row]:
         """Return encoded images; what was kept, and is gone since, is read from the stream."""
-        gone = sorted(
-            {self.begin + place for place, row in items if row is None and place is not None}
-        )
-        again = dict(zip(gone, self.block.rows(gone), strict=False))
-        return [
-            again[self.begin + place] if row is None and place is not None else row
-            for place, row in items
-        ]
+        gone = {self.begin + place for place, row in items if row is None and place is not None}
+        again = zip(sorted(gone), self.block.rows(sorted(gone)), strict=False)
+        rows: dict[int | None, Row] = {place - self.begin: row for place, row in again}
+        return [rows[place] if row is None else row for place, row in items]
 
 
 def sources_of(

@@ -286,7 +286,7 @@ class StreamLoader:
                 f"process_index must be in 0 … {num_processes - 1}, got {process_index}"
             )
         if not arrivals:
-            raise ValueError("arrivals must be at least one, got none")
+            raise ValueError(f"arrivals must be at least one, got {list(arrivals)}")
         ranks = num_processes, process_index
         self._arrivals = tuple(arrivals)
         count_together(arrivals, *ranks)

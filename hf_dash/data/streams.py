@@ -363,20 +363,23 @@ class StreamedImages:
 
     def num_bytes(self) -> int:
         """Return the size of all decoded images; reads the first one."""
-        return len(self) * self._first.nbytes if len(self) else 0
+        return len(self) * self._first[0].nbytes if len(self) else 0
 
     @cached_property
-    def _first(self) -> Tensor:
-        """The pixels of the first image [1, channels, h, w]."""
+    def _first(self) -> tuple[Tensor, int]:
+        """The pixels of the first image [channels, h, w] and its label."""
         block = next(block for block in self.blocks if len(block))
-        return self.decode_pixels([*islice(block.rows([0]), 1)])[0]
+        pixels, labels = self.decode_pixels([*islice(block.rows([0]), 1)])
+        return pixels[0], int(labels[0])
 
     @property
     def kept(self) -> KeptExamples | None:
         """What loaders keep, by its place in the stream; None without ``cache``."""
         if self.cache and self._kept is None and len(self):
+            pixels, label = self._first
             try:
-                self._kept = KeptExamples(len(self), self._first.shape[1:], self._first.dtype)
+                self._kept = KeptExamples(len(self), pixels.shape, pixels.dtype)
+                self._kept.write(0, pixels, label)
             except OSError as error:
                 logger.warning("decoded images cannot be kept: %s", error)
                 self.cache = False
