@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_dash.data.pixel_cache import PixelCache
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 LABEL = torch.int64
 
@@ -67,3 +70,14 @@ class KeptExamples:
     def hold(self, places: Sequence[int]) -> bool:
         """Check that all of these have been written."""
         return self._records.hold(places)
+
+
+def open_kept(count: int, first: Tensor, label: int) -> KeptExamples | None:
+    """Return where a stream's examples are kept, the first one included; None, said, if nowhere."""
+    try:
+        kept = KeptExamples(count, first.shape, first.dtype)
+    except OSError as error:
+        logger.warning("decoded images cannot be kept: %s", error)
+        return None
+    kept.write(0, first, label)
+    return kept

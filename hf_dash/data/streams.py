@@ -20,14 +20,11 @@ from torch import Tensor
 from hf_dash.data.columns import fingerprint, part_of, undecoded
 from hf_dash.data.decoding import image_decoder
 from hf_dash.data.image_batch import stacked
-from hf_dash.data.kept import KeptExamples
+from hf_dash.data.kept import KeptExamples, open_kept
 from hf_dash.data.pieces import Piece
 from hf_dash.data.stamps import Stamps
 from hf_dash.method.batches import check_labels
 from hf_dash.transforms import ImageTransform
-from hf_dash.utils.logging import get_logger
-
-logger = get_logger(__name__)
 
 Row = tuple[Any, int]
 
@@ -376,13 +373,8 @@ class StreamedImages:
     def kept(self) -> KeptExamples | None:
         """What loaders keep, by its place in the stream; None without ``cache``."""
         if self.cache and self._kept is None and len(self):
-            pixels, label = self._first
-            try:
-                self._kept = KeptExamples(len(self), pixels.shape, pixels.dtype)
-                self._kept.write(0, pixels, label)
-            except OSError as error:
-                logger.warning("decoded images cannot be kept: %s", error)
-                self.cache = False
+            self._kept = open_kept(len(self), *self._first)
+            self.cache = self._kept is not None
         return self._kept
 
     @cached_property
