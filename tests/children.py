@@ -67,6 +67,8 @@ def fork_instead(path, arguments, descriptors):
     if child == 0:
         try:
             forget_pytest()
+            # The caller holds the lock of this module; what a child starts is forked as well.
+            forkserver._forkserver.__init__()
             limit = os.sysconf("SC_OPEN_MAX")
             for low, high in itertools.pairwise([2, *sorted(descriptors), limit]):
                 os.closerange(low + 1, high)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ import psutil
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
-from PIL import ImageFile
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
@@ -66,9 +65,16 @@ def write_images(args, path):
     Dataset.from_generator(rows, features=features).to_parquet(path)
 
 
-def make_loader(way, path, args, workers):
+def make_loader(way, path, args, workers, decoded):
     model = hf_dash.create_model("test_resnet", label_names=NAMES, image_size=args.image_size)
-    transform = hf_dash.models.image_transform(model)
+    timms = hf_dash.models.image_transform(model)
+
+    def counted(image):
+        with decoded.get_lock():
+            decoded.value += 1
+        return timms.pixels(image)
+
+    transform = replace(timms, pixels=counted)
     images = load_dataset("parquet", data_files=str(path), split="train")
     if way != "datasets, plain DataLoader":
         kept = way == "hf_dash, kept"
@@ -97,16 +103,8 @@ def usage():
 
 def measure(way, path, args, workers):
     torch.set_num_threads(1)
-    decoded, load = multiprocessing.Value("q"), ImageFile.ImageFile.load
-
-    def counted(image):
-        if image.tile:
-            with decoded.get_lock():
-                decoded.value += 1
-        return load(image)
-
-    ImageFile.ImageFile.load = counted
-    loader, rows = make_loader(way, path, args, workers), []
+    decoded = multiprocessing.Value("q")
+    loader, rows = make_loader(way, path, args, workers, decoded), []
     start = before = (0, *usage())
     for epoch in range(args.epochs):
         begin, first = time.perf_counter(), None

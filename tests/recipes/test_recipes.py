@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 import hf_dash
 from hf_dash.report.tables import memorization_table
+from hf_dash.runs.round_files import report_of
 from hf_dash.studies.pretraining import pretrained_epochs
 
 SMALL = ["--dataset_name", "digits", "--num_rounds", "2", "--examples_per_round", "100", *QUICK]
@@ -145,7 +146,10 @@ def test_the_next_round_goes_on_with_the_trainer(finished, tmp_path, digits, dig
     assert [r.round_index for r in records] == [1, 2, 3]
     last = records[-1]
     assert (last.num_new, last.num_total, last.start) == (100, 300, "dash")
-    assert last.shrink == json.loads((tmp_path / "child" / "dash_report.json").read_text())
+    report = json.loads((tmp_path / "child" / "dash_report.json").read_text())
+    assert report_of(tmp_path / "child", last) == report
+    assert last.shrink.items() <= report.items()
+    assert "tensors" not in last.shrink
     assert last.shrink["num_images"] == 300
     card = ModelCard.load(tmp_path / "child" / "README.md")
     assert card.data.eval_results[0].metric_value == last.accuracy
@@ -227,6 +231,14 @@ def test_the_counts_of_the_input_benchmark_are_right(tmp_path):
         "hf_dash, not kept": [8, 8],
         "datasets, plain DataLoader": [8, 8],
     }
+
+
+def test_the_decoding_benchmark_measures_every_way_that_is_installed(tmp_path):
+    flags = ["--num_images", "8", "--size", "40", "--image_size", "32", "--repeats", "1"]
+    done = launch("benchmarks/decoding.py", tmp_path, *flags, launcher=False)
+    rows = {row["way"]: row for row in csv.DictReader(done.stdout.splitlines())}
+    assert {"pillow_alone", "hf_dash", "hf_dash, streaming, kept", "datasets"} <= rows.keys()
+    assert all(float(row["CPU-ms per image"]) > 0 for row in rows.values())
 
 
 def test_the_history_benchmark_counts_what_an_addition_writes(tmp_path):
