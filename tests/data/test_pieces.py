@@ -136,7 +136,9 @@ def test_an_epoch_reads_every_file_once_for_any_number_of_readers(shards, kind):
         ]
         rows, read = bytes_read(
             lambda own=sources: [
-                (stored_bytes(image), label) for source in own for image, label in source.rows()
+                (stored_bytes(image), label)
+                for source in own
+                for image, label in source.block.rows(range(source.begin, source.end))
             ]
         )
         assert sum(len(image) for image, _ in rows) == size

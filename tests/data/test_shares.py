@@ -26,7 +26,8 @@ def shared(arrivals, num_readers, **options):
     """What each reader reads: the number of the block, and where it begins and ends."""
     (sources,) = sources_of(arrivals, 1, 0, 1)
     return [
-        [source.key for source in share] for share in share_out(sources, num_readers, **options)
+        [(one.number, one.begin, one.end) for one in share]
+        for share in share_out(sources, num_readers, **options)
     ]
 
 
