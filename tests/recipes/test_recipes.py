@@ -233,6 +233,7 @@ def test_the_counts_of_the_input_benchmark_are_right(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_decoding_benchmark_measures_every_way_that_is_installed(tmp_path):
     flags = ["--num_images", "8", "--size", "40", "--image_size", "32", "--repeats", "1"]
     done = launch("benchmarks/decoding.py", tmp_path, *flags, launcher=False)

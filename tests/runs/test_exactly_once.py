@@ -79,8 +79,8 @@ def killed_at_random(attempt, times: int, seed: int, undisturbed, folder: Path) 
     assert outcome(folder / str(runs)) == expected
 
 
-def test_killed_twenty_times_at_random(attempt, undisturbed, tmp_path):
-    killed_at_random(attempt, 20, 0, undisturbed, tmp_path)
+def test_killed_five_times_at_random(attempt, undisturbed, tmp_path):
+    killed_at_random(attempt, 5, 0, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
