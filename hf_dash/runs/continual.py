@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,6 +51,7 @@ from hf_dash.training.evaluation import check_readable, evaluate_model
 from hf_dash.training.loop import TrainingResult, train_round
 from hf_dash.training.memorization import measure_round
 from hf_dash.training.optimizers import copies_kept
+from hf_dash.training.recorded import check_recordable, records_itself
 from hf_dash.training.resident import resident_batches
 from hf_dash.utils.checks import check_count, check_flag, check_folder_name, check_kind
 from hf_dash.utils.distributed import by_main, hardware, synchronize
@@ -64,9 +65,6 @@ def has_every_round(start: Start) -> bool:
     """Tell whether a start is called in the first round too."""
     return bool(getattr(start, "every_round", False))
 
-
-# Modes of torch.compile that record CUDA graphs.
-RECORDING = ("reduce-overhead", "max-autotune")
 
 # Starts whose first round follows from seed and data alone.
 ALIKE = frozenset(name for name, start in STARTS.items() if not has_every_round(start))
@@ -97,7 +95,8 @@ class Run:
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of its range, or ``parent`` comes without ``output_dir``.
+        ValueError: an argument is out of its range, ``parent`` comes without ``output_dir``, or
+            ``training`` asks for ``cuda_graphs`` where a step cannot be recorded.
 
     Example:
         >>> import hf_dash
@@ -131,6 +130,9 @@ class Run:
         kinds = {"dash": DashConfig, "start_config": StartsConfig, "training": TrainingConfig}
         for name, kind in kinds.items():
             check_kind(name, getattr(self, name), kind)
+        # A process for a start sets its accelerator later.
+        if self.training.cuda_graphs and self.accelerator is not None:
+            check_recordable(self.accelerator)
         if self.parent is not None and self.output_dir is None:
             raise ValueError("output_dir must be given with parent, whose weights lie below it")
 
@@ -326,9 +328,8 @@ def _tell_sizes(task: _Task) -> None:
     if sum(sizes) < count:
         told = (count - sum(sizes), f"{count:,}", sizes[0])
         logger.info("every epoch leaves out %d of %s images, for batches of %d", *told)
-    plugin = accelerator.state.dynamo_plugin
-    compiled = plugin.backend != DynamoBackend.NO and plugin.mode in RECORDING
-    if compiled and len(set(sizes)) > 1:
+    recorded = training.cuda_graphs or records_itself(accelerator)
+    if recorded and len(set(sizes)) > 1:
         logger.warning(
             "batches of %d and %d images: CUDA graphs are recorded for both; drop_last, or a"
             " train_batch_size that divides every round, needs one",

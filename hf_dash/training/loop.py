@@ -30,6 +30,7 @@ from hf_dash.training.optimizers import (
     restore_optimizer_,
     sharpest_point,
 )
+from hf_dash.training.recorded import RecordedStep, Step, check_recordable
 from hf_dash.utils.distributed import synchronize
 
 # Called with the model, wrapped as it is trained, in every step; joins the loss.
@@ -77,7 +78,7 @@ class _Training:
     sam_rho: float
     loss: WeightedLoss | None = None
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Train on one batch; return :func:`_totals` at the weights before the step."""
         # Read at once: CUDA graphs write the outputs of the next pass over them.
         totals = _totals(self._backward(batch), batch["labels"])
@@ -86,9 +87,6 @@ class _Training:
                 self.optimizer.zero_grad()
                 self._backward(batch)
         self.optimizer.step()
-        # Where scaled gradients overflow, float16 training skips a step and tries a smaller scale.
-        if self.schedule is not None and not self.optimizer.step_was_skipped:
-            self.schedule.step()
         self.optimizer.zero_grad()
         return totals
 
@@ -100,7 +98,9 @@ class _Training:
         self.accelerator.backward(loss)
         return outputs
 
-    def epoch(self, batches: Iterable[Any], progress: "tqdm[Any]") -> tuple[float, int, int]:
+    def epoch(
+        self, step: Step, batches: Iterable[Any], progress: "tqdm[Any]"
+    ) -> tuple[float, int, int]:
         """Train one epoch; return its accuracy and images over all processes, and the steps."""
         self.model.train()
         device = self.accelerator.device
@@ -110,7 +110,11 @@ class _Training:
         for item in batches:
             # Prepared loaders have moved their batches already; then this does nothing.
             batch: Any = to_device(item, device)
-            totals += self.step(batch)
+            totals += step(batch)
+            # Where scaled gradients overflow, float16 training skips a step and tries a smaller
+            # scale.
+            if self.schedule is not None and not self.optimizer.step_was_skipped:
+                self.schedule.step()
             steps += 1
             progress.update()
         right, images, loss = self.accelerator.reduce(totals, reduction="sum").tolist()
@@ -154,7 +158,8 @@ def train_round(
     Raises:
         FloatingPointError: the loss of an epoch is not finite.
         ValueError: an epoch had no image; ``config`` has a learning-rate schedule and ``batches``
-            no length; a key of ``optimizer_state`` is malformed.
+            no length, or ``cuda_graphs`` where a step cannot be recorded; a key of
+            ``optimizer_state`` is malformed.
 
     Example:
         >>> import torch
@@ -167,11 +172,13 @@ def train_round(
         2
     """
     inner = model
+    if config.cuda_graphs:
+        check_recordable(accelerator)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     # Elsewhere torch's own choice: a fused step differs by rounding.
     fused = True if accelerator.device.type == "cuda" else None
-    optimizer: Any = make_optimizer(model, config, fused=fused)
+    optimizer: Any = make_optimizer(model, config, fused=fused, recorded=config.cuda_graphs)
     if optimizer_state:
         restore_optimizer_(model, optimizer, optimizer_state)
     plain_optimizer = optimizer
@@ -186,6 +193,7 @@ def train_round(
     # Not prepared by Accelerate, which would step it once per process.
     schedule = make_schedule(plain_optimizer, config, _length(batches))
     training = _Training(model, optimizer, schedule, accelerator, penalty, config.sam_rho, loss)
+    step = RecordedStep(training.step) if config.cuda_graphs else training.step
     goal = config.accuracy_threshold
     synchronize(accelerator.device)
     started = time.perf_counter()
@@ -196,7 +204,7 @@ def train_round(
         while epochs < config.max_epochs and (goal is None or accuracy < goal):
             if set_epoch is not None:
                 set_epoch(epochs)
-            accuracy, epoch_images, epoch_steps = training.epoch(batches, progress)
+            accuracy, epoch_images, epoch_steps = training.epoch(step, batches, progress)
             epochs, steps, images = epochs + 1, steps + epoch_steps, images + epoch_images
             progress.set_postfix(epoch=epochs, train_accuracy=f"{accuracy:.4f}")
     synchronize(accelerator.device)
@@ -228,8 +236,12 @@ def _share_forward_(model: nn.Module, accelerator: Accelerator) -> None:
     """Give a prepared model the forward that the first one of its class was given.
 
     For mixed precision Accelerate makes a forward anew for every model and round. ``torch.compile``
-    would compile each, and after eight of them none.
+    would compile each, and after eight of them none. A classifier notes its kind of labels in its
+    first forward; without that note the second one would be compiled again.
     """
+    config: Any = model.config
+    if config.problem_type is None:
+        config.problem_type = "single_label_classification"
     original = getattr(getattr(model, "_original_forward", None), "__func__", None)
     if original is not None:
         how = (accelerator.mixed_precision, accelerator.device.type, accelerator.autocast_handler)

@@ -38,7 +38,7 @@ def copies_kept(config: TrainingConfig) -> int:
 
 
 def make_optimizer(
-    model: nn.Module, config: TrainingConfig, *, fused: bool | None = None
+    model: nn.Module, config: TrainingConfig, *, fused: bool | None = None, recorded: bool = False
 ) -> Optimizer:
     """Return torch's optimizer over all parameters of a model.
 
@@ -47,19 +47,25 @@ def make_optimizer(
         config: which optimizer, and its settings.
         fused: update all parameters in one kernel, which differs by rounding; None lets torch
             choose, which does not.
+        recorded: steps will be recorded, so that the learning rate must be read from the device.
     """
+    rate: float | Tensor = config.learning_rate
+    device = next(model.parameters()).device
+    if recorded:
+        rate = torch.tensor(rate, device=device)
     if config.optim == "adamw":
         return AdamW(
             model.parameters(),
-            lr=config.learning_rate,
+            lr=rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             fused=fused,
+            capturable=recorded and device.type == "cuda",
         )
     return SGD(
         model.parameters(),
-        lr=config.learning_rate,
+        lr=rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         fused=fused,
@@ -161,13 +167,25 @@ def restore_optimizer_(
     }
     places = {name: place for place, name in enumerate(parameters)}
     content = optimizer.state_dict()
-    # A copy each: the optimizer writes into its state, which stays the caller's.
     content["state"] = {
-        places[name]: {entry: tensor.clone() for entry, tensor in entries.items()}
+        places[name]: {entry: _laid_out(t, parameters[name]) for entry, t in entries.items()}
         for name, entries in fitting.items()
     }
     optimizer.load_state_dict(content)
     return list(fitting)
+
+
+@torch.no_grad()
+def _laid_out(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a copy, which the optimizer writes into, in the memory layout of its parameter.
+
+    A fused step refuses others, such as those of weights that were kept contiguous and are trained
+    channels last.
+    """
+    if tensor.shape != parameter.shape:
+        return tensor.clone()
+    like = torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device)
+    return like.copy_(tensor)
 
 
 @contextmanager

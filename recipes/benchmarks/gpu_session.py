@@ -6,8 +6,8 @@ Launch:  accelerate launch recipes/benchmarks/gpu_session.py --dataset_name ../s
 Every stage is a command with seconds of its own, and ends by its limit: (a) what a step costs,
 compiled or not; (b) the starts side by side, whole ones before half ones, (c) among them the
 control, which multiplies every weight by one factor, (d) then a second seed; (e) what the shrink
-costs by precision; (f) the tests that need a GPU. What a stage printed and the histories, never
-weights, go to ``--output_dir``. ``--tiny`` tries all of it on a small network, on the CPU too.
+costs by precision; (f) the GPU tests. What was printed and the histories, never weights, go to
+``--output_dir``. ``--tiny`` tries all of it on a small network, on the CPU too.
 """
 
 import os
@@ -28,7 +28,7 @@ import hf_dash
 
 RECIPES = Path(__file__).resolve().parents[1]
 TESTS = RECIPES.parent / "tests"
-STARTS = ["cold", "dash", "shrink_perturb", "warm", "fire", "dash+preset=paper"]
+STARTS = ["cold", "warm", "dash", "shrink_perturb", "fire", "dash+preset=paper"]
 
 
 @dataclass
@@ -38,30 +38,30 @@ class Arguments:
     time_limit: float = field(default=540, metadata={"help": "Seconds for all stages."})
     starts: list[str] = field(default_factory=lambda: STARTS, metadata={"help": "Best ones first."})
     seeds: str = field(default="2", metadata={"help": "As for continual_rounds.py."})
-    num_parallel_starts: int = 3
+    num_parallel_starts: int = 4
     num_rounds: int = 50
-    control_factor: float = field(default=0.35, metadata={"help": "Of every weight, in (c)."})
+    control_factor: float = field(default=0.35, metadata={"help": "In (c); 0: without."})
+    start_seconds: float = field(default=250, metadata={"help": "Of these, at most, for (b)."})
     tiny: bool = field(default=False, metadata={"help": "A small network, few images and rounds."})
     stages: list[str] = field(default_factory=lambda: ["step", "starts", "shrink", "tests"])
 
 
-def launched(script, *flags, precision="no", compiled=False):
+def launched(script, *flags, precision="no", dynamo=()):
     """Return the command that launches a recipe on this machine's device."""
-    dynamo = ["--dynamo_backend", "inductor", "--dynamo_mode", "reduce-overhead"] * compiled
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    accelerate += ["--num_processes", "1"]
-    return [*accelerate, "--mixed_precision", precision, *dynamo, str(RECIPES / script), *flags]
+    how = ["--num_processes", "1", "--mixed_precision", precision]
+    return [*accelerate, *how, *dynamo, str(RECIPES / script), *flags]
 
 
 def step_stages(args):
     """What a step costs: the same images and batches as in the starts."""
-    flags = "--num_examples 2000 --batch_size 125 --image_size 64 --channels_last --time_limit"
+    flags = "--num_examples 4000 --batch_size 125 --image_size 64 --channels_last --time_limit"
     if args.tiny:
         flags = "--model test_resnet --num_examples 32 --batch_size 16 --repeats 1 --time_limit"
     mode = [] if torch.cuda.is_available() else ["--mode", ""]
     train = ("benchmarks/train_step.py", *flags.split())
     yield "step_bf16", 100, launched(*train, "40", *mode, precision="bf16")
-    yield "step_fp32", 25, launched(*train, "5", "--mode", "")
+    yield "step_fp32", 30, launched(*train, "5", "--mode", "")
 
 
 def start_stages(args, runs):
@@ -70,31 +70,32 @@ def start_stages(args, runs):
     flags = f"--dataset_name {args.dataset_name} --num_rounds {rounds} --seeds {args.seeds}"
     flags += f" --output_dir {runs} --num_parallel_starts {args.num_parallel_starts} --on_device"
     flags += f" --starts {' '.join(args.starts)}"
-    flags += f" shrink_perturb+perturb_lam={args.control_factor}+perturb_sigma=0"
+    if args.control_factor > 0:
+        flags += f" shrink_perturb+perturb_lam={args.control_factor}+perturb_sigma=0"
     flags += " --training_preset plain --no_reset_optimizer --channels_last"
     flags += " --save_total_limit 1 --disable_tqdm"
+    flags += " --cuda_graphs" if torch.cuda.is_available() else ""
     if args.tiny:
-        small = "--architecture test_resnet --examples_per_round 40 --max_epochs 1"
-        return [("starts", 310, launched("continual_rounds.py", *f"{flags} {small}".split()))]
+        flags += " --architecture test_resnet --max_epochs 1 --examples_per_round 40"
+        return [("starts", args.start_seconds, launched("continual_rounds.py", *flags.split()))]
     flags += " --examples_per_round 1000 --train_batch_size 125 --max_epochs 1000 --image_size 64"
     network = ["--architecture", "resnet18", "--model_args", '{"zero_init_last": false}']
     command = ("continual_rounds.py", *flags.split(), *network)
-    compiled = torch.cuda.is_available()
-    return [("starts", 310, launched(*command, precision="bf16", compiled=compiled))]
+    how = {"precision": "bf16", "dynamo": ["--dynamo_backend", "inductor"]}
+    return [("starts", args.start_seconds, launched(*command, **how))]
 
 
 def shrink_stages(args):
     for dtype in ["float32", "bfloat16"][: 1 if args.tiny else 2]:
-        flags = ["--dtype", dtype, "--time_limit", "10", "--channels_last"]
-        if args.tiny:
-            flags += ["--rounds", "1", "--batch_size", "250", "--repeats", "1", "--time_limit", "0"]
-        yield f"shrink_{dtype}", 30, launched("benchmarks/shrink_pass.py", *flags)
+        flags = f"--dtype {dtype} --time_limit 10 --channels_last"
+        flags += " --rounds 1 --batch_size 250 --repeats 1 --time_limit 0" if args.tiny else ""
+        yield f"shrink_{dtype}", 40, launched("benchmarks/shrink_pass.py", *flags.split())
 
 
 def test_stages():
     marked = [path for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-v"]
-    return [("tests", 45, [*pytest, *map(str, marked)])]
+    return [("tests", 80, [*pytest, *map(str, marked)])]
 
 
 def run(name, seconds, command, output):
@@ -104,9 +105,8 @@ def run(name, seconds, command, output):
         file.write(shlex.join(command).replace(str(RECIPES.parent), ".") + "\n\n")
         file.flush()
         # A group of its own, so that the limit ends all its processes.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        streams = {"stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **streams, start_new_session=True)
         try:
             ended = f"exit code {process.wait(max(1, seconds))}"
         except subprocess.TimeoutExpired:

@@ -10,6 +10,7 @@ Memory: the peak beyond that of (a) with every gradient dropped as it comes (Lin
 """
 
 import importlib.util
+import math
 import os
 import statistics
 import subprocess
@@ -36,9 +37,7 @@ class Arguments:
     batch_size: int = 128
     dtype: str = "float32"
     channels_last: bool = False
-    time_limit: float = field(
-        default=float("inf"), metadata={"help": "Begin no more after so many seconds."}
-    )
+    time_limit: float = field(default=math.inf, metadata={"help": "Begins no more after these."})
     peak_of: str | None = field(default=None, metadata={"help": "Used by the recipe itself."})
 
 
@@ -137,6 +136,7 @@ def main():
         saved = statistics.median(run["c"] / run["b"] for run in runs)
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} … {ratios[-1]:.3f})"
         rows.append([f"{rounds} × 1,000 ({len(runs)})", *times, spread, f"1/{saved:.1f}"])
+        print(rows[-1], flush=True)
     if time.monotonic() < until:
         model, _ = prepare(args, 1)
         size, base = sum(p.nbytes for p in model.parameters()), peak("dropped", args)

@@ -53,7 +53,7 @@ def test_the_starts_are_those_of_the_paper_and_the_control(session, tmp_path):
     ((_, seconds, command),) = session["start_stages"](args, tmp_path)
     place = command.index("--starts")
     assert command[place + 1 : place + 8] == [
-        *("cold", "dash", "shrink_perturb", "warm", "fire", "dash+preset=paper"),
+        *("cold", "warm", "dash", "shrink_perturb", "fire", "dash+preset=paper"),
         "shrink_perturb+perturb_lam=0.4+perturb_sigma=0",
     ]
     stages = [*session["step_stages"](args), *session["shrink_stages"](args)]

@@ -24,6 +24,12 @@ CREATE = partial(
     hf_dash.create_model, "test_resnet", label_names="0123456789", image_size=32, seed=0
 )
 
+# What torch.compile says of its own parts, and of a precision that these tests compare with.
+COMPILING = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method:DeprecationWarning",
+    "ignore:TensorFloat32 tensor cores:UserWarning",
+)
+
 COMPILED = TorchDynamoPlugin(backend="inductor", mode="reduce-overhead")
 
 
@@ -40,9 +46,15 @@ def on_gpu(monkeypatch):
     return make
 
 
+def config_of(**options):
+    # At the default rate rounding alone moves this network by 7 % within these steps.
+    options = {"max_epochs": 2, "learning_rate": 1e-3, **options}
+    return hf_dash.TrainingConfig(disable_tqdm=True, **options)
+
+
 def trained(accelerator, round_, **options):
     model = CREATE().to(accelerator.device)
-    config = hf_dash.TrainingConfig(max_epochs=2, disable_tqdm=True, **options)
+    config = config_of(**options)
     batches = resident_batches(round_, 30, seed=1, device=accelerator.device)
     result = train_round(model, batches, config, accelerator)
     return {name: tensor.cpu() for name, tensor in state_of(model).items()}, result
@@ -64,6 +76,7 @@ def test_batches_equal_those_of_the_cpu(two_rounds):
         assert torch.equal(ours["labels"].cpu(), expected["labels"])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_an_epoch_never_waits_for_the_device(on_gpu, two_rounds, monkeypatch):
     """CUDA itself says where the host waits; once an epoch the accuracy is read."""
     accelerator = on_gpu()
@@ -92,8 +105,7 @@ def test_an_epoch_never_waits_for_the_device(on_gpu, two_rounds, monkeypatch):
 def test_a_fused_step_in_float32_is_that_of_the_cpu(on_gpu, two_rounds):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours, _ = trained(on_gpu(), two_rounds[0])
-    model = CREATE()
-    config = hf_dash.TrainingConfig(max_epochs=2, disable_tqdm=True)
+    model, config = CREATE(), config_of()
     batches = train_batches(two_rounds[0], 30, seed=1)
     # Accelerate has one device per process, so here without it.
     optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, momentum=0.9)
@@ -106,6 +118,33 @@ def test_a_fused_step_in_float32_is_that_of_the_cpu(on_gpu, two_rounds):
     assert moved(ours, state_of(model)) < 1e-3
 
 
+RECORDED = [
+    {},
+    {"lr_scheduler_type": "cosine", "warmup_epochs": 1, "channels_last": True},
+    {"optim": "adamw", "sam_rho": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", RECORDED, ids=["sgd", "cosine", "adamw-sam"])
+def test_recorded_as_a_whole_it_trains_alike(on_gpu, two_rounds, options):
+    options = {"max_epochs": 4, **options}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
+        plain, expected = trained(on_gpu(), two_rounds[0], **options)
+        recorded, result = trained(on_gpu(), two_rounds[0], cuda_graphs=True, **options)
+    assert result.steps == expected.steps == 8
+    assert moved(recorded, plain) < 1e-3
+
+
+@COMPILING
+def test_compiled_and_recorded_as_a_whole_it_trains_alike(on_gpu, two_rounds):
+    plain, _ = trained(on_gpu(), two_rounds[0], max_epochs=4)
+    accelerator = on_gpu()
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor", mode="default")
+    compiled, _ = trained(accelerator, two_rounds[0], max_epochs=4, cuda_graphs=True)
+    assert moved(compiled, plain) < 1e-2
+
+
+@COMPILING
 def test_compiled_with_recorded_graphs_it_trains_alike(on_gpu, two_rounds):
     plain, _ = trained(on_gpu(), two_rounds[0])
     accelerator = on_gpu()
@@ -123,6 +162,17 @@ def test_bfloat16_with_channels_last_trains_nearly_alike(on_gpu, two_rounds):
     start = state_of(CREATE())
     assert not all(torch.equal(half[name], start[name]) for name in start)
     assert all(torch.isfinite(value).all() for value in half.values())
+
+
+def test_momentum_is_kept_channels_last(on_gpu, two_rounds):
+    """Kept contiguous, it goes on in a fused step over weights that are channels last."""
+    accelerator, config = on_gpu(), config_of(channels_last=True, cuda_graphs=True)
+    model, kept = CREATE().to(accelerator.device), None
+    for round_ in two_rounds:
+        batches = resident_batches(round_, 30, seed=1, device=accelerator.device)
+        result = train_round(model, batches, config, accelerator, optimizer_state=kept)
+        kept = result.optimizer_state
+    assert all(torch.isfinite(value).all() for value in kept.values())
 
 
 def test_starts_share_the_device(on_gpu, two_rounds, tmp_path):

@@ -103,6 +103,24 @@ def test_state_is_kept_by_name_and_put_back(optim, entries):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_state_is_laid_out_as_its_weights(optim):
+    """A fused step on a GPU refused contiguous momentum of weights that are channels last."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 1))
+    config = TrainingConfig(optim=optim)
+    optimizer = make_optimizer(model, config)
+    model(torch.rand(1, 2, 4, 4)).sum().backward()
+    optimizer.step()
+    state = kept_state(model, optimizer)
+    model.to(memory_format=torch.channels_last)
+    fresh = make_optimizer(model, config)
+    restore_optimizer_(model, fresh, state)
+    for parameter, entries in fresh.state.items():
+        for value in entries.values():
+            assert value.ndim == 0 or value.stride() == parameter.stride()
+    assert same_state(kept_state(model, fresh), state)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
 def test_state_that_does_not_fit_is_dropped(optim):
     model, optimizer = stepped(optim)
     state = kept_state(model, optimizer)
