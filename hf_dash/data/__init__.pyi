@@ -18,5 +18,6 @@ from .rounds import train_batches as train_batches
 from .rounds import training_stream as training_stream
 from .schedule import Schedule as Schedule
 from .sources import load_images as load_images
+from .stream_loader import StreamedExamples as StreamedExamples
 from .stream_loader import StreamLoader as StreamLoader
 from .streams import StreamedImages as StreamedImages

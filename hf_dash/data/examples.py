@@ -255,6 +255,12 @@ class ImageExamples(TorchDataset[dict[str, Any]]):
             self._keeps = False
             self._cache = self._open_cache(self._cache_key, self._budget)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether all images are kept decoded; asked of a cache, this opens it."""
+        self.open()
+        return self._cache is not None and self._cache.hold(range(len(self)))
+
     def select(self, rows: Sequence[int] | np.ndarray) -> "ImageExamples":
         """Return some of the examples, in the order given, with the labels that they have here."""
         chosen = np.asarray(rows, dtype="<i8")

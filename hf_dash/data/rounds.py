@@ -10,17 +10,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from hf_dash.data.batches import EvenBatchSampler, NewShareSampler
-from hf_dash.data.columns import undecoded
 from hf_dash.data.examples import (
     Augment,
     AugmentedExamples,
@@ -31,7 +29,7 @@ from hf_dash.data.examples import (
 from hf_dash.data.image_batch import collate, collate_values
 from hf_dash.data.order import cut_arrivals
 from hf_dash.data.stamps import check_unchanged, joint_stamps
-from hf_dash.data.stream_loader import StreamLoader
+from hf_dash.data.stream_loader import StreamedExamples, StreamLoader
 from hf_dash.data.streams import StreamedImages, StreamGradientBatches, share_minibatches
 from hf_dash.method.config import DashConfig
 
@@ -216,8 +214,9 @@ def train_batches(
         round_: the round to train on.
         batch_size: images per batch and process, at most.
         seed: seed for the order, which changes every epoch, and for the augmentation.
-        num_workers: as in ``DataLoader``; workers live as long as the loader. With augmentation,
-            results for one seed also depend on the number of workers.
+        num_workers: as in ``DataLoader``; workers live as long as the loader. Where all images
+            are kept decoded already and nothing is augmented, none are begun: reading is quicker.
+            With augmentation, results for one seed also depend on the number of workers.
         augment: returns a new view of an image at every read, such as :class:`RandomCropFlip`;
             None trains on the images as they are.
         num_processes: number of processes that share the batches. Of map-style data the loader has
@@ -256,6 +255,10 @@ def train_batches(
     examples: TorchDataset[dict[str, Any]] = round_.examples
     if augment is not None:
         examples = AugmentedExamples(examples, augment, generator)
+    elif num_workers and all(
+        isinstance(arrival, ImageExamples) and arrival.is_kept for arrival in round_.arrivals
+    ):
+        num_workers = 0
     order = round_.order(seed, generator)
     return DataLoader(
         examples,
@@ -267,16 +270,18 @@ def train_batches(
     )
 
 
-def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> IterableDataset:
+def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> StreamedExamples:
     """Return a round's streams as one stream for a ``Trainer``, shuffled again every epoch.
 
     Args:
         round_: must hold streams.
-        seed: seed for the order, which also depends on the epoch given to ``set_epoch``.
-        buffer_size: number of encoded images to draw the next one from, at least 1.
+        seed: seed for the order, which also depends on the epoch given to ``set_epoch`` and on the
+            number of workers.
+        buffer_size: number of encoded images a worker draws the next one from, at least 1.
 
     Returns:
-        A stream of ``{"pixel_values": [channels, h, w], "labels": int}``. Images are decoded last.
+        A stream of ``{"pixel_values": [channels, h, w], "labels": int}``, mixed as the batches of
+        :func:`train_batches` are.
 
     Raises:
         ValueError: the round does not hold streams.
@@ -292,24 +297,7 @@ def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> Ite
     """
     if not round_.streams:
         raise ValueError(f"round {round_.index} must hold streams")
-    parts = [
-        undecoded(arrival.stream.select_columns(["image", "label"])).map(
-            partial(_add_arrival, index=index)
-        )
-        for index, arrival in enumerate(round_.streams)
-    ]
-    shuffled = concatenate_datasets(parts).shuffle(seed=seed, buffer_size=buffer_size)
-    columns = ["image", "label", "arrival"]
-    return shuffled.map(partial(_decode, arrivals=round_.streams), remove_columns=columns)
-
-
-def _add_arrival(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {**row, "arrival": index}
-
-
-def _decode(row: dict[str, Any], arrivals: Sequence[StreamedImages]) -> dict[str, Any]:
-    pixels, labels = arrivals[row["arrival"]].decode([(row["image"], row["label"])])
-    return {"pixel_values": pixels[0], "labels": int(labels[0])}
+    return StreamedExamples(round_.streams, seed=seed, buffer_size=buffer_size)
 
 
 def gradient_batches(

@@ -222,6 +222,50 @@ def _batch_sizes(counts: Sequence[int], process_index: int, batch_size: int) -> 
     return cut_evenly(counts[process_index], num_batches)
 
 
+class StreamedExamples(TorchIterableDataset[dict[str, Any]]):
+    """Streams as shuffled single examples, for a loader of somebody else's, such as a Trainer's.
+
+    Each iteration yields the examples of an epoch once, normalized; a ``DataLoader``'s worker reads
+    what a worker of :class:`StreamLoader` would.
+
+    Args:
+        arrivals: the streams to train on, at least one.
+        seed: seed for the order and for random transforms, at least 0.
+        buffer_size: number of encoded images a worker draws the next one from, at least 1.
+
+    Example:
+        >>> import hf_dash
+        >>> from torchvision.transforms.v2.functional import pil_to_tensor
+        >>> stream = hf_dash.load_images("digits", split="test", streaming=True)
+        >>> arrival = hf_dash.data.StreamedImages(stream, pil_to_tensor, num_examples=360)
+        >>> examples = hf_dash.data.StreamedExamples([arrival], seed=0)
+        >>> len([example["labels"] for example in examples])
+        360
+    """
+
+    def __init__(
+        self, arrivals: Sequence[StreamedImages], *, seed: int, buffer_size: int = 1000
+    ) -> None:
+        self.arrivals, self.seed, self.buffer_size = tuple(arrivals), seed, buffer_size
+        # Shared, so that workers that outlive an epoch see the next one.
+        self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next iteration, in workers too."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        (worker, count), epoch = _this_worker(), int(self._epoch)
+        sources = sources_of(self.arrivals, 1, 0, count)[worker]
+        generator = np.random.default_rng([self.seed, epoch, 0, worker])
+        items = shuffled(mixed(sources, generator), self.buffer_size, generator)
+        for number, item in enumerate(items):
+            with _seeded(self.seed, epoch, 0, worker, number):
+                pixels, labels = _decode(sources, [item], normalized=True)
+            yield {"pixel_values": pixels[0], "labels": int(labels[0])}
+
+
 class StreamLoader:
     """Shuffled training batches of streams: ``pixel_values`` [b, c, h, w], ``labels`` [b] int64.
 

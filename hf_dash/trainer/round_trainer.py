@@ -11,15 +11,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_dash.data.batches import EvenBatchSampler, balanced_weights, cut_evenly
 from hf_dash.data.rounds import Round, training_stream
-from hf_dash.data.stream_loader import cut_batches
+from hf_dash.data.stream_loader import StreamedExamples, cut_batches
 from hf_dash.method.batches import derive_max_steps
 from hf_dash.method.loss import WeightedLoss
 
@@ -125,11 +123,11 @@ def step_sizes(num_examples: int, batch_size: int, num_processes: int) -> list[i
     return [size for size in [*sizes, *last] if size]
 
 
-class EvenStream(TorchIterableDataset[dict[str, Tensor]]):
+class EvenStream(IterableDataset[dict[str, Tensor]]):
     """A stream's batches, cut to sizes of their own.
 
     Args:
-        chunks: batches of any size, of a HF stream.
+        chunks: batches of any size, of a stream.
         sizes: of an epoch's batches.
     """
 
@@ -140,7 +138,7 @@ class EvenStream(TorchIterableDataset[dict[str, Tensor]]):
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch of the next iteration."""
         stream = self.chunks.dataset
-        if isinstance(stream, IterableDataset):
+        if isinstance(stream, StreamedExamples):
             stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

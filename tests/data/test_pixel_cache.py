@@ -9,7 +9,7 @@ from helpers import heard, numbered, png, write_parquet
 from torch.utils.data import DataLoader
 
 import hf_dash
-from hf_dash.data import ImageExamples
+from hf_dash.data import ImageExamples, Round, train_batches
 from hf_dash.data.loading import load_schedules
 from hf_dash.data.pixel_cache import PixelBudget, PixelCache
 
@@ -171,6 +171,21 @@ def test_every_image_is_decoded_once_by_all_workers_epochs_and_loaders(tmp_path,
             assert sorted(seen) == list(range(12))
     decoded = [int(number) for number in log.read_text().split()]
     assert sorted(decoded) == list(range(12))
+
+
+def test_what_is_kept_is_read_without_workers(tmp_path):
+    """They would only carry it over; where images are augmented they have something to do."""
+    images = numbered(8)
+    examples = ImageExamples(images, counting(tmp_path / "seen"), in_memory=True)
+    round_, options = Round(1, (examples,)), {"seed": 0, "num_workers": 2}
+    first = train_batches(round_, 4, **options)
+    assert first.num_workers == 2
+    epoch = [batch["labels"].tolist() for batch in first]
+    again = train_batches(round_, 4, **options)
+    assert again.num_workers == 0
+    assert [batch["labels"].tolist() for batch in again] == epoch
+    augmented = train_batches(round_, 4, augment=lambda image, _: image, **options)
+    assert augmented.num_workers == 2
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import torch
 from datasets import IterableDataset
 from helpers import FEATURES, as_tensor, both, broken_stream, heard, numbered, numbers, run
+from torch.utils.data import DataLoader
 
-from hf_dash.data import StreamedImages, StreamLoader
+from hf_dash.data import StreamedExamples, StreamedImages, StreamLoader
 from hf_dash.data.stream_loader import _batch_sizes, shuffled
 from hf_dash.models import image_transform
 
@@ -364,3 +365,45 @@ def test_two_processes_fail_together(two_processes):
     told, failed = (rank["error"] for rank in two_processes["stream_broken"])
     assert told.startswith("RuntimeError: counting the examples failed on rank 1: TypeError")
     assert failed.startswith("TypeError: 'NoneType' object")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_single_examples_are_each_read_once_in_a_new_order(num_workers, num_shards):
+    """Workers that outlive an epoch see the next one too."""
+    arrivals = [
+        StreamedImages(s.stream, as_tensor) for s in streams(12, 1, 9, num_shards=num_shards)
+    ]
+    examples = StreamedExamples(arrivals, seed=5, buffer_size=8)
+    options = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    loader = DataLoader(examples, batch_size=4, **options)
+    epochs = []
+    for epoch in range(2):
+        examples.set_epoch(epoch)
+        epochs.append(flat(loader))
+        assert sorted(epochs[-1]) == list(range(22))
+    assert epochs[0] != epochs[1]
+    examples.set_epoch(0)
+    assert flat(loader) == epochs[0]
+
+
+def test_single_examples_of_old_and_new_mix():
+    """A buffer behind concatenated arrivals would give the old ones first."""
+    arrivals = [StreamedImages(s.stream, as_tensor) for s in streams(3000, 600)]
+    found = [int(e["pixel_values"]) for e in StreamedExamples(arrivals, seed=0, buffer_size=50)]
+    shares = [np.mean([n >= 3000 for n in found[at : at + 40]]) for at in range(0, 3600, 40)]
+    # A full shuffle draws a sixth of 40: its standard deviation is that of the binomial.
+    assert np.std(shares) <= 1.5 * (1 / 6 * 5 / 6 / 40) ** 0.5
+
+
+def test_random_transforms_of_single_examples_are_seeded():
+    arrivals = [StreamedImages(s.stream, random_transform) for s in streams(6)]
+
+    def values():
+        return [float(e["pixel_values"]) for e in StreamedExamples(arrivals, seed=3)]
+
+    torch.manual_seed(1)
+    state, first = torch.get_rng_state(), values()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert values() == first
