@@ -78,7 +78,9 @@ class RoundTrainer(Trainer):
         }
         size = args.train_batch_size
         if self.round.streams:
-            chunks = DataLoader(images, batch_size=size, collate_fn=self.data_collator, **options)
+            # Smaller ones than batches, so that a batch mixes what several workers read.
+            share = math.ceil(size / max(1, args.dataloader_num_workers))
+            chunks = DataLoader(images, batch_size=share, collate_fn=self.data_collator, **options)
             sizes = step_sizes(self.round.num_total, size, num_processes)
             loader: DataLoader[Any] = DataLoader(EvenStream(chunks, sizes), batch_size=None)
         else:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_vit
+from helpers import as_tensor, numbered, tiny_vit
 from transformers import EvalPrediction, HfArgumentParser
 
 import hf_dash
@@ -56,6 +56,17 @@ def test_workers_read_every_image_once(digits, small_model, arguments, streaming
     trainer = RoundTrainer(small_model, args, rounds(digits, 13, small_model, streaming))
     labels = [x for batch in trainer.get_train_dataloader() for x in batch["labels"].tolist()]
     assert sorted(labels) == sorted(digits[:13]["label"])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_batch_of_streams_mixes_what_workers_read(small_model, arguments):
+    """A worker reads a shard; its batches alone would hold one class of a folder."""
+    stream = numbered(40).to_iterable_dataset(num_shards=2)
+    round_ = hf_dash.Round(1, (hf_dash.data.StreamedImages(stream, as_tensor),))
+    args = arguments(dataloader_num_workers=2, per_device_train_batch_size=10)
+    loader = RoundTrainer(small_model, args, round_).get_train_dataloader()
+    batches = [batch["pixel_values"].flatten().int().tolist() for batch in loader]
+    assert [sum(number < 20 for number in batch) for batch in batches] == [5, 5, 5, 5]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
