@@ -6,8 +6,9 @@ Launch:  python recipes/benchmarks/first_step.py
 JPEGs of smooth noise in shards, and three commands on each kind, each in a process of its own: the
 first; the same again; and again with one new shard. A command loads and checks all images and takes
 the first batch. Per command: MB of all shards; MB read before the first batch, of whichever file,
-and how often that is all shards (passes); images decoded; seconds. Reads of mapped files do not
-count: of what is not streamed, ``datasets`` makes a copy and maps it. A line of CSV each.
+and how often that is all shards (passes); images decoded; MB of memory at most; CPU-s. "cut" is
+one dataset cut into four rounds, of which the last is read, all others arrive shard by shard. Reads
+of mapped files do not count: of what is not streamed, ``datasets`` makes a copy and maps it.
 """
 
 import csv
@@ -34,37 +35,35 @@ from transformers import HfArgumentParser
 import hf_dash
 
 NAMES = ["cat", "dog"]
-KINDS = ["parquet", "parquet, streamed", "tar", "tar, streamed", "folder"]
-HEADER = ["kind", "command", "images", "MB", "MB read", "passes", "decoded", "CPU s", "seconds"]
+KINDS = ["parquet", "parquet, streamed", "parquet, streamed, cut", "tar", "tar, streamed", "folder"]
+HEADER = ["kind", "command", "images", "MB", "MB read", "passes", "decoded", "MB held", "CPU s"]
 
 
 @dataclass
 class Arguments:
     num_images: int = 2000
-    num_new: int = field(default=32, metadata={"help": "Images of the shard that comes last."})
+    num_new: int = 32
     num_shards: int = 4
-    size: int = field(default=256, metadata={"help": "Pixels of the JPEGs."})
-    kinds: list[str] = field(default_factory=lambda: KINDS.copy())
+    size: int = 256
+    kinds: list[str] = field(default_factory=KINDS.copy)
 
 
 def images_of(args, kind, number, count):
     """Yield the encoded images of a shard; no two are equal."""
     generator = np.random.default_rng(number)
     for _ in range(count):
-        buffer = io.BytesIO()
         coarse = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         image = PILImage.fromarray(coarse).resize((args.size, args.size), PILImage.BICUBIC)
-        image.save(buffer, "JPEG", quality=90)
+        image.save(buffer := io.BytesIO(), "JPEG", quality=90)
         yield buffer.getvalue()
 
 
 def write_shard(args, kind, folder, number, count):
     images = images_of(args, kind, number, count)
     if kind == "folder":
-        for name in NAMES:
-            (folder / f"{number}" / name).mkdir(parents=True)
         for row, content in enumerate(images):
-            (folder / f"{number}" / NAMES[row % 2] / f"{row}.jpg").write_bytes(content)
+            (path := folder / f"{number}" / NAMES[row % 2]).mkdir(parents=True, exist_ok=True)
+            (path / f"{row}.jpg").write_bytes(content)
     elif kind.startswith("tar"):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for row, content in enumerate(images):
@@ -85,6 +84,11 @@ def make_transform():
     return hf_dash.models.image_transform(model)
 
 
+def peak():
+    """Return the most MB that this process has held, pages of mapped files among them."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
+
+
 def command(kind, folder):
     """Load everything and take the first batch; return images, MB read, images decoded, seconds."""
     decoded, load = multiprocessing.Value("q"), ImageFile.ImageFile.load
@@ -98,25 +102,26 @@ def command(kind, folder):
     ImageFile.ImageFile.load = counted
     columns = {"image_column_name": "jpg", "label_column_name": "txt"} if "tar" in kind else {}
     (columns["test_dataset_name"],) = map(str, (folder / "held_out").iterdir())
-    options = {"arrive_by": "files", "streaming": "streamed" in kind, "cache_images": False}
+    columns["arrive_by"], count = ("examples", 4) if "cut" in kind else ("files", 1)
+    options = {"streaming": "streamed" in kind, "cache_images": False}
     data = hf_dash.DataConfig(str(folder / "train"), image_mode="RGB", **options, **columns)
     transform = make_transform()
-    begin, start = time.perf_counter(), time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    held, start = peak(), time.process_time()
     before = psutil.Process().io_counters().read_chars
-    (schedule,) = hf_dash.data.load_schedules(data, [0], 1, None, [])
-    round_ = schedule.rounds(transform)[-1]
-    held_out = schedule.held_out_examples(transform)
+    (schedule,) = hf_dash.data.load_schedules(data, [0], count, None, [])
+    round_, held_out = schedule.rounds(transform)[-1], schedule.held_out_examples(transform)
     assert round_.fingerprint != held_out.fingerprint
     count, read = decoded.value, psutil.Process().io_counters().read_chars - before
     next(iter(hf_dash.data.train_batches(round_, 64, seed=0)))
-    seconds = time.process_time() - start, time.perf_counter() - begin
-    return round_.num_total + len(held_out), read / 1e6, count, *seconds
+    seconds = time.process_time() - start
+    return round_.num_total + len(held_out), read / 1e6, count, peak() - held, seconds
 
 
 def measure(args, kind, folder):
     train, fork = folder / "train", multiprocessing.get_context("fork")
-    train.mkdir(parents=True)
-    (folder / "held_out").mkdir()
+    for part in (train, folder / "held_out"):
+        part.mkdir(parents=True)
     for number in range(args.num_shards):
         write_shard(args, kind, train, number, args.num_images // args.num_shards)
     write_shard(args, kind, folder / "held_out", 1000, max(2, args.num_images // 100))
@@ -125,9 +130,9 @@ def measure(args, kind, folder):
             write_shard(args, kind, train, 2000, args.num_new)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         with ProcessPoolExecutor(1, mp_context=fork) as pool:
-            count, read, decoded, *seconds = pool.submit(command, kind, folder).result()
-        passes = [f"{size:.1f}", f"{read:.1f}", f"{read / size:.3f}"]
-        yield [kind, name, count, *passes, decoded, *(f"{value:.1f}" for value in seconds)]
+            count, read, decoded, held, seconds = pool.submit(command, kind, folder).result()
+        rest = [f"{read / size:.3f}", decoded, f"{held:.0f}", f"{seconds:.1f}"]
+        yield [kind, name, count, f"{size:.1f}", f"{read:.1f}", *rest]
 
 
 def main():
