@@ -26,7 +26,7 @@ text = importlib.resources.files("hf_dash").joinpath("model_card_template.md").r
 assert text.startswith("---")
 assert (where / "py.typed").exists()
 assert (where / "data" / "fashion_mnist.LICENSE").exists()
-assert len(hf_dash.load_images("fashion_mnist")) == 800
+assert len(hf_dash.load_images("fashion_mnist")) == 1200
 hf_dash.report.card._template()
 print(hf_dash.__version__)
 """

@@ -94,7 +94,7 @@ class DataConfig:
         >>> import hf_dash
         >>> config = hf_dash.DataConfig("fashion_mnist")
         >>> len(config.load_train()), len(config.load_held_out())
-        (800, 4200)
+        (1200, 3800)
     """
 
     dataset_name: str | None = FASHION_MNIST

@@ -3,7 +3,7 @@
 Flow: a name and a split → a HF dataset with the columns ``image`` and ``label``, in memory.
 Source: Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017, arXiv:1708.07747): the license is in
 ``fashion_mnist.LICENSE``; the digits are scikit-learn's.
-Differs from the whole Fashion-MNIST: 800 training and 4,200 test images, as one parquet file.
+Differs from the whole Fashion-MNIST: 1,200 training and 3,800 test images, as one parquet file.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def load_fashion_mnist(split: str = "train") -> Dataset:
     The gray images are stored as PNG and decoded as RGB. Nothing is written to disk.
 
     Args:
-        split: ``"train"`` (800 examples) or ``"test"`` (4,200), always the same.
+        split: ``"train"`` (1,200 examples) or ``"test"`` (3,800), always the same.
 
     Raises:
         ValueError: ``split`` has another value.

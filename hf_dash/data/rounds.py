@@ -187,7 +187,7 @@ def cut_rounds(
         >>> images = hf_dash.data.in_arrival_order(hf_dash.load_images(), seed=0)
         >>> rounds = hf_dash.data.cut_rounds(images, 5, pil_to_tensor)
         >>> [round_.num_total for round_ in rounds]
-        [160, 320, 480, 640, 800]
+        [240, 480, 720, 960, 1200]
     """
     arrivals = tuple(
         ImageExamples(part, transform, in_memory=in_memory)

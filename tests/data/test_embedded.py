@@ -14,7 +14,7 @@ from hf_dash.data.embedded import EMBEDDED
 
 def test_the_sample_is_whole_balanced_and_small():
     train, test = (hf_dash.load_images("fashion_mnist", split=s) for s in ("train", "test"))
-    assert (len(train), len(test)) == (800, 4200)
+    assert (len(train), len(test)) == (1200, 3800)
     names = ["tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker"]
     assert hf_dash.data.label_names(train) == [*names, "bag", "boot"]
     for part in (train, test):
@@ -50,13 +50,13 @@ def test_it_is_the_default_and_writes_nothing():
     before = sorted(home.rglob("*"))
     config = hf_dash.DataConfig()
     assert config.load_train()["label"][:] == hf_dash.load_images("fashion_mnist")["label"][:]
-    assert config.load_held_out().num_rows == 4200
+    assert config.load_held_out().num_rows == 3800
     assert sorted(home.rglob("*")) == before
 
 
 def test_the_digits_need_scikit_learn_and_the_sample_does_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert len(hf_dash.load_images("fashion_mnist")) == 800
+    assert len(hf_dash.load_images("fashion_mnist")) == 1200
     with pytest.raises(ImportError, match=r"sklearn\.datasets"):
         hf_dash.load_images("digits")
 
