@@ -134,7 +134,7 @@ def write_evidence(
     write_wide(folder / "measurements.csv", MEASUREMENT, _measurements_of(own))
     _write_factors(folder / "factors.csv", own)
     said = {part: value for part, value in settings.items() if value}
-    write_text(folder / "settings.json", json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "settings.json", json.dumps(said, indent=0, ensure_ascii=False) + "\n")
 
 
 def read_evidence(folder: str | Path) -> Evidence:
