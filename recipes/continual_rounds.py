@@ -35,7 +35,7 @@ class RunArguments:
         metadata={"help": "Starts to compare, or 'all'."},
     )
     seeds: str = field(default="1", metadata={"help": "3 for seeds 0, 1 and 2; 1-5 for these."})
-    num_rounds: int = field(default=6, metadata={"help": "Rounds one dataset is cut into."})
+    num_rounds: int = field(default=8, metadata={"help": "Rounds one dataset is cut into."})
     examples_per_round: int | None = field(
         default=None, metadata={"help": "Examples in one arrival; by default all are dealt out."}
     )
