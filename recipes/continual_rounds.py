@@ -15,6 +15,7 @@ means the checkpoint again, and DASH shrinks towards it. Flags: those below, and
 classes that main lists.
 """
 
+import gc
 import json
 import re
 from dataclasses import dataclass, field
@@ -48,9 +49,7 @@ class RunArguments:
     num_parallel_starts: int = field(
         default=1, metadata={"help": "Starts of a seed that train at once, a process each."}
     )
-    save_total_limit: int | None = field(
-        default=3, metadata={"help": "Newest rounds of each start whose weights are kept."}
-    )
+    save_total_limit: int | None = field(default=3, metadata={"help": "Newest weights to keep."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of wrong training labels."})
     measure_memorization: bool = field(
         default=False, metadata={"help": "Measure what each start forgets and keeps."}
@@ -99,6 +98,7 @@ def compare(accelerator, history, run, source, data, training, dash, start_confi
     output_dir, exported = Path(run.output_dir), (run.export_start, run.seed_range[0])
     with accelerator.main_process_first():
         checkpoint = source.load()
+        gc.freeze()  # what was imported is no garbage, and Accelerate collects after every round
         schedules = hf_dash.data.load_schedules(
             data, run.seed_range, run.num_rounds, run.examples_per_round, history.records
         )

@@ -1,8 +1,8 @@
 """Evidence to commit: a history as a folder of small CSV files, and back.
 
-Flow: history → ``rounds.csv`` (one row per record), ``per_class.csv``, ``factors.csv`` (one row per
-shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what many records have
-in common, each value once) → the same records, so that every table and figure works on them.
+Flow: history → ``rounds.csv`` (one row per record), ``per_class.csv.gz``, ``factors.csv`` (one row
+per shrink, one column per tensor), ``measurements.csv`` and ``settings.json`` (what many records
+have in common, each value once) → the same records, so that every table and figure works on them.
 Differs from ``history.jsonl``: that file belongs to a run, which appends to it and checks its
 digest; this folder is for readers and diffs, and a sixth of the size. Seconds are rounded to
 ``SECONDS_DIGITS`` decimals, factors to ``FACTOR_DIGITS``, accuracies of single classes to
@@ -130,11 +130,11 @@ def write_evidence(
         settings = {"like": {"folder": like, **there}, **_less(settings, base.settings)}
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "rounds.csv", COLUMNS, [_cells(record).values() for record in own])
-    write_wide(folder / "per_class.csv", KEY, {_key(record): _classes(record) for record in own})
+    write_wide(folder / "per_class.csv.gz", KEY, {_key(record): _classes(record) for record in own})
     write_wide(folder / "measurements.csv", MEASUREMENT, _measurements_of(own))
     _write_factors(folder / "factors.csv", own)
     said = {part: value for part, value in settings.items() if value}
-    write_text(folder / "settings.json", json.dumps(said, indent=0, ensure_ascii=False) + "\n")
+    write_text(folder / "settings.json", json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_evidence(folder: str | Path) -> Evidence:
@@ -214,7 +214,7 @@ def evidence_digest(folder: str | Path) -> str:
 
 
 def _read_records(folder: Path, settings: Mapping[str, Any]) -> list[RoundRecord]:
-    per_class = read_wide(folder / "per_class.csv", KEY)
+    per_class = read_wide(folder / "per_class.csv.gz", KEY)
     measured: dict[Key, dict[str, dict[str, float]]] = {}
     for (*key, when), numbers in read_wide(folder / "measurements.csv", MEASUREMENT).items():
         measured.setdefault((key[0], key[1], key[2]), {})[when] = numbers

@@ -175,7 +175,7 @@ def test_a_history_without_records_is_refused(tmp_path):
         ("rounds.csv", ",steps,", ",step,", r"must have the columns start, seed, .* 'step'"),
         ("rounds.csv", ",24000,,cold01", ",24000", r"line 2 must have 15 cells, got 13"),
         ("rounds.csv", "dash,0,3,", "dash,0,4,", r"rows of rounds.csv, got \[\('dash', 0, 3\)\]"),
-        ("per_class.csv", "0.25", "a", r"line 8, dog must be of type float, got 'a'"),
+        ("per_class.csv.gz", "0.25", "a", r"line 8, dog must be of type float, got 'a'"),
         ("measurements.csv", "2e-07", "x", r"gradient_norm_old must be of type float, got 'x'"),
         ("factors.csv", "0.4123 1 3", "0.4123 1", r"must have the factors of \('dash', 0, 2\)"),
         ("settings.json", "{", "", r"must be JSON"),
@@ -183,9 +183,12 @@ def test_a_history_without_records_is_refused(tmp_path):
 )
 def test_what_is_damaged_is_named(tmp_path, file, old, new, message):
     write_evidence(History(None, {}, everything()), tmp_path)
-    text = (tmp_path / file).read_text()
+    packed = file.endswith(".gz")
+    content = (tmp_path / file).read_bytes()
+    text = (gzip.decompress(content) if packed else content).decode()
     assert old in text
-    (tmp_path / file).write_text(text.replace(old, new, 1))
+    content = text.replace(old, new, 1).encode()
+    (tmp_path / file).write_bytes(gzip.compress(content) if packed else content)
     with pytest.raises(ValueError, match=message) as error:
         read_evidence(tmp_path)
     assert re.search(r"\.(csv|json)\b", str(error.value))
