@@ -222,7 +222,7 @@ def test_real_records():
     results = REPOSITORY / "recipes" / "results"
     fashion = read_evidence(results / "fashion_mnist").records
     assert start_verdict(fashion).sentence == (
-        "dash: +2.0 points (1.4 … 2.6) vs. cold in 1.12 of the steps; warm −1.1 in 0.39: use dash"
+        "dash: +1.5 points (1.0 … 2.0) vs. cold in 1.00 of the steps; warm −1.1 in 0.36: use dash"
     )
     few = start_verdict([record for record in fashion if record.seed < 2])
     assert (few.start, few.seeds) == ("warm", (0, 1))
