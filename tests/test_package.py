@@ -41,6 +41,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_elsewhere_and_carries_the_template(wheel, tmp_path):
     target = tmp_path / "target"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
@@ -59,6 +60,7 @@ def test_the_wheel_installs_elsewhere_and_carries_the_template(wheel, tmp_path):
     assert done.stdout.strip() == hf_dash.__version__
 
 
+@pytest.mark.slow
 def test_the_wheel_is_named_by_the_one_version(wheel):
     assert wheel.name == f"hf_dash-{hf_dash.__version__}-py3-none-any.whl"
 
