@@ -239,8 +239,8 @@ def _share_forward_(model: nn.Module, accelerator: Accelerator) -> None:
     would compile each, and after eight of them none. A classifier notes its kind of labels in its
     first forward; without that note the second one would be compiled again.
     """
-    config: Any = model.config
-    if config.problem_type is None:
+    config: Any = getattr(model, "config", None)
+    if config is not None and config.problem_type is None and config.num_labels > 1:
         config.problem_type = "single_label_classification"
     original = getattr(getattr(model, "_original_forward", None), "__func__", None)
     if original is not None:
