@@ -39,6 +39,9 @@ Chunk = dict[str, Any]
 # How a seed becomes an order; another number marks another way.
 ORDER = 2
 
+# Examples that are read and decoded together where they are given one by one.
+AT_ONCE = 32
+
 
 def mixed(sources: Sequence[Source], generator: np.random.Generator) -> Iterator[tuple[int, Any]]:
     """Yield all items of the sources, each with the number of its source.
@@ -256,14 +259,14 @@ class StreamedExamples(TorchIterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        (worker, count), epoch = _this_worker(), int(self._epoch)
-        sources = sources_of(self.arrivals, 1, 0, count)[worker]
-        generator = np.random.default_rng([self.seed, epoch, 0, worker])
-        items = shuffled(mixed(sources, generator), self.buffer_size, generator)
-        for number, item in enumerate(items):
-            with _seeded(self.seed, epoch, 0, worker, number):
-                pixels, labels = _decode(sources, [item], normalized=True)
-            yield {"pixel_values": pixels[0], "labels": int(labels[0])}
+        worker, count = _this_worker()
+        shares = tuple(map(tuple, sources_of(self.arrivals, 1, 0, count)))
+        chunks = math.ceil(sum(map(len, self.arrivals)) / (AT_ONCE * count))
+        order = AT_ONCE, self.seed, self.buffer_size, count, 0
+        reader = Reader(shares, chunks, *order, epoch=int(self._epoch))
+        for pixels, labels in _after(reader.chunks(worker), 0):
+            for image, label in zip(pixels, labels.tolist(), strict=True):
+                yield {"pixel_values": image, "labels": label}
 
 
 class StreamLoader:

@@ -178,7 +178,7 @@ def train_round(
         model.to(memory_format=torch.channels_last)
     # Elsewhere torch's own choice: a fused step differs by rounding.
     fused = True if accelerator.device.type == "cuda" else None
-    optimizer: Any = make_optimizer(model, config, fused=fused, recorded=config.cuda_graphs)
+    optimizer: Any = make_optimizer(model, config, fused=fused)
     if optimizer_state:
         restore_optimizer_(model, optimizer, optimizer_state)
     plain_optimizer = optimizer

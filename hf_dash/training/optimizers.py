@@ -38,7 +38,7 @@ def copies_kept(config: TrainingConfig) -> int:
 
 
 def make_optimizer(
-    model: nn.Module, config: TrainingConfig, *, fused: bool | None = None, recorded: bool = False
+    model: nn.Module, config: TrainingConfig, *, fused: bool | None = None
 ) -> Optimizer:
     """Return torch's optimizer over all parameters of a model.
 
@@ -47,11 +47,10 @@ def make_optimizer(
         config: which optimizer, and its settings.
         fused: update all parameters in one kernel, which differs by rounding; None lets torch
             choose, which does not.
-        recorded: steps will be recorded, so that the learning rate must be read from the device.
     """
     rate: float | Tensor = config.learning_rate
     device = next(model.parameters()).device
-    if recorded:
+    if config.cuda_graphs:  # a recorded step reads it where the schedule writes it
         rate = torch.tensor(rate, device=device)
     if config.optim == "adamw":
         return AdamW(
@@ -61,7 +60,7 @@ def make_optimizer(
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             fused=fused,
-            capturable=recorded and device.type == "cuda",
+            capturable=config.cuda_graphs and device.type == "cuda",
         )
     return SGD(
         model.parameters(),

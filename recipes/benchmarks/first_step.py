@@ -90,7 +90,7 @@ def peak():
 
 
 def command(kind, folder):
-    """Load everything and take the first batch; return images, MB read, images decoded, seconds."""
+    """Load everything, take the first batch; return images, MB read, decoded, MB held, seconds."""
     decoded, load = multiprocessing.Value("q"), ImageFile.ImageFile.load
 
     def counted(image):
@@ -102,14 +102,14 @@ def command(kind, folder):
     ImageFile.ImageFile.load = counted
     columns = {"image_column_name": "jpg", "label_column_name": "txt"} if "tar" in kind else {}
     (columns["test_dataset_name"],) = map(str, (folder / "held_out").iterdir())
-    columns["arrive_by"], count = ("examples", 4) if "cut" in kind else ("files", 1)
-    options = {"streaming": "streamed" in kind, "cache_images": False}
+    arrive_by, num_rounds = ("examples", 4) if "cut" in kind else ("files", 1)
+    options = {"arrive_by": arrive_by, "streaming": "streamed" in kind, "cache_images": False}
     data = hf_dash.DataConfig(str(folder / "train"), image_mode="RGB", **options, **columns)
     transform = make_transform()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     held, start = peak(), time.process_time()
     before = psutil.Process().io_counters().read_chars
-    (schedule,) = hf_dash.data.load_schedules(data, [0], count, None, [])
+    (schedule,) = hf_dash.data.load_schedules(data, [0], num_rounds, None, [])
     round_, held_out = schedule.rounds(transform)[-1], schedule.held_out_examples(transform)
     assert round_.fingerprint != held_out.fingerprint
     count, read = decoded.value, psutil.Process().io_counters().read_chars - before
