@@ -19,6 +19,7 @@ from datasets import Dataset, Image
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 from pyarrow.parquet import FileMetaData, ParquetFile, read_metadata
 
+from hf_dash.data.archives import note_use
 from hf_dash.data.columns import BATCH_SIZE, undecoded
 
 # Fields of an archive that ``datasets`` unpacks.
@@ -85,11 +86,13 @@ class Members:
         path: of the file.
         offsets: [rows] of the images, in bytes from the beginning; −1 where a row has none.
         sizes: [rows] in bytes.
+        is_copy: the file is a copy that we keep while it is used.
     """
 
     path: Path
     offsets: np.ndarray
     sizes: np.ndarray
+    is_copy: bool = False
     scattered: bool = field(default=True, init=False)
 
     @property
@@ -99,6 +102,8 @@ class Members:
 
     def images(self, rows: Sequence[int]) -> Iterator[Any]:
         """Yield the images of these rows; see :class:`Piece`."""
+        if self.is_copy:
+            note_use(self.path)
         # Without a buffer, which would read on behind each image.
         with open(self.path, "rb", buffering=0) as file:
             for row in rows:
@@ -136,12 +141,13 @@ def row_groups(path: Path, column: str) -> tuple[RowGroup, ...]:
     return tuple(group for group in groups if group.num_rows)
 
 
-def members(path: Path, column: str) -> Members | None:
+def members(path: Path, column: str, *, is_copy: bool = False) -> Members | None:
     """Return where the images of a webdataset lie; reads the headers of its tar file alone.
 
     Args:
         path: of the file.
         column: the field that holds the images, such as ``"jpg"``.
+        is_copy: see :class:`Members`.
 
     Returns:
         None if the images cannot be read where they lie, since the archive or they are compressed.
@@ -167,7 +173,7 @@ def members(path: Path, column: str) -> Members | None:
                     return None
                 places[-1] = member.offset_data, member.size
     offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    return Members(path, offsets, sizes)
+    return Members(path, offsets, sizes, is_copy)
 
 
 @dataclass(frozen=True)

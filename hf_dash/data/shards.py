@@ -8,7 +8,6 @@ shard, and a file that was replaced is never read from the cache.
 """
 
 import glob
-import gzip
 import hashlib
 import tarfile
 import zlib
@@ -37,6 +36,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from pyarrow.parquet import ParquetFile
 
+from hf_dash.data.archives import plain_archive
 from hf_dash.data.columns import (
     BATCH_SIZE,
     AnyDataset,
@@ -78,9 +78,6 @@ LOADERS = {
 # Shards of a stream whose rows can be read in any order, so that readers see many of them at once.
 NUM_SHARDS = 64
 
-# Bytes of the two empty blocks that end a tar file.
-TAR_END = 1024
-
 # What the loaders raise if a file is not what its name says; Arrow's own errors derive from the
 # built-in ones.
 READ_ERRORS = (
@@ -108,7 +105,7 @@ class Shard:
         left_out: images that could not be loaded, as ``"path (reason)"``.
         stamps: of the files that are read while a model trains.
         pieces: of a stream, all rows in parts that can be read alone; None if there are none, as on
-            the Hub and in a compressed archive.
+            the Hub and in a compressed archive that cannot be unpacked.
         origin: which files these are; None for a shard that is read anew by every command.
         manifest: what an earlier command has found in them, if it is known.
         values: integer or text labels of the source, sorted, if its labels are not class labels.
@@ -184,26 +181,26 @@ def _open_file(path: Path, name: str, options: Reading, kind: str) -> Shard:
         num_rows, key = ParquetFile(path).metadata.num_rows, content_key(path, footer_only=True)
         find_values = partial(_column_values, path, options.label_column)
     manifest = find_manifest(origin, num_rows)
+    plain = path
     if kind == "webdataset":
         key = f"state-{origin.state[:32]}"
-        if manifest is None:
-            _check_tar_end(path)
-    source = _load_file(path, kind, options.streaming, num_rows, key)
+        plain = plain_archive(path, known=manifest is not None, anew=options.verify)
+    source = _load_file(plain, kind, options.streaming, num_rows, key)
     known: dict[str, Any] = {"num_rows": num_rows, "origin": origin}
     if options.streaming:
         stamps = content_stamps(origin.stamps)
-        known |= {"stamps": stamps, **_pieces_of(path, kind, options.image_column)}
+        known |= {"stamps": stamps, **_pieces_of(plain, kind, options, plain != path)}
     shard = standard_shard(name, source, options, find_values, manifest=manifest, **known)
     if isinstance(source, Dataset) and num_rows not in (None, len(source)):
         raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
     return shard
 
 
-def _pieces_of(path: Path, kind: str, image_column: str) -> dict[str, Any]:
+def _pieces_of(path: Path, kind: str, options: Reading, is_copy: bool) -> dict[str, Any]:
     """Return the pieces of a file, and their number of rows."""
     if kind == "parquet":
-        pieces: Sequence[Piece] = row_groups(path, image_column)
-    elif (found := members(path, image_column)) is not None:
+        pieces: Sequence[Piece] = row_groups(path, options.image_column)
+    elif (found := members(path, options.image_column, is_copy=is_copy)) is not None:
         pieces = (found,)
     else:
         return {}
@@ -331,21 +328,6 @@ def content_key(path: Path, *, footer_only: bool = False) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return f"content-{digest.hexdigest()[:32]}"
-
-
-def _check_tar_end(path: Path) -> None:
-    # An archive ends in two empty blocks. Readers do not notice one cut off between two members.
-    if path.suffix.lower() == ".tar":
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAR_END))
-            end = file.read()
-    else:
-        end = b""
-        with gzip.open(path) as packed:
-            while block := packed.read(1 << 20):
-                end = (end + block)[-TAR_END:]
-    if end != bytes(TAR_END):
-        raise ValueError("the archive has no end: it was cut off or is still being written")
 
 
 def check_types(

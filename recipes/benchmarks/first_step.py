@@ -3,12 +3,12 @@
 Launch:  python recipes/benchmarks/first_step.py
          python recipes/benchmarks/first_step.py --kinds parquet --num_images 32000 --num_new 500
 
-JPEGs of smooth noise in shards, and three commands on each kind, each in a process of its own: the
-first; the same again; and again with one new shard. A command loads and checks all images and takes
-the first batch. Per command: MB of all shards; MB read before the first batch, of whichever file,
-and how often that is all shards (passes); images decoded; MB of memory at most; CPU-s. "cut" is
-one dataset cut into four rounds, of which the last is read, all others arrive shard by shard. Reads
-of mapped files do not count: of what is not streamed, ``datasets`` makes a copy and maps it.
+JPEGs of smooth noise in shards; three commands on each kind, each a process: the first, the same
+again, and again with one new shard. A command checks all images and takes the first batch. Counted:
+MB of all shards; MB read before that batch, of copies too, and how often that is all shards
+(passes); images decoded; MB of memory at most; CPU-s. "cut" is one dataset cut into four rounds, of
+which the last is read, all others arrive shard by shard. Reads of mapped files do not count: of
+what is not streamed, ``datasets`` makes a copy and maps it.
 """
 
 import csv
@@ -28,14 +28,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image as PILImage
-from PIL import ImageFile
+from PIL import Image, ImageFile
 from transformers import HfArgumentParser
 
 import hf_dash
 
 NAMES = ["cat", "dog"]
-KINDS = ["parquet", "parquet, streamed", "parquet, streamed, cut", "tar", "tar, streamed", "folder"]
+WAYS = ["", ", streamed", ", streamed, cut"]
+KINDS = [*(f"{end}{way}" for end in ("parquet", "tar", "tar.gz") for way in WAYS), "folder"]
 HEADER = ["kind", "command", "images", "MB", "MB read", "passes", "decoded", "MB held", "CPU s"]
 
 
@@ -53,7 +53,7 @@ def images_of(args, kind, number, count):
     generator = np.random.default_rng(number)
     for _ in range(count):
         coarse = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        image = PILImage.fromarray(coarse).resize((args.size, args.size), PILImage.BICUBIC)
+        image = Image.fromarray(coarse).resize((args.size, args.size), Image.BICUBIC)
         image.save(buffer := io.BytesIO(), "JPEG", quality=90)
         yield buffer.getvalue()
 
@@ -65,7 +65,8 @@ def write_shard(args, kind, folder, number, count):
             (path := folder / f"{number}" / NAMES[row % 2]).mkdir(parents=True, exist_ok=True)
             (path / f"{row}.jpg").write_bytes(content)
     elif kind.startswith("tar"):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+        mode = "w:gz" if "gz" in kind else "w"
+        with tarfile.open(folder / f"{number}.{kind.split(',')[0]}", mode) as tar:
             for row, content in enumerate(images):
                 for end, data in (("jpg", content), ("txt", NAMES[row % 2].encode())):
                     info = tarfile.TarInfo(f"{row}.{end}")
@@ -107,8 +108,7 @@ def command(kind, folder):
     data = hf_dash.DataConfig(str(folder / "train"), image_mode="RGB", **options, **columns)
     transform = make_transform()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    held, start = peak(), time.process_time()
-    before = psutil.Process().io_counters().read_chars
+    held, start, before = peak(), time.process_time(), psutil.Process().io_counters().read_chars
     (schedule,) = hf_dash.data.load_schedules(data, [0], num_rounds, None, [])
     round_, held_out = schedule.rounds(transform)[-1], schedule.held_out_examples(transform)
     assert round_.fingerprint != held_out.fingerprint

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 TEN = ClassLabel(names=[str(digit) for digit in range(10)])
 
-KINDS = pytest.mark.parametrize("kind", ["parquet", "tar", "folder", "saved"])
+KINDS = pytest.mark.parametrize("kind", ["parquet", "tar", "tar.gz", "folder", "saved"])
 SIZE = 64  # images of noise, 4 KB each
 NUM_IMAGES, GROUP = 240, 20
 
@@ -59,7 +59,7 @@ def write(kind, root, numbers, per_class):
     labels = [number // per_class for number in numbers]
     features = Features({"image": Image(), "label": TEN})
     rows = {"image": [{"bytes": data, "path": None} for data in images], "label": labels}
-    path = root / {"parquet": "a.parquet", "tar": "a.tar"}.get(kind, "a")
+    path = root / (f"a.{kind}" if kind in ("parquet", "tar", "tar.gz") else "a")
     if kind == "parquet":
         Dataset.from_dict(rows, features=features).to_parquet(path, batch_size=GROUP)
     if kind == "saved":
@@ -69,8 +69,8 @@ def write(kind, root, numbers, per_class):
             file = path / str(label) / f"{number:04}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
-    if kind == "tar":
-        with tarfile.open(path, "w") as archive:
+    if kind.startswith("tar"):
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
             for number, data, label in zip(numbers, images, labels, strict=True):
                 for end, content in (("png", data), ("cls", str(label).encode())):
                     member = tarfile.TarInfo(f"{number:04}.{end}")
@@ -83,7 +83,7 @@ def write(kind, root, numbers, per_class):
 def shards(tmp_path_factory):
     """One shard of each kind, sorted by class, and the size of its images."""
     folder = tmp_path_factory.mktemp("shards")
-    roots = {kind: folder / kind for kind in ("parquet", "tar", "folder", "saved")}
+    roots = {kind: folder / kind for kind in KINDS.args[1]}
     for kind, root in roots.items():
         for place in (root, folder / f"{kind}_held_out"):
             place.mkdir()
@@ -93,7 +93,9 @@ def shards(tmp_path_factory):
 
 
 def config(kind, root, **settings):
-    columns = {"image_column_name": "png", "label_column_name": "cls"} if kind == "tar" else {}
+    columns = (
+        {"image_column_name": "png", "label_column_name": "cls"} if kind.startswith("tar") else {}
+    )
     (shard,) = root.iterdir()
     (held_out,) = (root.parent / f"{kind}_held_out").iterdir()
     return DataConfig(
