@@ -1,14 +1,16 @@
 """From images to model inputs, in two steps: pixels that can be kept, and their normalization.
 
-Flow: a PIL image → resized and cropped, uint8 → scaled and normalized, float32, many at once.
+Flow: a PIL image, or the rows of one → resized and cropped, uint8 → scaled and normalized, float32,
+many at once.
 Source: timm's and torchvision's evaluation transforms.
 Differs from them: the first step's result is a quarter as large, so it is what caches keep and
-workers send. Both steps together give the same bits, at half the cost.
+workers send; rows of the right size are taken as they are. Both steps together give the same bits,
+at half the cost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +22,22 @@ from hf_dash.utils.memory import empty_tensor
 
 # Values normalized at a time: as many as stay in a processor's cache between the steps.
 IN_CACHE = 1 << 18
+
+# An image as it is decoded: one of Pillow's, or its rows, uint8 [height, width] in gray or
+# [height, width, 3] in color.
+Decoded: TypeAlias = Image.Image | np.ndarray
+
+
+def as_image(image: Decoded) -> Image.Image:
+    """Return an image as one of Pillow's."""
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+def mode_of(image: Decoded) -> str:
+    """Return the mode that an image has in Pillow."""
+    if isinstance(image, np.ndarray):
+        return "L" if image.ndim == 2 else "RGB"
+    return image.mode
 
 
 @dataclass(frozen=True)
@@ -61,18 +79,25 @@ class ImageTransform:
         Raises:
             ValueError: it has another mode.
         """
-        pixels = self.checked_pixels(image)
+        if self.mode is not None:
+            self.check_mode(image.mode)
+        pixels = self.pixels(image)
         return pixels if self.normalize is None else self.normalize(pixels)
 
-    def checked_pixels(self, image: Image.Image) -> Tensor:
+    def checked_pixels(self, image: Decoded) -> Tensor | np.ndarray:
         """Take the first step.
+
+        Returns:
+            [channels, height, width]; an array is a view of rows, for the caller to copy.
 
         Raises:
             ValueError: the image has another mode.
         """
         if self.mode is not None:
-            self.check_mode(image.mode)
-        return self.pixels(image)
+            self.check_mode(mode_of(image))
+        if isinstance(self.pixels, ToPixels):
+            return self.pixels.view(image)
+        return self.pixels(as_image(image))
 
     def check_mode(self, mode: str) -> None:
         """Refuse another mode, instead of converting images silently."""
@@ -134,16 +159,42 @@ class CenterCrop(transforms.CenterCrop):  # type: ignore[misc]
 
 
 class ToPixels:
-    """torchvision's ``PILToTensor``, with the channels laid out one after the other."""
+    """Resize and crop an image, and lay its channels out one after the other.
+
+    Args:
+        geometry: steps from a PIL image to another.
+    """
+
+    def __init__(self, geometry: Sequence[Callable[[Image.Image], Image.Image]]) -> None:
+        self.geometry = transforms.Compose(geometry)
+        self.size = _size_left_alone(geometry)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return an image [channels, height, width], contiguous."""
-        rows = np.asarray(image)
-        channels = rows[None] if rows.ndim == 2 else rows.transpose(2, 0, 1)
-        return torch.from_numpy(np.array(channels, order="C"))
+        return torch.from_numpy(np.array(self.view(image), order="C"))
+
+    def view(self, image: Decoded) -> np.ndarray:
+        """Return an image [channels, height, width] as its rows lie in memory."""
+        if isinstance(image, np.ndarray) and image.shape[:2] == self.size:
+            rows = image
+        else:
+            rows = np.asarray(self.geometry(as_image(image)))
+        return rows[None] if rows.ndim == 2 else rows.transpose(2, 0, 1)
 
     def __repr__(self) -> str:
-        return "ToPixels()"
+        return f"ToPixels({self.geometry})"
+
+
+def _size_left_alone(geometry: Sequence[Any]) -> tuple[int, int] | None:
+    """Return the height and width of images that are neither resized nor cropped, if known."""
+    if not geometry or {*map(type, geometry)} - {transforms.Resize, CenterCrop}:
+        return None
+    cut = geometry[-1]
+    if not isinstance(cut, CenterCrop):
+        return None
+    height, width = cut.size
+    image = Image.new("L", (width, height))
+    return (height, width) if transforms.Compose(geometry)(image) is image else None
 
 
 def split_transform(
@@ -164,7 +215,7 @@ def split_transform(
         return transform, None
     mean, std = (_per_channel(values) for values in (last.mean, last.std))
     cut = [CenterCrop(s.size) if type(s) is transforms.CenterCrop else s for s in geometry]
-    return transforms.Compose([*cut, ToPixels()]), Normalize(mean, std)
+    return ToPixels(cut), Normalize(mean, std)
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import transforms
 
 import hf_dash
-from hf_dash.transforms import CenterCrop, ImageTransform, Normalize, split_transform
+from hf_dash.transforms import CenterCrop, ImageTransform, Normalize, ToPixels, split_transform
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,35 @@ def test_a_crop_copies_only_what_it_cuts(size):
     assert cut.tobytes() == transforms.CenterCrop(32)(image).tobytes()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_rows_become_the_pixels_of_their_image(images, mode, crop_pct):
+    theirs = timm.data.create_transform((len(mode), 32, 32), crop_pct=crop_pct)
+    pixels, _ = split_transform(theirs, mode)
+    step = ImageTransform(pixels, mode, f"it takes {mode!r}").checked_pixels
+    for image in images:
+        rows = np.array(image.convert(mode))
+        assert np.array_equal(step(rows), pixels(image.convert(mode)))
+        # Only rows of the right size are taken as they are.
+        untouched = crop_pct == 1 and image.size == (32, 32)
+        assert np.shares_memory(step(rows), rows) == untouched
+
+
+def test_rows_are_taken_as_they_are_only_where_nothing_is_drawn_or_padded():
+    flip, resize, cut = transforms.RandomHorizontalFlip(), transforms.Resize(32), CenterCrop(32)
+    assert ToPixels([resize, cut]).size == ToPixels([cut]).size == (32, 32)
+    for steps in ([], [resize], [flip, cut], [cut, flip], [cut, transforms.Pad(1), cut]):
+        assert ToPixels(steps).size is None
+
+
 def test_another_mode_is_refused():
     transform = ImageTransform(lambda image: torch.zeros(1), "L", "it takes 'L'")
+    rows = np.zeros((1, 1, 3), dtype=np.uint8)
     for step in (transform, transform.checked_pixels):
         with pytest.raises(ValueError, match="image mode is 'RGB', but it takes 'L'"):
             step(Image.new("RGB", (1, 1)))
+    with pytest.raises(ValueError, match="image mode is 'RGB', but it takes 'L'"):
+        transform.checked_pixels(rows)
 
 
 def test_any_transform_can_be_taken_for_one_of_two_steps():
@@ -95,3 +119,5 @@ def test_any_transform_can_be_taken_for_one_of_two_steps():
     assert plain(3).tolist() == plain.checked_pixels(3).tolist() == [3.0]
     assert (plain.normalize, plain.key) == (None, None)
     plain.check_mode("RGB")
+    sizes = ImageTransform.of(lambda image: torch.tensor(image.size))  # it sees a PIL image
+    assert sizes.checked_pixels(np.zeros((1, 2, 3), dtype=np.uint8)).tolist() == [2, 1]

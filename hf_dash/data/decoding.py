@@ -1,7 +1,7 @@
-"""Encoded images as a dataset stores them → PIL images, by the fastest decoder that is exact.
+"""Encoded images as a dataset stores them → decoded ones, by the fastest decoder that is exact.
 
 Flow: bytes, or a path that is read → the segments before a JPEG's data → simplejpeg or torchvision
-decodes it if it is stored as it is shown, in gray or color; Pillow decodes everything else.
+decodes it to rows if it is stored as it is shown, in gray or color; Pillow decodes everything else.
 Source: ``datasets.Image.decode_example``.
 Differs from it in time only: the others take about half of Pillow's, with the same library inside.
 Where another release of that library gives other pixels for test images, it is not used.
@@ -10,7 +10,7 @@ Where another release of that library gives other pixels for test images, it is 
 import io
 import struct
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,15 @@ from datasets import Image
 from PIL import ExifTags
 from PIL import Image as PILImage
 
+from hf_dash.transforms import as_image, mode_of
+
 # Markers of a JPEG: frames that all decoders take, what may turn an image, and the data.
 START, FRAMES, APP1, SCAN = b"\xff\xd8", (0xC0, 0xC1, 0xC2), 0xE1, 0xDA
 
-# From a JPEG of 1 or 3 channels to its rows, uint8 [height, width, channels].
+# Read the marker and length of a segment, and a frame's bits, height, width and channels.
+SEGMENT, FRAME = struct.Struct(">xBH").unpack_from, struct.Struct(">BHHB").unpack_from
+
+# From a JPEG of 1 or 3 channels to its rows, uint8 [height, width] or [height, width, 3].
 JpegDecoder = Callable[[bytes, int], np.ndarray]
 
 # What decoders raise for images they do not take, and where they are not installed.
@@ -40,8 +45,8 @@ def image_decoder(feature: Any) -> Callable[[Any], Any]:
             are.
 
     Returns:
-        A function from a value as it is stored, ``{"bytes": ..., "path": ...}``, to a PIL image in
-        the feature's mode.
+        A function from a value as it is stored, ``{"bytes": ..., "path": ...}``, to an image in the
+        feature's mode: one of Pillow's, or the rows of a JPEG.
 
     Example:
         >>> import hf_dash
@@ -63,12 +68,12 @@ def _as_it_is(value: Any) -> Any:
 
 def _decoded(value: Any, feature: Image) -> Any:
     content = _content(value)
-    image = None if content is None else decoded_jpeg(content)
-    if image is None:
+    rows = None if content is None else decoded_jpeg(content)
+    if rows is None:
         if content is not None:
             value = {"bytes": content, "path": value["path"]}
         return feature.decode_example(value)
-    return image if feature.mode in (None, image.mode) else image.convert(feature.mode)
+    return rows if feature.mode in (None, mode_of(rows)) else as_image(rows).convert(feature.mode)
 
 
 def _content(value: Any) -> bytes | None:
@@ -81,20 +86,16 @@ def _content(value: Any) -> bytes | None:
     return content
 
 
-def decoded_jpeg(content: bytes) -> PILImage.Image | None:
-    """Return a JPEG as Pillow decodes it; None if Pillow must."""
+def decoded_jpeg(content: bytes) -> np.ndarray | None:
+    """Return the rows of a JPEG as Pillow decodes them; None if Pillow must."""
     channels = _channels(content)
     decode = exact_decoder() if channels else None
     if decode is None or channels is None:
         return None
     try:
-        return _image(decode(content, channels))
+        return decode(content, channels)
     except REFUSED:  # Pillow says what is wrong, or finds it good enough
         return None
-
-
-def _image(rows: np.ndarray) -> PILImage.Image:
-    return PILImage.fromarray(rows[..., 0] if rows.shape[-1] == 1 else rows)
 
 
 def _channels(content: bytes) -> int | None:
@@ -102,18 +103,21 @@ def _channels(content: bytes) -> int | None:
     place, channels = len(START), None
     if not content.startswith(START):
         return None
-    while place + 4 <= len(content) and content[place] == 0xFF:
-        marker, length = struct.unpack_from(">xBH", content, place)
-        if marker == SCAN:
-            return channels
-        if marker == APP1 and _is_turned(content):
-            return None
-        if marker in FRAMES and place + 10 <= len(content):
-            bits, height, width, number = struct.unpack_from(">BHHB", content, place + 4)
-            # Pillow warns of, or refuses, what may be a bomb.
-            small = 0 < height * width <= (PILImage.MAX_IMAGE_PIXELS or 1 << 32)
-            channels = number if bits == 8 and number in (1, 3) and small else None
-        place += 2 + length
+    try:
+        while content[place] == 0xFF:
+            marker, length = SEGMENT(content, place)
+            if marker == SCAN:
+                return channels
+            if marker == APP1 and _is_turned(content):
+                return None
+            if marker in FRAMES:
+                bits, height, width, number = FRAME(content, place + 4)
+                # Pillow warns of, or refuses, what may be a bomb.
+                small = 0 < height * width <= (PILImage.MAX_IMAGE_PIXELS or 1 << 32)
+                channels = number if bits == 8 and number in (1, 3) and small else None
+            place += 2 + length
+    except (IndexError, struct.error):  # it ends before its data
+        return None
     return None
 
 
@@ -125,16 +129,22 @@ def _is_turned(content: bytes) -> bool:
 
 def by_simplejpeg(content: bytes, channels: int) -> np.ndarray:
     """Decode a JPEG by simplejpeg, an optional dependency."""
-    decode = import_module("simplejpeg").decode_jpeg
-    rows: np.ndarray = decode(content, "GRAY" if channels == 1 else "RGB")
-    return rows
+    rows: np.ndarray = _simplejpeg()(content, "GRAY" if channels == 1 else "RGB")
+    return rows[..., 0] if channels == 1 else rows
+
+
+@cache
+def _simplejpeg() -> Callable[[bytes, str], np.ndarray]:
+    decode: Callable[[bytes, str], np.ndarray] = import_module("simplejpeg").decode_jpeg
+    return decode
 
 
 def by_torchvision(content: bytes, channels: int) -> np.ndarray:
     """Decode a JPEG by torchvision; its op, because the function around it is to go."""
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     pixels: torch.Tensor = torch.ops.image.decode_jpeg(encoded, channels, False)
-    return pixels.permute(1, 2, 0).numpy()
+    rows: np.ndarray = pixels.permute(1, 2, 0).numpy()
+    return rows[..., 0] if channels == 1 else rows
 
 
 DECODERS: tuple[JpegDecoder, ...] = (by_simplejpeg, by_torchvision)
@@ -157,7 +167,7 @@ def is_exact(decode: JpegDecoder) -> bool:
             file = io.BytesIO()
             image.save(file, "JPEG", **way)
             try:
-                ours = _image(decode(file.getvalue(), len(image.getbands())))
+                ours = as_image(decode(file.getvalue(), len(image.getbands())))
             except REFUSED:
                 return False
             if ours.tobytes() != PILImage.open(file).tobytes():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -96,18 +97,23 @@ def collate_values(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return dict(collate(examples))
 
 
-def stacked(images: Iterable[Tensor], count: int) -> Tensor | list[Tensor]:
+def stacked(images: Iterable[Tensor | np.ndarray], count: int) -> Tensor | list[Tensor]:
     """Return so many images as one tensor, each copied once; a list if they have several sizes."""
     images = iter(images)
     first = next(images, None)
     if first is None:
         return []
-    batch = empty_tensor((count, *first.shape), first.dtype)
+    batch = empty_tensor((count, *first.shape), _tensor(first).dtype)
+    places: Any = batch if isinstance(first, Tensor) else batch.numpy()
     for place, image in enumerate(chain([first], images)):
         if image.shape != first.shape or image.dtype != first.dtype:
-            return [*batch[:place], image, *images]
-        batch[place] = image
+            return [*batch[:place], *map(_tensor, chain([image], images))]
+        places[place] = image
     return batch
+
+
+def _tensor(image: Tensor | np.ndarray) -> Tensor:
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
 
 
 def joined(

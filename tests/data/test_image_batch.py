@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
@@ -69,9 +70,17 @@ def test_parts_come_into_their_places():
 
 def test_images_of_several_sizes_stay_a_list():
     images = [image(1), image(2), image(3)[:, :1], image(4)]
-    parts = stacked(iter(images), 4)
-    assert all(torch.equal(a, b) for a, b in zip(parts, images, strict=True))
+    for given in (images, [part.numpy() for part in images]):
+        parts = stacked(iter(given), 4)
+        assert all(torch.equal(a, b) for a, b in zip(parts, images, strict=True))
     assert stacked([], 0) == []
+
+
+def test_views_of_rows_are_laid_out_anew():
+    rows = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    batch = stacked((image.transpose(2, 0, 1) for image in rows), 2)
+    assert batch.is_contiguous()
+    assert batch[0, 1].tolist() == [[1, 4], [7, 10]]
 
 
 def test_a_step_that_is_not_known_is_taken_before_a_batch_is_sent():
