@@ -297,15 +297,16 @@ def as_tensor(number):
     return torch.tensor([float(number)])
 
 
+def generated(ranges):
+    features = Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])})
+    settings = {"features": features, "gen_kwargs": {"ranges": ranges}}
+    return IterableDataset.from_generator(generate, **settings)
+
+
 def load_stream(case, folder, rank, world):
     """One epoch of two shards: one shard for each process, or one that cannot be read."""
     second = {"stream": (9, 14), "stream_uneven": (9, 10), "stream_broken": (9, None)}[case]
-    stream = IterableDataset.from_generator(
-        generate,
-        features=Features({"image": Value("int64"), "label": ClassLabel(names=["a", "b"])}),
-        gen_kwargs={"ranges": [(0, 9), second]},
-    )
-    arrivals = [hf_dash.data.StreamedImages(stream, as_tensor)]
+    arrivals = [hf_dash.data.StreamedImages(generated([(0, 9), second]), as_tensor)]
     ranks = {"num_processes": world, "process_index": rank}
     result = {"world": world}
     try:
@@ -314,6 +315,9 @@ def load_stream(case, folder, rank, world):
             [batch["pixel_values"].flatten().tolist() for batch in loader] for _ in range(2)
         ]
         result["length"] = len(loader)
+        new = hf_dash.data.StreamedImages(generated([(14, 16)]), as_tensor)
+        loader = hf_dash.data.StreamLoader([*arrivals, new], 4, seed=0, new_share=0.5, **ranks)
+        result["shared"] = [batch["pixel_values"].flatten().tolist() for batch in loader]
     except (ValueError, RuntimeError, TypeError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
     write(result, case, rank, folder)

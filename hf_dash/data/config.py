@@ -76,7 +76,7 @@ class DataConfig:
         replay_strategy: ``uniform`` (the default), ``class_balanced``, or ``recency`` (an image
             that arrived j rounds ago has the weight 1/j). Only with ``replay_samples``.
         new_share: Share of the round's new images in every training batch, in (0, 1), whose other
-            images are old; by default in proportion. Not for streams.
+            images are old; by default in proportion.
         on_bad_example: ``error`` stops at a corrupt image, ``skip`` leaves it out and lists it.
         compare_images_by: ``bytes`` or ``pixels``: how held-out and training images are compared.
             Pixels find an image that was stored again in another format.
@@ -186,8 +186,6 @@ class DataConfig:
                 "replay_samples must be given with replay_strategy, got"
                 f" {self.replay_strategy!r} alone"
             )
-        if self.streaming and self.new_share is not None:
-            raise ValueError(f"new_share must be None with streaming, got {self.new_share!r}")
 
     @property
     def keeps_images(self) -> bool:

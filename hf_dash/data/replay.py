@@ -90,8 +90,7 @@ class Replay:
             seed: of the run, at least 0.
 
         Raises:
-            ValueError: a round holds streams that can only be read from their beginning, or streams
-                with ``new_share``.
+            ValueError: a round holds streams that can only be read from their beginning.
         """
         by_class = cache(_rows_by_class)
         applied = [self._applied(round_, seed, by_class) for round_ in rounds]
@@ -101,8 +100,6 @@ class Replay:
     def _applied(self, round_: Round, seed: int, by_class: ClassRows) -> Round:
         if self == Replay():
             return round_
-        if round_.streams and self.new_share is not None:
-            raise ValueError(f"new_share must be None: round {round_.index} holds streams")
         old = round_.arrivals[:-1]
         if self.samples is None or not old:
             return replace(round_, new_share=self.new_share)

@@ -250,6 +250,7 @@ def train_batches(
             num_processes=num_processes,
             process_index=process_index,
             augment=augment,
+            new_share=round_.new_share,
         )
     generator = torch.Generator().manual_seed(seed)
     examples: TorchDataset[dict[str, Any]] = round_.examples
@@ -297,7 +298,9 @@ def training_stream(round_: Round, *, seed: int, buffer_size: int = 1000) -> Str
     """
     if not round_.streams:
         raise ValueError(f"round {round_.index} must hold streams")
-    return StreamedExamples(round_.streams, seed=seed, buffer_size=buffer_size)
+    return StreamedExamples(
+        round_.streams, seed=seed, buffer_size=buffer_size, new_share=round_.new_share
+    )
 
 
 def gradient_batches(

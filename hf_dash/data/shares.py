@@ -8,17 +8,13 @@ many examples, and no shard is read by every process because their numbers do no
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, groupby, pairwise, repeat
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
-from torch import Tensor
 
 from hf_dash.data.batches import cut_evenly
 from hf_dash.data.streams import Block, Row, StreamedImages
 from hf_dash.utils.distributed import gather
-
-# A place in a source, unless nobody counted it, and what is there, unless it is kept.
-Item = tuple[int | None, Row | None]
 
 
 @dataclass(frozen=True)
@@ -51,46 +47,102 @@ class Source:
         return [replace(self, begin=a, end=b) for a, b in pairwise(ends) if b > a]
 
     @property
+    def first(self) -> int:
+        """The place of its first example in the arrival."""
+        return self.arrival.begins[self.number] + self.begin
+
+    @property
+    def kind(self) -> int:
+        """The class of most of its examples; 0 if that is not known."""
+        labels = self.block.labels
+        return 0 if labels is None else int(np.bincount(labels[self.begin : self.end]).argmax())
+
+    @property
     def is_kept(self) -> bool:
         """Whether loaders have kept all of it."""
         kept = self.arrival.kept
-        return kept is not None and kept.hold(range(self._begin, self._begin + len(self)))
+        return kept is not None and kept.hold(range(self.first, self.first + len(self)))
 
-    @property
-    def _begin(self) -> int:
-        return self.arrival.begins[self.number] + self.begin
+    def rows(self, places: np.ndarray) -> Iterator[Row]:
+        """Yield encoded images and labels; places ascend unless the block is scattered."""
+        return self.block.rows((self.begin + places).tolist())
 
-    def items(self, generator: np.random.Generator) -> Iterator[Item]:
-        """Yield places and what is to be decoded there: nothing where all is kept."""
-        order: Sequence[int] = range(len(self))
-        if self.block.scattered:
-            order = generator.permutation(len(self)).tolist()
-        if self.is_kept:
-            return zip(order, repeat(None), strict=False)
-        rows = self.block.rows([self.begin + place for place in order])
-        # A stream may hold more than was counted, which is noticed later.
-        return zip(chain(order, repeat(None)), rows, strict=False)
 
-    def decode(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of these items, before images are normalized."""
-        places, kept = [place for place, _ in items if place is not None], self.arrival.kept
-        if kept is None or len(places) < len(items):
-            return self.arrival.decode_pixels([row for _, row in items if row is not None])
-        pixels, labels, missing = kept.read([self._begin + place for place in places])
-        if missing:
-            rows = self._rows([items[number] for number in missing])
-            decoded, theirs = self.arrival.decode_pixels(rows)
-            for number, image, label in zip(missing, decoded, theirs.tolist(), strict=True):
-                kept.write(self._begin + places[number], image, label)
-                pixels[number], labels[number] = image, label
-        return pixels, labels
+@dataclass(frozen=True)
+class Share:
+    """What one reader reads in an epoch.
 
-    def _rows(self, items: Sequence[Item]) -> list[Row]:
-        """Return encoded images; what was kept, and is gone since, is read from the stream."""
-        gone = {self.begin + place for place, row in items if row is None and place is not None}
-        again = zip(sorted(gone), self.block.rows(sorted(gone)), strict=False)
-        rows: dict[int | None, Row] = {place - self.begin: row for place, row in again}
-        return [rows[place] if row is None else row for place, row in items]
+    Args:
+        sources: all that it reads.
+        parts: numbers of the sources whose examples are mixed in proportion to their sizes; parts
+            are mixed in proportion to their counts.
+        counts: number of examples of each part in an epoch, which may be less or more than there
+            are.
+    """
+
+    sources: tuple[Source, ...]
+    parts: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+def shares_of(
+    arrivals: Sequence[StreamedImages],
+    num_processes: int,
+    process_index: int,
+    num_workers: int,
+    new_share: float | None = None,
+) -> tuple[Share, ...]:
+    """Return what each worker of one process reads; together, all read every example once.
+
+    Args:
+        arrivals: the last one is new.
+        num_processes: that share the examples.
+        process_index: of this process.
+        num_workers: readers of this process; 0 is one.
+        new_share: share of the new examples, in (0, 1), in as many as there are in all; None reads
+            every example once.
+
+    Raises:
+        ValueError: ``new_share`` is set, and there are fewer old or new examples than processes.
+    """
+    ranks = num_processes, process_index, num_workers
+    num_old, num_new = sum(map(len, arrivals[:-1])), len(arrivals[-1])
+    if new_share is None or not num_old:
+        return tuple(_joined([(own, sum(map(len, own)))]) for own in sources_of(arrivals, *ranks))
+    if min(num_old, num_new) < num_processes:
+        raise ValueError(
+            f"new_share must be None where there are fewer old or new examples than the"
+            f" {num_processes} processes, got {new_share!r} with {num_old} and {num_new}"
+        )
+    count = cut_evenly(num_old + num_new, num_processes)[process_index]
+    wanted = max(1, min(count - 1, round(count * new_share)))
+    parts = [sources_of(arrivals[:-1], *ranks), sources_of(arrivals[-1:], *ranks)]
+    counts = [
+        _in_proportion(number, [sum(map(len, own)) for own in shares])
+        for number, shares in zip((count - wanted, wanted), parts, strict=True)
+    ]
+    return tuple(
+        _joined([(old, old_count), (new, new_count)])
+        for old, new, old_count, new_count in zip(*parts, *counts, strict=True)
+    )
+
+
+def _joined(parts: Sequence[tuple[Sequence[Source], int]]) -> Share:
+    ends = [*accumulate((len(sources) for sources, _ in parts), initial=0)]
+    return Share(
+        tuple(source for sources, _ in parts for source in sources),
+        tuple(tuple(range(begin, end)) for begin, end in pairwise(ends)),
+        tuple(count for _, count in parts),
+    )
+
+
+def _in_proportion(number: int, sizes: Sequence[int]) -> list[int]:
+    """Share a number out in proportion to sizes, of which one is above 0."""
+    ends = [number * end // sum(sizes) for end in accumulate(sizes, initial=0)]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def sources_of(

@@ -1,9 +1,8 @@
 """Shuffled training batches straight from streams, the same number on every process.
 
-Flow: the blocks of all arrivals → shared out among processes, then among their workers → mixed in
-proportion to the arrivals' sizes → each worker's share of every batch, shuffled while encoded and
-decoded in workers → batches, cut in the main process.
-Source: the shuffle buffer of ``IterableDataset.shuffle``.
+Flow: the blocks of all arrivals → shared out among processes, then among their workers → each
+worker's share of every batch, read in an order of its own and decoded → batches, cut in the main
+process.
 Differs from a ``DataLoader`` of a stream: every process has as many examples as the others, or one
 more, so that each counts alike in a mean over processes; and a loader resumes with exactly the
 batches that would have followed. Differs from ``split_dataset_by_node``, which selects different
@@ -12,159 +11,28 @@ read all shards where their number is not divisible.
 """
 
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from hf_dash.data.batches import cut_evenly
 from hf_dash.data.examples import Augment
 from hf_dash.data.image_batch import ImageBatch
-from hf_dash.data.order import DRAWN_AT_ONCE, shuffled
-from hf_dash.data.shares import Item, Source, count_together, sources_of
+from hf_dash.data.reader import Chunk, Reader, this_worker
+from hf_dash.data.shares import count_together, shares_of
 from hf_dash.data.streams import StreamedImages
 from hf_dash.utils.memory import empty_tensor
 
-Chunk = dict[str, Any]
-
-
 # How a seed becomes an order; another number marks another way.
-ORDER = 2
+ORDER = 3
 
 # Examples that are read and decoded together where they are given one by one.
 AT_ONCE = 32
-
-
-def mixed(sources: Sequence[Source], generator: np.random.Generator) -> Iterator[tuple[int, Any]]:
-    """Yield all items of the sources, each with the number of its source.
-
-    The arrival of the next item is drawn with a chance in proportion to its size; its sources
-    follow one another in a random order, unless single examples of them can be read.
-    """
-    lines: dict[StreamedImages | int, list[int]] = {}
-    for number in generator.permutation(len(sources)).tolist():
-        source = sources[number]
-        lines.setdefault(number if source.block.scattered else source.arrival, []).append(number)
-    items = [_numbered(sources, own, generator) for own in lines.values()]
-    sizes = np.array(
-        [sum(len(sources[number]) for number in own) for own in lines.values()], dtype=np.float64
-    )
-    while sizes.any():
-        for line in generator.choice(len(items), DRAWN_AT_ONCE, p=sizes / sizes.sum()).tolist():
-            item = next(items[line], None)
-            if item is None:
-                sizes[line] = 0
-                break
-            yield item
-
-
-def _numbered(
-    sources: Sequence[Source], numbers: Sequence[int], generator: np.random.Generator
-) -> Iterator[tuple[int, Any]]:
-    for number in numbers:
-        for item in sources[number].items(generator):
-            yield number, item
-
-
-def _decode(
-    sources: Sequence[Source], items: Sequence[tuple[int, Item]], normalized: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of items from several sources, in the given order."""
-    places: dict[int, list[int]] = {}
-    for place, (number, _) in enumerate(items):
-        places.setdefault(number, []).append(place)
-    parts = []
-    for number, at in places.items():
-        pixels, labels = sources[number].decode([items[place][1] for place in at])
-        parts.append((sources[number].arrival.normalized(pixels) if normalized else pixels, labels))
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([place for at in places.values() for place in at]).argsort()
-    pixels, labels = (_joined(part) for part in zip(*parts, strict=True))
-    return pixels[order], labels[order]
-
-
-@contextmanager
-def _seeded(*entropy: int) -> Iterator[None]:
-    """Seed python, numpy and torch on the CPU; restore their states on exit."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    # No devices: a forked worker must not touch one.
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-def _this_worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (0, 1) if info is None else (info.id, info.num_workers)
-
-
-@dataclass(frozen=True)
-class Reader(TorchIterableDataset[Chunk]):
-    """What one process reads in one epoch: of every batch, each worker's share as a chunk."""
-
-    shares: tuple[tuple[Source, ...], ...]
-    num_batches: int
-    batch_size: int
-    seed: int
-    buffer_size: int
-    num_workers: int
-    process_index: int
-    augment: Augment | None = None
-    normalized: bool = True
-    epoch: int = 0
-    skip: int = 0
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self.chunks(_this_worker()[0])
-
-    def chunks(self, worker: int) -> Iterator[Chunk]:
-        """Yield one worker's chunks; a skipped or empty chunk gives only its length."""
-        own, sources = (self.process_index, worker), self.shares[worker]
-        generator = np.random.default_rng([self.seed, self.epoch, *own])
-        items = shuffled(mixed(sources, generator), self.buffer_size, generator)
-        for number in range(self.num_batches):
-            size = self._end(worker, number + 1) - self._end(worker, number)
-            chunk = list(islice(items, size))
-            if not chunk or self._behind(worker, number) <= self.skip:
-                yield {"skipped": len(chunk)}
-            else:
-                yield self._decoded(chunk, worker, number)
-        # What nobody counted; the main process then says so.
-        if rest := list(islice(items, 1)):
-            yield self._decoded(rest, worker, self.num_batches)
-
-    def _decoded(self, chunk: list[tuple[int, Any]], worker: int, number: int) -> Chunk:
-        # Seeded per chunk, random transforms are the same with and without a skip.
-        with _seeded(self.seed, self.epoch, self.process_index, worker, number):
-            pixels, labels = _decode(self.shares[worker], chunk, self.normalized)
-            if self.augment is not None:
-                pixels = torch.stack([self.augment(image, None) for image in pixels])
-        return {"pixel_values": pixels, "labels": labels}
-
-    def _end(self, worker: int, number: int) -> int:
-        """Return how many examples are in a worker's first ``number`` chunks."""
-        return sum(map(len, self.shares[worker])) * number // self.num_batches
-
-    def _behind(self, worker: int, number: int) -> int:
-        """Return how many examples have come by the end of a chunk; workers take turns."""
-        turns = range(len(self.shares))
-        return sum(self._end(other, number + (other <= worker)) for other in turns)
 
 
 def in_turn(iterators: list[Iterator[Chunk]]) -> Iterator[Chunk]:
@@ -235,6 +103,7 @@ class StreamedExamples(TorchIterableDataset[dict[str, Any]]):
         arrivals: the streams to train on, at least one.
         seed: seed for the order and for random transforms, at least 0.
         buffer_size: number of encoded images a worker draws the next one from, at least 1.
+        new_share: see :class:`StreamLoader`.
 
     Example:
         >>> import hf_dash
@@ -247,9 +116,15 @@ class StreamedExamples(TorchIterableDataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, arrivals: Sequence[StreamedImages], *, seed: int, buffer_size: int = 1000
+        self,
+        arrivals: Sequence[StreamedImages],
+        *,
+        seed: int,
+        buffer_size: int = 1000,
+        new_share: float | None = None,
     ) -> None:
         self.arrivals, self.seed, self.buffer_size = tuple(arrivals), seed, buffer_size
+        self.new_share = new_share
         # Shared, so that workers that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -259,8 +134,8 @@ class StreamedExamples(TorchIterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker, count = _this_worker()
-        shares = tuple(map(tuple, sources_of(self.arrivals, 1, 0, count)))
+        worker, count = this_worker()
+        shares = shares_of(self.arrivals, 1, 0, count, self.new_share)
         chunks = math.ceil(sum(map(len, self.arrivals)) / (AT_ONCE * count))
         order = AT_ONCE, self.seed, self.buffer_size, count, 0
         reader = Reader(shares, chunks, *order, epoch=int(self._epoch))
@@ -281,6 +156,9 @@ class StreamLoader:
     batches whose sizes differ by at most one: no example is lost or repeated, and each
     counts alike.
 
+    A worker holds ``buffer_size`` encoded images and, where row groups are read, as many again:
+    those of up to 16 row groups of an arrival that are open at a time, or of one if it is larger.
+
     Every file is read once an epoch, whatever the number of workers; of ``num_processes``, at most
     ``num_processes`` − 1 row groups are read twice. A row group is read by one worker, so that
     fewer row groups than workers leave workers idle. A stream without blocks is read from its
@@ -295,11 +173,15 @@ class StreamLoader:
         num_processes: number of processes that share the examples.
         process_index: index of this process.
         augment: from an image tensor to another of the same shape, drawn again every epoch.
+        new_share: share of the last arrival's images in every batch, in (0, 1), to within one image
+            of each worker; None mixes in proportion. An epoch keeps its length: of the kind that is
+            too few for it, images come again, and of the other some do not come.
 
     Raises:
         RuntimeError: another process failed to count its examples.
-        ValueError: an argument is out of range, or a process has fewer examples than batches (on
-            all processes). While iterating: a stream does not hold ``num_examples`` examples.
+        ValueError: an argument is out of range, or a process has fewer examples than batches, or no
+            old or new one for ``new_share`` (on all processes). While iterating: a stream does not
+            hold ``num_examples`` examples.
 
     Example:
         >>> import hf_dash
@@ -322,6 +204,7 @@ class StreamLoader:
         num_processes: int = 1,
         process_index: int = 0,
         augment: Augment | None = None,
+        new_share: float | None = None,
     ) -> None:
         lowest = {"batch_size": (batch_size, 1), "seed": (seed, 0), "buffer_size": (buffer_size, 1)}
         lowest |= {"num_workers": (num_workers, 0), "num_processes": (num_processes, 1)}
@@ -339,7 +222,7 @@ class StreamLoader:
         count_together(arrivals, *ranks)
         self._counts = cut_evenly(sum(map(len, arrivals)), num_processes)
         self._sizes = _batch_sizes(self._counts, process_index, batch_size)
-        shares = tuple(map(tuple, sources_of(arrivals, *ranks, num_workers)))
+        shares = shares_of(arrivals, *ranks, num_workers, new_share)
         order = batch_size, seed, buffer_size, num_workers, process_index
         steps = [arrival.transform.normalize for arrival in arrivals]
         # Images travel as bytes if they can be normalized last, and all alike.
@@ -347,6 +230,7 @@ class StreamLoader:
         self._normalize = steps[0] if last else None
         self._reader = Reader(shares, len(self._sizes), *order, augment, not last)
         self._epoch = self._batches = self._first = 0
+        self._new_share = new_share
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -378,6 +262,7 @@ class StreamLoader:
             "seed": reader.seed,
             "buffer_size": reader.buffer_size,
             "num_workers": max(1, reader.num_workers),
+            "new_share": self._new_share,
             "order": ORDER,
         }
 
@@ -396,7 +281,7 @@ class StreamLoader:
 
     def _chunks(self, reader: Reader) -> Iterator[Chunk]:
         # Asked of each before workers start, so that they share the file of what is kept.
-        kept = [source.is_kept for share in reader.shares for source in share]
+        kept = [source.is_kept for share in reader.shares for source in share.sources]
         if all(kept):
             return in_turn([reader.chunks(worker) for worker in range(len(reader.shares))])
         return iter(self._load(reader))

@@ -46,7 +46,11 @@ class Block(Protocol):
     Args:
         scattered: each example can be read alone, in any order, at the price of that example.
         whole: reading a part of it costs as much as reading all of it.
+        labels: [examples], positions among the stream's classes; None if they are not known.
     """
+
+    @property
+    def labels(self) -> np.ndarray | None: ...  # noqa: D102
 
     @property
     def scattered(self) -> bool: ...  # noqa: D102
@@ -78,6 +82,7 @@ class StreamBlock:
     size: int
     scattered: bool = False
     whole: bool = False
+    labels: None = None
 
     def __len__(self) -> int:
         return self.size
@@ -416,7 +421,7 @@ def is_shardable(step: Any) -> bool:
     return not hasattr(step, "ex_iterable") or is_shardable(step.ex_iterable)
 
 
-def _rows_at(
+def rows_at(
     arrivals: Sequence[StreamedImages], positions: Sequence[int]
 ) -> Iterator[tuple[StreamedImages, Row]]:
     """Yield the rows at ascending positions, counted over all arrivals, with their arrival.
@@ -470,7 +475,7 @@ class StreamGradientBatches(Sequence[dict[str, Any]]):
         return next(iter(StreamGradientBatches(self.arrivals, [self.shares[index]])))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = _rows_at(self.arrivals, [position for share in self.shares for position in share])
+        rows = rows_at(self.arrivals, [position for share in self.shares for position in share])
         for share in self.shares:
             decoded = [
                 arrival.decode([row]) for _, (arrival, row) in zip(share, rows, strict=False)

@@ -296,7 +296,6 @@ def test_taking_all_trains_to_the_same_bits(accelerator):
         ({"replay_strategy": "recency"}, "replay_samples must be given.*'recency'"),
         ({"new_share": 0.0}, r"new_share must be in \(0, 1\), got 0.0"),
         ({"new_share": 1}, r"new_share must be in \(0, 1\), got 1"),
-        ({"new_share": 0.5, "streaming": True}, "new_share must be None with streaming, got 0.5"),
     ],
 )
 def test_bad_settings_are_refused(settings, match):
@@ -420,5 +419,18 @@ def test_a_stream_that_is_read_from_its_beginning_is_refused():
     ]
     with pytest.raises(ValueError, match="stream must be of parquet files, tar files"):
         Replay(samples=2).rounds([Round(2, tuple(parts))], seed=0)
-    with pytest.raises(ValueError, match="new_share must be None: round 2 holds streams"):
-        Replay(new_share=0.5).rounds([Round(2, tuple(parts))], seed=0)
+
+
+def test_a_trainer_reads_a_stream_with_the_share_of_new_images():
+    parts = [
+        StreamedImages(numbered(begin, end).to_iterable_dataset(), as_tensor)
+        for begin, end in ((0, 36), (36, 48))
+    ]
+    (round_,) = Replay(new_share=0.5).rounds([Round(2, tuple(parts))], seed=0)
+    rows = hf_dash.data.training_stream(round_, seed=0)
+    found = [int(row["pixel_values"].flatten()[0]) for row in rows]
+    assert [sum(n >= 36 for n in found[at : at + 8]) for at in range(0, 48, 8)] == [4] * 6
+    # By hand: 24 of the 36 old ones, and each of the 12 new ones twice.
+    times = np.bincount(found, minlength=48)
+    assert times[36:].tolist() == [2] * 12
+    assert sorted(times[:36].tolist()) == [0] * 12 + [1] * 24

@@ -11,7 +11,7 @@ from helpers import FEATURES, as_tensor, both, broken_stream, heard, numbered, n
 from torch.utils.data import DataLoader
 
 from hf_dash.data import StreamedExamples, StreamedImages, StreamLoader
-from hf_dash.data.stream_loader import _batch_sizes, shuffled
+from hf_dash.data.stream_loader import _batch_sizes
 from hf_dash.models import image_transform
 
 # Two workers are as right on a machine of one core, only slower.
@@ -71,14 +71,6 @@ def test_arrivals_mix_in_proportion_to_their_sizes():
         shares = [float((batch["pixel_values"] >= 3000).float().mean()) for batch in loader]
         # A full shuffle draws a sixth of 40: its standard deviation is that of the binomial.
         assert np.std(shares) <= 1.5 * (1 / 6 * 5 / 6 / 40) ** 0.5
-
-
-@pytest.mark.parametrize("buffer_size", [1, 7, 100])
-def test_a_buffer_mixes_what_is_near_and_loses_nothing(buffer_size):
-    found = list(shuffled(range(60), buffer_size, np.random.default_rng(0)))
-    assert sorted(found) == list(range(60))
-    assert all(number - place < buffer_size for place, number in enumerate(found))
-    assert (found == list(range(60))) == (buffer_size == 1)
 
 
 def test_digits_are_those_of_map_style_data(digits, small_model):
@@ -184,6 +176,60 @@ def test_images_are_bytes_until_they_are_used(digits, small_model):
     assert torch.equal(batch["pixel_values"], expected)
 
 
+def new_in(batches, first_new):
+    return [sum(number >= first_new for number in batch) for batch in numbers(batches)]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("cache", [False, True])
+def test_every_batch_has_the_share_of_new_images(num_shards, cache):
+    arrivals = streams(90, 30, num_shards=num_shards)
+    arrivals = [StreamedImages(a.stream, as_tensor, cache=cache) for a in arrivals]
+    for share, expected in ((0.5, 4), (0.25, 2), (0.75, 6)):
+        loader = StreamLoader(arrivals, 8, seed=0, buffer_size=7, new_share=share)
+        first, second = list(loader), list(loader)
+        assert [len(batch["labels"]) for batch in first] == [8] * 15
+        assert new_in(first, 90) == new_in(second, 90) == [expected] * 15
+        # Each new image comes as often as any other, or once more; an old one at most once, and
+        # an image keeps its label.
+        times = np.bincount(flat(first), minlength=120)
+        assert times[90:].max() - times[90:].min() <= 1
+        assert times[90:].sum() == 15 * expected
+        assert set(times[:90].tolist()) <= {0, 1}
+        assert all(b["labels"].tolist() == [int(n) % 2 for n in b["pixel_values"]] for b in first)
+        assert numbers(first) != numbers(second)
+
+
+def test_old_images_come_again_where_they_are_too_few():
+    # 9 old of 108: half of an epoch is 54 places, six for each.
+    loader = StreamLoader(streams(9, 99), 12, seed=0, buffer_size=50, new_share=0.5)
+    batches = list(loader)
+    assert new_in(batches, 9) == [6] * 9
+    assert np.bincount(flat(batches), minlength=108)[:9].tolist() == [6] * 9
+
+
+def test_workers_and_processes_keep_the_share_of_new_images(monkeypatch):
+    arrivals = streams(60, 20, num_shards=4)
+    for num_processes in (1, 2):
+        ranks = loaders(monkeypatch, arrivals, num_processes, num_workers=2, new_share=0.5)
+        for rank in ranks:
+            batches = list(rank)
+            sizes = [len(batch["labels"]) for batch in batches]
+            assert (sum(sizes), max(sizes)) == (80 // num_processes, 4)
+            # Each of two workers is off by less than one image.
+            for new, size in zip(new_in(batches, 60), sizes, strict=True):
+                assert abs(new - size / 2) < 2
+            assert sum(new_in(batches, 60)) == 40 // num_processes
+
+
+def test_a_share_of_what_is_not_there_is_refused(monkeypatch):
+    message = "new_share must be None .* the 2 processes, got 0.5 with 9 and 1"
+    with pytest.raises(ValueError, match=message):
+        loaders(monkeypatch, streams(9, 1), 2, new_share=0.5)
+    # Where nothing is old, all is new.
+    assert sorted(flat(StreamLoader(streams(9), 4, seed=0, new_share=0.5))) == list(range(9))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_loader_resumes_with_the_batches_that_would_have_followed(num_workers, cache):
@@ -229,6 +275,8 @@ def test_a_state_of_another_order_is_refused():
     state = StreamLoader(streams(9), 4, seed=0).state_dict()
     with pytest.raises(ValueError, match="loader with seed 0, this one has 1"):
         StreamLoader(streams(9), 4, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="loader with new_share None"):
+        StreamLoader(streams(9), 4, seed=0, new_share=0.5).load_state_dict(state)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -359,6 +407,10 @@ def test_two_processes_agree_on_the_batches(two_processes):
             found = sorted(number for own in batches for batch in own for number in batch)
             assert found == list(range(2 * sum(sizes)))
         assert [(rank["world"], rank["length"]) for rank in ranks] == [(2, 2)] * 2
+    # Half of what each process reads is new, and no process reads what another does.
+    shared = [[n for batch in rank["shared"] for n in batch] for rank in two_processes["stream"]]
+    assert [sum(number >= 14 for number in own) for own in shared] == [4, 4]
+    assert not set(shared[0]) & set(shared[1])
 
 
 def test_two_processes_fail_together(two_processes):

@@ -1,0 +1,213 @@
+"""What one process reads of streams in an epoch, a chunk of every batch at a time.
+
+Flow: a reader's share → the order of the epoch → encoded images, read ahead in the order that the
+files have, unless they are kept → chunks, decoded.
+Differs from a buffer of images: the order is known before anything is read, so what is kept is
+looked up where it lies, and a reader holds what is read and not given yet, and nothing else.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import get_worker_info
+
+from hf_dash.data.examples import Augment
+from hf_dash.data.mixing import Order, epoch_order
+from hf_dash.data.shares import Share, Source
+from hf_dash.data.streams import Row, StreamedImages, rows_at
+from hf_dash.utils.memory import empty_tensor
+
+Chunk = dict[str, Any]
+
+
+def this_worker() -> tuple[int, int]:
+    """Return the number of this worker of a ``DataLoader``, and that of all its workers."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+@contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """Seed python, numpy and torch on the CPU; restore their states on exit."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # No devices: a forked worker must not touch one.
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+class Ahead:
+    """Encoded images, read in one order and taken in another; what is kept is not read.
+
+    Args:
+        sources: that are read.
+        order: of an epoch.
+    """
+
+    def __init__(self, sources: Sequence[Source], order: Order) -> None:
+        self._sources, self._order = sources, order
+        # Asked once, so that a source is read whole or not at all.
+        kept = np.array([source.is_kept for source in sources], dtype=bool)
+        self._wanted = np.flatnonzero(~kept[order.sources])
+        self._num_read = 0
+        self._rows: dict[int, Row] = {}
+        self._open: dict[int, Iterator[Row]] = {}
+        self._num_left: dict[int, int] = {}
+        by_source = self._wanted[np.argsort(order.sources[self._wanted], kind="stable")]
+        numbers, starts = np.unique(order.sources[by_source], return_index=True)
+        self._places = order.places[by_source]
+        self._next_place = dict(zip(numbers.tolist(), starts.tolist(), strict=True))
+
+    def take(self, positions: np.ndarray) -> list[Row | None]:
+        """Return what is at these positions of the order, each once; None for what is kept.
+
+        Raises:
+            ValueError: a source holds more or fewer examples than were counted.
+        """
+        end = int(np.searchsorted(self._wanted, positions.max(initial=-1), side="right"))
+        for position in self._wanted[self._num_read : end].tolist():
+            self._rows[position] = self._read(int(self._order.sources[position]))
+        self._num_read = max(self._num_read, end)
+        return [self._rows.pop(position, None) for position in positions.tolist()]
+
+    def _read(self, number: int) -> Row:
+        """Return the next row of a source, which begins again where it was read to its end."""
+        if number not in self._open:
+            source, first = self._sources[number], self._next_place[number]
+            self._num_left[number] = len(source)
+            self._next_place[number] += len(source)
+            places = self._places[first : self._next_place[number]]
+            self._open[number] = source.rows(places)
+        row = next(self._open[number], None)
+        if row is None:
+            raise ValueError("num_examples is more than a stream holds")
+        self._num_left[number] -= 1
+        if self._num_left[number] == 0 and next(self._open.pop(number), None) is not None:
+            raise ValueError("num_examples is less than a stream holds")
+        return row
+
+
+@dataclass(frozen=True)
+class Reader(TorchIterableDataset[Chunk]):
+    """What one process reads in one epoch: of every batch, each worker's share as a chunk."""
+
+    shares: tuple[Share, ...]
+    num_batches: int
+    batch_size: int
+    seed: int
+    buffer_size: int
+    num_workers: int
+    process_index: int
+    augment: Augment | None = None
+    normalized: bool = True
+    epoch: int = 0
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self.chunks(this_worker()[0])
+
+    def chunks(self, worker: int) -> Iterator[Chunk]:
+        """Yield one worker's chunks; a skipped or empty chunk gives only its length."""
+        share = self.shares[worker]
+        entropy = self.seed, self.epoch, self.process_index, worker
+        order = epoch_order(share, self.buffer_size, np.random.default_rng(entropy))
+        ahead = Ahead(share.sources, order)
+        for number in range(self.num_batches):
+            begin, end = self._end(worker, number), self._end(worker, number + 1)
+            positions = order.given[begin:end]
+            rows = ahead.take(positions)
+            if not rows or self._behind(worker, number) <= self.skip:
+                yield {"skipped": len(rows)}
+                continue
+            # Seeded per chunk, random transforms are the same with and without a skip.
+            is_random = self.augment is not None or any(row is not None for row in rows)
+            with _seeded(*entropy, number) if is_random else nullcontext():
+                pixels, labels = _decoded(share.sources, order, positions, rows, self.normalized)
+                if self.augment is not None:
+                    pixels = torch.stack([self.augment(image, None) for image in pixels])
+            yield {"pixel_values": pixels, "labels": labels}
+
+    def _end(self, worker: int, number: int) -> int:
+        """Return how many examples are in a worker's first ``number`` chunks."""
+        return len(self.shares[worker]) * number // self.num_batches
+
+    def _behind(self, worker: int, number: int) -> int:
+        """Return how many examples have come by the end of a chunk; workers take turns."""
+        turns = range(len(self.shares))
+        return sum(self._end(other, number + (other <= worker)) for other in turns)
+
+
+def _decoded(
+    sources: Sequence[Source],
+    order: Order,
+    positions: np.ndarray,
+    rows: Sequence[Row | None],
+    normalized: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the images and labels at some positions of an order, in the order given."""
+    numbers, inverse = np.unique(order.sources[positions], return_inverse=True)
+    own = [sources[number] for number in numbers.tolist()]
+    places = np.array([source.first for source in own])[inverse] + order.places[positions]
+    arrivals = list({id(source.arrival): source.arrival for source in own}.values())
+    of_source = [next(n for n, a in enumerate(arrivals) if a is s.arrival) for s in own]
+    of_row = np.array(of_source)[inverse]
+    parts = []
+    for number, arrival in enumerate(arrivals):
+        at = np.flatnonzero(of_row == number)
+        pixels, labels = _read(arrival, places[at], [rows[place] for place in at.tolist()])
+        parts.append((at, arrival.normalized(pixels) if normalized else pixels, labels))
+    if len(parts) == 1:
+        return parts[0][1:]
+    return _put_together(parts)
+
+
+def _put_together(parts: Sequence[tuple[np.ndarray, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    first, count = parts[0][1], sum(len(at) for at, _, _ in parts)
+    pixels = empty_tensor((count, *first.shape[1:]), first.dtype)
+    labels = torch.empty(count, dtype=torch.int64)
+    for at, images, own in parts:
+        if images.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"images of a batch must have one shape, got {tuple(first.shape[1:])} and"
+                f" {tuple(images.shape[1:])}"
+            )
+        pixels[at], labels[at] = images, own
+    return pixels, labels
+
+
+def _read(
+    arrival: StreamedImages, places: np.ndarray, rows: Sequence[Row | None]
+) -> tuple[Tensor, Tensor]:
+    """Return the images, not normalized, and labels of an arrival's examples, and keep them.
+
+    Args:
+        arrival: the arrival.
+        places: of the examples.
+        rows: the examples, encoded; None where they are kept.
+    """
+    kept = arrival.kept
+    if kept is None:
+        return arrival.decode_pixels([row for row in rows if row is not None])
+    pixels, labels, missing = kept.read(places.tolist())
+    if missing:
+        gone = sorted({int(places[n]) for n in missing if rows[n] is None})
+        again = dict(zip(gone, (row for _, row in rows_at([arrival], gone)), strict=True))
+        decoded, theirs = arrival.decode_pixels([rows[n] or again[int(places[n])] for n in missing])
+        for number, image, label in zip(missing, decoded, theirs.tolist(), strict=True):
+            kept.write(int(places[number]), image, label)
+            pixels[number], labels[number] = image, label
+    return pixels, labels
