@@ -22,7 +22,7 @@ from hf_dash.data.config import DataConfig
 from hf_dash.data.examples import ImageExamples, Transform
 from hf_dash.data.folders import PACKED, TEMPORARY_SUFFIXES, is_image
 from hf_dash.data.names import shown
-from hf_dash.data.pieces import Piece, drawn, runs_of
+from hf_dash.data.pieces import Piece, drawn, runs_of, together
 from hf_dash.data.pixel_cache import PixelBudget
 from hf_dash.data.shards import LOADERS, RowNames, Shard, merge_shards, open_shard, shard_kind
 from hf_dash.data.stamps import Stamps, joint_stamps
@@ -241,7 +241,7 @@ def unread(shards: Sequence[Shard], files: Sequence[str] = (), *, numbered: bool
 
 def _joint_pieces(shards: Sequence[Shard]) -> tuple[Piece, ...] | None:
     parts = [shard.pieces for shard in shards]
-    return None if None in parts else tuple(piece for part in parts for piece in part or ())
+    return None if None in parts else together([piece for part in parts for piece in part or ()])
 
 
 def left_out_of(shards: Sequence[Shard]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ Differs from ``IterableDataset.skip``: what comes before a piece is not read.
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 from pyarrow.parquet import FileMetaData, ParquetFile, read_metadata
 
 from hf_dash.data.archives import note_use
-from hf_dash.data.columns import BATCH_SIZE, undecoded
+from hf_dash.data.columns import BATCH_SIZE, AnyDataset, undecoded
 
 # Fields of an archive that ``datasets`` unpacks.
 PACKED_FIELDS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
@@ -129,9 +130,54 @@ class Rows:
 
     def images(self, rows: Sequence[int]) -> Iterator[Any]:
         """Yield the images of these rows; see :class:`Piece`."""
-        encoded = undecoded(self.dataset.select_columns("image"))
         for begin in range(0, len(rows), BATCH_SIZE):
-            yield from encoded[[int(row) for row in rows[begin : begin + BATCH_SIZE]]]["image"]
+            own = [int(row) for row in rows[begin : begin + BATCH_SIZE]]
+            yield from self._encoded[own]["image"]
+
+    @cached_property
+    def _encoded(self) -> AnyDataset:
+        return undecoded(self.dataset.select_columns("image"))
+
+
+@dataclass(frozen=True)
+class Together:
+    """Pieces whose rows can each be read alone, as one, so that rows in any order are in one.
+
+    Args:
+        pieces: in order, at least one.
+    """
+
+    pieces: tuple[Piece, ...]
+    scattered: bool = field(default=True, init=False)
+
+    @property
+    def num_rows(self) -> int:
+        """See :class:`Piece`."""
+        return int(self._starts[-1])
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(piece.num_rows for piece in self.pieces)])
+
+    def images(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Yield the images of these rows; see :class:`Piece`. A piece is opened once in a while."""
+        for begin in range(0, len(rows), BATCH_SIZE):
+            own = np.asarray(rows[begin : begin + BATCH_SIZE], dtype=np.int64)
+            numbers = np.searchsorted(self._starts, own, side="right") - 1
+            images: list[Any] = [None] * len(own)
+            for number in np.unique(numbers).tolist():
+                places = np.flatnonzero(numbers == number).tolist()
+                found = self.pieces[number].images((own[places] - self._starts[number]).tolist())
+                for place, image in zip(places, found, strict=True):
+                    images[place] = image
+            yield from images
+
+
+def together(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Return pieces as one if each of their rows can be read alone, else as they are."""
+    if len(pieces) > 1 and all(piece.scattered for piece in pieces):
+        return (Together(tuple(pieces)),)
+    return tuple(pieces)
 
 
 def row_groups(path: Path, column: str) -> tuple[RowGroup, ...]:

@@ -24,7 +24,7 @@ from hf_dash.data import (
     round_schedule,
 )
 from hf_dash.data.columns import fingerprint, stored_bytes
-from hf_dash.data.pieces import drawn, members, row_groups, runs_of
+from hf_dash.data.pieces import drawn, members, row_groups, runs_of, together
 from hf_dash.data.shares import sources_of
 from hf_dash.data.stream_loader import cut_batches
 from hf_dash.data.streams import FileBlock
@@ -306,3 +306,40 @@ def test_members_are_those_that_datasets_reads(tmp_path):
     assert images == [b"long name", b"folder/0.png"]
     assert members(path, "png.gz") is None
     assert members(tmp_path / "a.tar.gz", "png") is None
+
+
+def test_rows_of_several_files_in_any_order_are_one_block():
+    """A block for each row would take minutes for a million of them."""
+    pieces = together([Numbers(0, 5, True), Numbers(5, 2, True), Numbers(7, 200, True)])
+    order = np.random.default_rng(0).permutation(207)
+    (run,) = runs_of(pieces, order)
+    assert (run.piece, run.first, run.rows.tolist()) == (0, 0, order.tolist())
+    assert list(pieces[0].images(order.tolist())) == order.tolist()
+    assert list(pieces[0].images([])) == []
+    assert (pieces[0].num_rows, pieces[0].scattered) == (207, True)
+    # Row groups are read as they are, one after the other.
+    groups = [Numbers(0, 5, False), Numbers(5, 2, False)]
+    assert together(groups) == tuple(groups)
+
+
+def test_several_archives_are_cut_and_read_as_one(tmp_path):
+    for day, numbers in (("monday", range(20)), ("tuesday", range(20, 50))):
+        (tmp_path / day).mkdir()
+        write("tar", tmp_path / day, numbers, 5).rename(tmp_path / f"{day}.tar")
+    settings = DataConfig(
+        str(tmp_path / "*.tar"),
+        test_dataset_name="digits",
+        streaming=True,
+        image_column_name="png",
+        label_column_name="cls",
+        allow_disjoint_classes=True,
+    )
+    shards = [tmp_path / "monday.tar", tmp_path / "tuesday.tar"]
+    whole = load_arrival(shards, settings, root=tmp_path)
+    order = np.random.default_rng(0).permutation(50)[:31]
+    part = whole.with_ids(order)
+    assert len(part.blocks()) == 1
+    assert [stored_bytes(image) for image, _ in part.examples(level).rows()] == [
+        noise(number) for number in order.tolist()
+    ]
+    assert [row["label"] for row in part.dataset] == [number // 5 for number in order.tolist()]
