@@ -60,6 +60,52 @@ class Findings:
         return len(self.labels)
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier command has found in those rows of a shard whose files are the same.
+
+    Args:
+        found: in all rows that the shard had then.
+        then: places of these rows in ``found``.
+        now: places that they have today.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_dash.data.findings import Earlier, look_at
+        >>> found = look_at([([{"bytes": b"no image", "path": None}], [1])])
+        >>> Earlier(found, then=np.array([0]), now=np.array([1])).others(3).tolist()
+        [0, 2]
+    """
+
+    found: Findings
+    then: np.ndarray
+    now: np.ndarray
+
+    def others(self, num_rows: int) -> np.ndarray:
+        """Return the places of all other rows of a shard that has so many today."""
+        return np.setdiff1d(np.arange(num_rows), self.now)
+
+    def joined(self, others: Findings, labels: np.ndarray) -> Findings:
+        """Return what is found in all rows.
+
+        Args:
+            others: in all other rows, in their order.
+            labels: of all rows, int64.
+        """
+        places = self.others(len(labels))
+        order = np.argsort(np.concatenate([self.now, places]))
+
+        def column(name: str) -> np.ndarray:
+            then = getattr(self.found, name)[self.then]
+            return np.concatenate([then, getattr(others, name)])[order]
+
+        moved = zip(self.then.tolist(), self.now.tolist(), strict=True)
+        bad = {now: self.found.bad[then] for then, now in moved if then in self.found.bad}
+        bad |= {int(places[row]): flaw for row, flaw in others.bad.items()}
+        columns = column("sha256"), column("content"), column("modes")
+        return Findings(labels, *columns, dict(sorted(bad.items())))
+
+
 class _Look(NamedTuple):
     sha256: bytes
     content: int

@@ -1,7 +1,8 @@
 """What one pass over a shard has found, kept on the disk: the next command reads none of its data.
 
 Flow: a shard's files, as the disk or the Hub describes them → what an earlier command has found in
-them, if they are still the same → or one pass, kept in a file of the cache folder.
+them, if they are still the same → or one pass, kept in a file of the cache folder. Of a folder only
+the images that are new or changed are read.
 Differs from a checksum of each file: nothing is read to see that nothing has changed.
 ``verify_data`` reads all the same, and compares.
 """
@@ -14,14 +15,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hf_dash.data.columns import BATCH_SIZE, AnyDataset, Reading, Values
-from hf_dash.data.findings import MODE, NO_LABEL, Findings, Flaw, look_at
+from hf_dash.data.findings import MODE, NO_LABEL, Earlier, Findings, Flaw, look_at
 from hf_dash.data.names import normalized
 from hf_dash.data.pixel_cache import cache_folder
 from hf_dash.data.stamps import Stamps, check_unchanged, stamp_of
@@ -32,10 +34,13 @@ from hf_dash.utils.logging import get_logger
 logger = get_logger(__name__, main_process_only=True)
 
 # Part of every key: a manifest of another format is not found.
-FORMAT = 1
+FORMAT = 2
 
-# Fields of ``Findings`` with a row for each image.
-ARRAYS = ("labels", "sha256", "content", "modes")
+# Fields of ``Findings`` with a row for each image, and ``Origin.files`` where it is known.
+ARRAYS, FILES = ("labels", "sha256", "content", "modes"), "files"
+
+# What a manifest raises that cannot be read.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 # Rows named in a message.
 SHOWN = 3
@@ -51,6 +56,8 @@ class Origin:
         state: changes whenever the files do.
         stamps: of the files; empty for those that cannot change.
         verify: read the shard although its manifest is known, and compare.
+        files: of a folder, a number for each row that tells its file, and its stamp, from others,
+            uint64.
     """
 
     name: str
@@ -58,6 +65,7 @@ class Origin:
     state: str
     stamps: Stamps = field(default_factory=dict)
     verify: bool = False
+    files: np.ndarray | None = None
 
     @property
     def path(self) -> Path:
@@ -82,6 +90,25 @@ def file_origin(
     key = _digest([FORMAT, str(place.resolve()), options.key])
     state = _digest([[(str(path), *stamp) for path, stamp in stamps.items()], described])
     return Origin(name, key, state, stamps, options.verify)
+
+
+def folder_origin(
+    name: str, folder: Path, images: Sequence[str], options: Reading, described: Any
+) -> Origin:
+    """Return the origin of a folder of images, each a row; they are looked at, not read.
+
+    Args:
+        name: of the shard.
+        folder: of all images.
+        images: their paths below the folder.
+        options: how they are read.
+        described: what else tells about the images, such as their labels.
+    """
+    paths = (folder / image for image in images)
+    origin = file_origin(name, folder, paths, options, described)
+    files = zip(images, origin.stamps.values(), strict=True)
+    numbers = [xxhash.xxh3_64_intdigest(repr(file).encode()) for file in files]
+    return replace(origin, files=np.array(numbers, dtype=np.uint64))
 
 
 def hub_origin(
@@ -186,12 +213,13 @@ def find_manifest(origin: Origin | None, num_rows: int | None = None) -> Manifes
     if origin is None or origin.verify or not origin.path.is_file():
         return None
     try:
-        state, manifest = _read(origin.path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        state, _, manifest = _read(origin.path)
+    except DAMAGED as error:
         logger.warning("%s: its manifest is damaged, and written anew: %s", origin.name, error)
         return None
     if state != origin.state:
-        logger.info("%s has changed since it was last read: it is read anew", origin.name)
+        if origin.files is None:
+            logger.info("%s has changed since it was last read: it is read anew", origin.name)
         return None
     rows = len(manifest.findings)
     if num_rows not in (None, rows):
@@ -199,6 +227,23 @@ def find_manifest(origin: Origin | None, num_rows: int | None = None) -> Manifes
         logger.warning(message, origin.name, rows, num_rows)
         return None
     return manifest
+
+
+def find_earlier(origin: Origin) -> Earlier | None:
+    """Return what was found in the images of a folder that are still the same, if it has changed.
+
+    A manifest of the same files was refused, and is not believed here either.
+    """
+    if origin.files is None or origin.verify or not origin.path.is_file():
+        return None
+    try:
+        state, files, manifest = _read(origin.path)
+    except DAMAGED:  # which was said
+        return None
+    if state == origin.state or files is None:
+        return None
+    _, now, then = np.intersect1d(origin.files, files, return_indices=True)
+    return Earlier(manifest.findings, then, now)
 
 
 def keep_manifest(origin: Origin | None, manifest: Manifest) -> None:
@@ -246,6 +291,7 @@ def _content(origin: Origin, manifest: Manifest) -> bytes:
         "sha256": found.sha256,
         "content": found.content,
         "modes": found.modes.view(np.uint8).reshape(len(found), MODE.itemsize),
+        **({} if origin.files is None else {FILES: origin.files}),
     }
     text = json.dumps(facts)
     return save(arrays, {"facts": text, "sha256": _checksum(text, arrays)})
@@ -259,12 +305,20 @@ def _checksum(text: str, arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[str, Manifest]:
-    """Return the state of the files of a manifest, and the manifest."""
+class _Kept(NamedTuple):
+    """A manifest as it was kept, with the state and the numbers of its files."""
+
+    state: str
+    files: np.ndarray | None
+    manifest: Manifest
+
+
+def _read(path: Path) -> _Kept:
     with safe_open(path, "np") as file:
         said = file.metadata() or {}
-        arrays = {name: file.get_tensor(name) for name in ARRAYS}
-    if _checksum(said["facts"], arrays) != said["sha256"]:
+        arrays = {name: file.get_tensor(name) for name in {*ARRAYS, *file.keys()}}
+    same = _checksum(said["facts"], arrays) == said["sha256"]
+    if not same or len({*map(len, arrays.values())}) > 1:
         raise ValueError(f"{path} is not as it was written")
     facts = json.loads(said["facts"])
     found = Findings(
@@ -275,7 +329,9 @@ def _read(path: Path) -> tuple[str, Manifest]:
         {row: Flaw(what, detail) for row, what, detail in facts["bad"]},
     )
     values = None if facts["values"] is None else tuple(facts["values"])
-    return facts["state"], Manifest(tuple(facts["classes"]), values, found)
+    return _Kept(
+        facts["state"], arrays.get(FILES), Manifest(tuple(facts["classes"]), values, found)
+    )
 
 
 def _compare(origin: Origin, now: Manifest) -> None:
@@ -284,7 +340,7 @@ def _compare(origin: Origin, now: Manifest) -> None:
     Raises:
         ValueError: they differ; the message names the shard and what differs.
     """
-    _, then = _read(origin.path)
+    then = _read(origin.path).manifest
     if now.classes != then.classes:
         differs = f"it has the classes {list(now.classes)}, it had {list(then.classes)}"
     elif len(now.findings) != len(then.findings):

@@ -54,13 +54,16 @@ from hf_dash.data.columns import (
     standard_columns,
     undecoded,
 )
+from hf_dash.data.findings import Earlier
 from hf_dash.data.folders import find_images, walk
 from hf_dash.data.manifest import (
     Manifest,
     Origin,
     decoded_manifest,
     file_origin,
+    find_earlier,
     find_manifest,
+    folder_origin,
     keep_manifest,
     read_coded,
 )
@@ -108,6 +111,7 @@ class Shard:
             the Hub and in a compressed archive that cannot be unpacked.
         origin: which files these are; None for a shard that is read anew by every command.
         manifest: what an earlier command has found in them, if it is known.
+        earlier: what it has found in the images of a folder that are the same, if others are not.
         values: integer or text labels of the source, sorted, if its labels are not class labels.
     """
 
@@ -121,7 +125,16 @@ class Shard:
     pieces: tuple[Piece, ...] | None = None
     origin: Origin | None = None
     manifest: Manifest | None = None
+    earlier: Earlier | None = None
     values: Values | None = None
+
+    @property
+    def rows(self) -> Dataset | None:
+        """All rows, if any of them can be taken; None of others."""
+        (piece, *_) = self.pieces or [None]
+        if isinstance(piece, Rows):
+            return piece.dataset
+        return self.dataset if isinstance(self.dataset, Dataset) else None
 
     def count(self) -> int:
         """Return the number of rows; reads a stream of unknown length."""
@@ -277,11 +290,12 @@ def _open_folder(path: Path, name: str, options: Reading) -> Shard:
     else:
         source = Dataset.from_dict(columns).cast_column("image", Image())
     left_out = tuple(f"{image} ({why})" for image, why in found.left_out.items())
-    files = (path / image for image in found.images)
-    origin = file_origin(name, path, files, options, found.rows)
+    origin = folder_origin(name, path, found.images, options, found.rows)
     stamps = content_stamps(origin.stamps)
     known: dict[str, Any] = {"paths": found.images, "left_out": left_out, "stamps": stamps}
     manifest = find_manifest(origin, len(found.images))
+    if manifest is None:
+        known["earlier"] = find_earlier(origin)
     shard = standard_shard(name, source, options, manifest=manifest, origin=origin, **known)
     return streamed(shard) if options.streaming else shard
 
@@ -450,10 +464,9 @@ def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:
     """Return a shard's rows with the classes of all shards, numbered from ``start``."""
     names = features["label"].names
     label_ids = [names.index(name) for name in label_names(shard.dataset)]
-    (rows, *_) = shard.pieces or [None]
-    if isinstance(rows, Rows):
+    if shard.pieces and shard.rows is not None:
         # Numbered before it is a stream, which would number each of its shards from 0.
-        known = replace(shard, dataset=rows.dataset, pieces=None)
+        known = replace(shard, dataset=shard.rows, pieces=None)
         return _as_stream(_numbered(known, features, start))
     if not isinstance(shard.dataset, Dataset):
         settings = {"start": start, "label_ids": label_ids}

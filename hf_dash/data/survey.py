@@ -164,8 +164,8 @@ def survey_opened(
         by_pixels: see :func:`survey_rows`.
 
     Returns:
-        The survey of these rows; None if shards that nobody has read would be read for less than
-        half of their rows, or for rows that nobody knows.
+        The survey of these rows; None if what nobody has read would be read for less than half as
+        many rows, or for rows that nobody knows.
 
     Raises:
         ValueError: see :func:`survey_shards`.
@@ -176,8 +176,7 @@ def survey_opened(
             example_ids = whole_numbers(dataset, "example_id")
         if example_ids is None:
             return None
-        rows = sum(shard.num_rows or math.inf for shard in shards)
-        if 2 * len(example_ids) < rows and not all(shard.manifest for shard in shards):
+        if 2 * len(example_ids) < sum(map(_num_unread, shards)):
             return None
     classes = label_names(dataset)
     survey = survey_shards(shards, classes, known_bad=known_bad, by_pixels=by_pixels)
@@ -238,21 +237,45 @@ def _joined(parts: Sequence[Survey]) -> Survey:
 
 
 def manifest_of(shard: Shard, *, by_pixels: bool = False) -> Manifest:
-    """Return a shard's manifest; one that has none is read once.
+    """Return a shard's manifest; one that has none is read once, a folder only where it is new.
 
     Raises:
         ValueError: see :func:`survey_shards`.
     """
     if shard.manifest is not None and _fits(shard, shard.manifest):
         return shard.manifest
-    images = undecoded(shard.dataset)
     with reading(shard.name):
-        batches = ((b["image"], b["label"]) for b in images.iter(batch_size=BATCH_SIZE))
-        found = look_at(batches, mode=images.features["image"].mode, by_pixels=by_pixels)
+        found = _found_in(shard, by_pixels)
     values = None if shard.values is None else tuple(shard.values)
     manifest = Manifest(tuple(label_names(shard.dataset)), values, found)
     keep_manifest(shard.origin, manifest)
     return manifest
+
+
+def _found_in(shard: Shard, by_pixels: bool) -> Findings:
+    """Return what is found in a shard; of a folder that has changed, what is the same is known."""
+    rows, earlier = shard.rows, shard.earlier
+    if rows is None or earlier is None:
+        return _look_at(shard.dataset, by_pixels)
+    new = earlier.others(len(rows))
+    message = "%s: %s of %s images are new or changed, and are read"
+    logger.info(message, shard.name, f"{len(new):,}", f"{len(rows):,}")
+    labels = whole_numbers(rows, "label", NO_LABEL)
+    return earlier.joined(_look_at(rows.select(new), by_pixels), labels)
+
+
+def _look_at(dataset: AnyDataset, by_pixels: bool) -> Findings:
+    images = undecoded(dataset)
+    batches = ((b["image"], b["label"]) for b in images.iter(batch_size=BATCH_SIZE))
+    return look_at(batches, mode=images.features["image"].mode, by_pixels=by_pixels)
+
+
+def _num_unread(shard: Shard) -> float:
+    """Return how many rows a pass would read that nobody has read; infinite if nobody knows."""
+    if shard.manifest is not None:
+        return 0
+    known = 0 if shard.earlier is None else len(shard.earlier.now)
+    return math.inf if shard.num_rows is None else shard.num_rows - known
 
 
 def _fits(shard: Shard, manifest: Manifest) -> bool:
