@@ -3,12 +3,11 @@
 Launch:  python recipes/benchmarks/first_step.py
          python recipes/benchmarks/first_step.py --kinds parquet --num_images 32000 --num_new 500
 
-JPEGs of smooth noise in shards; three commands on each kind, each a process: the first, the same
-again, and again with one new shard. A command checks all images and takes the first batch. Counted:
-MB of all shards; MB read before that batch, of copies too, and how often that is all shards
-(passes); images decoded; MB of memory at most; CPU-s. "cut" is one dataset cut into four rounds, of
-which the last is read, all others arrive shard by shard. Reads of mapped files do not count: of
-what is not streamed, ``datasets`` makes a copy and maps it.
+JPEGs of smooth noise in shards; commands on each kind, each a process: the first, the same again,
+one with a new shard, one with new images in an old folder. They check all images and take the first
+batch. Counted: MB of all shards; MB read before it, and how often that is all shards (passes), but
+not of copies that ``datasets`` maps; images decoded; MB of memory at most; CPU-s. "cut" is one
+dataset cut into four rounds, of which the last is read; others arrive by shard.
 """
 
 import csv
@@ -60,10 +59,12 @@ def images_of(args, kind, number, count):
 
 def write_shard(args, kind, folder, number, count):
     images = images_of(args, kind, number, count)
+    folder.mkdir(parents=True, exist_ok=True)
     if kind == "folder":
         for row, content in enumerate(images):
-            (path := folder / f"{number}" / NAMES[row % 2]).mkdir(parents=True, exist_ok=True)
-            (path / f"{row}.jpg").write_bytes(content)
+            path = folder / f"{number % 1000}/{NAMES[row % 2]}/{number}-{row}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     elif kind.startswith("tar"):
         mode = "w:gz" if "gz" in kind else "w"
         with tarfile.open(folder / f"{number}.{kind.split(',')[0]}", mode) as tar:
@@ -120,14 +121,13 @@ def command(kind, folder):
 
 def measure(args, kind, folder):
     train, fork = folder / "train", multiprocessing.get_context("fork")
-    for part in (train, folder / "held_out"):
-        part.mkdir(parents=True)
     for number in range(args.num_shards):
         write_shard(args, kind, train, number, args.num_images // args.num_shards)
     write_shard(args, kind, folder / "held_out", 1000, max(2, args.num_images // 100))
-    for name in ("first", "again", "new shard"):
-        if name == "new shard":
-            write_shard(args, kind, train, 2000, args.num_new)
+    new = {"new shard": 1999} | ({"new images": 2000} if kind == "folder" else {})
+    for name, number in ({"first": None, "again": None} | new).items():
+        if number is not None:
+            write_shard(args, kind, train, number, args.num_new)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         with ProcessPoolExecutor(1, mp_context=fork) as pool:
             count, read, decoded, held, seconds = pool.submit(command, kind, folder).result()
