@@ -12,86 +12,17 @@ import re
 import socket
 import struct
 import threading
-from dataclasses import dataclass, field
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_repositories import Blob, Refused, Repository
 
 TOKENS = {"hf_goodtokenofuser": "user", "hf_goodtokenofother": "other"}
 NOW = "2026-01-01T00:00:00.000Z"
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-API = rf"/api/models/{REPO}"
-
-
-class Refused(Exception):  # noqa: N818
-    """An answer with an error status."""
-
-    def __init__(self, status, message, code=None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-
-@dataclass(frozen=True)
-class Blob:
-    content: bytes
-    lfs: bool = False
-
-    @property
-    def sha256(self):
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def git_oid(self):
-        content = self.content
-        if self.lfs:
-            pointer = f"oid sha256:{self.sha256}\nsize {len(content)}\n"
-            content = f"version https://git-lfs.github.com/spec/v1\n{pointer}".encode()
-        return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
-
-    @property
-    def oid(self):
-        return self.sha256 if self.lfs else self.git_oid
-
-
-@dataclass
-class Commit:
-    oid: str
-    parent: str | None
-    title: str
-    description: str
-    files: dict[str, Blob]
-
-
-@dataclass
-class Repository:
-    private: bool
-    commits: dict[str, Commit] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    pull_requests: dict[str, str] = field(default_factory=dict)
-    closed: set[int] = field(default_factory=set)
-    modes: dict[str, tuple[str, int]] = field(default_factory=dict)  # path → upload mode, size
-
-    def add(self, parent, title, description, files):
-        text = repr((parent, title, description, sorted((p, b.oid) for p, b in files.items())))
-        oid = hashlib.sha1(f"{len(self.commits)}{text}".encode()).hexdigest()
-        self.commits[oid] = Commit(oid, parent, title, description, files)
-        return oid
-
-    def commit(self, revision):
-        refs = {**self.branches, **self.tags, **self.pull_requests}
-        oid = refs.get(unquote(revision), unquote(revision))
-        if oid not in self.commits:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[oid]
-
-    def log(self, revision="main"):
-        """Commits from a revision back to the first."""
-        commit = self.commit(revision)
-        while commit is not None:
-            yield commit
-            commit = self.commits.get(commit.parent)
+API = rf"/api/(?:models|datasets)/{REPO}"
 
 
 class HubDouble:
@@ -101,6 +32,7 @@ class HubDouble:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()  # bytes of content, by request
         self.problems: list[str] = []
         self.faults: list[list] = []
         self.lock, self.closing = threading.RLock(), threading.Event()
@@ -132,6 +64,12 @@ class HubDouble:
                 fault[2] -= 1
                 return fault[1]
         return None
+
+    def put(self, repo, files, private=False):
+        """Make a repository of these files, by their paths, or a commit to it."""
+        found = self.repositories.setdefault(repo, Repository(private))
+        blobs = {path: Blob(content, lfs=True) for path, content in files.items()}
+        found.branches["main"] = found.add(found.branches.get("main"), "files", "", blobs)
 
     def files(self, repo, revision="main"):
         return {
@@ -219,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.hub.sent[f"{self.command} {urlsplit(self.path).path}"] += len(body)
         if not self.dripping:
             self.wfile.write(body)
             return
@@ -395,7 +334,10 @@ def commit(self, repo, revision):
 def model_info(self, repo, revision):
     found = self.repository(repo)
     commit = found.commit(revision or "main")
-    siblings = [{"rfilename": path} for path in sorted(commit.files)]
+    siblings = []
+    for path, blob in sorted(commit.files.items()):
+        one = entry(path, blob) if "blobs" in self.query else {}
+        siblings.append({"rfilename": path, "blobId": one.get("oid"), "lfs": one.get("lfs")})
     names = {"id": repo, "modelId": repo, "sha": commit.oid, "private": found.private}
     return 200, {**names, "siblings": siblings, "tags": [], "downloads": 0, "lastModified": NOW}
 
@@ -403,16 +345,25 @@ def model_info(self, repo, revision):
 def entry(path, blob):
     one = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.git_oid}
     if blob.lfs:
-        one["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}
+        sizes = {"size": len(blob.content), "pointerSize": 130}
+        one["lfs"] = {"oid": blob.sha256, "sha256": blob.sha256, **sizes}
     return one
 
 
 @route("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?")
 def tree(self, repo, revision, folder):
-    commit = self.repository(repo).commit(revision)
-    if folder:
+    files, below = (
+        self.repository(repo).commit(revision).files,
+        f"{unquote(folder or '')}/".lstrip("/"),
+    )
+    found = {path: blob for path, blob in sorted(files.items()) if path.startswith(below)}
+    if folder and not found:
         raise Refused(404, f"{folder} does not exist", "EntryNotFound")
-    return 200, [entry(path, blob) for path, blob in sorted(commit.files.items())]
+    folders = {below + path.removeprefix(below).split("/")[0] for path in found} - found.keys()
+    if self.query.get("recursive", "false").lower() != "true":
+        found = {path: blob for path, blob in found.items() if "/" not in path.removeprefix(below)}
+    tops = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders]
+    return 200, tops + [entry(path, blob) for path, blob in found.items()]
 
 
 @route("POST", rf"{API}/paths-info/(?P<revision>[^/]+)")
@@ -481,7 +432,7 @@ def discussion_status(self, repo, number):
     return 200, {"newStatus": {"id": "1", **data}}
 
 
-@route("GET HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+@route("GET HEAD", rf"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(self, repo, revision, path):
     commit = self.repository(repo).commit(revision)
     blob = commit.files.get(unquote(path))
@@ -490,4 +441,9 @@ def resolve(self, repo, revision, path):
     headers = {"ETag": f'"{blob.oid}"', "X-Repo-Commit": commit.oid}
     if blob.lfs:
         headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.content))}
-    return 200, blob.content, headers
+    if "Range" not in self.headers:
+        return 200, blob.content, headers
+    first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"]).groups()
+    content = blob.content[int(first) : int(last) + 1 if last else None]
+    end = int(first) + len(content) - 1
+    return 206, content, {**headers, "Content-Range": f"bytes {first}-{end}/{len(blob.content)}"}

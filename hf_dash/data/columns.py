@@ -57,6 +57,7 @@ class Reading:
         allow_missing: continue although a class or more than 1 % of the images cannot be read.
         by_pixels: tell images apart by their pixels instead of their encoded bytes.
         verify: read shards although what is in them is known, and compare.
+        split_alone: of parquet files on the Hub, fetch those of one split, not the whole dataset.
     """
 
     image_column: str = "image"
@@ -67,6 +68,7 @@ class Reading:
     allow_missing: bool = False
     by_pixels: bool = False
     verify: bool = False
+    split_alone: bool = False
 
     @property
     def key(self) -> tuple[str | bool | None, ...]:

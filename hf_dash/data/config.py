@@ -253,7 +253,7 @@ class DataConfig:
             ValueError: it is not clear what to hold out, it is the split trained on, or it cannot
                 be read.
         """
-        options = replace(self.reading, streaming=False)
+        options = replace(self.reading, streaming=False, split_alone=self.streaming)
         if self.validation_dir is not None:
             return "validation", folder_source(self.validation_dir).open("train", options)
         if self.test_dataset_name is not None:

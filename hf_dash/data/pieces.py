@@ -1,30 +1,40 @@
 """Parts of a shard that can be read without the rest: a row group, members of a tar, single files.
 
 Flow: a shard → its pieces, from a footer, the headers of an archive or a list of files; no image is
-read → encoded images of some rows of a piece.
+read → encoded images of some rows of a piece. Files on the Hub are read where they are, by ranges.
 Source: parquet's row groups, as ``pyarrow`` reads them; the members of webdataset's archives.
 Differs from ``IterableDataset.skip``: what comes before a piece is not read.
 """
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset
 from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
-from pyarrow.parquet import FileMetaData, ParquetFile, read_metadata
+from datasets.table import table_cast
+from fsspec import AbstractFileSystem
+from pyarrow.parquet import FileMetaData, ParquetFile
 
 from hf_dash.data.archives import note_use
 from hf_dash.data.columns import BATCH_SIZE, AnyDataset, undecoded
+from hf_dash.hub.client import HubError, reach
 
 # Fields of an archive that ``datasets`` unpacks.
 PACKED_FIELDS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+
+# Files or row groups that are asked for at the same time, where only little of each is read.
+AT_ONCE = 16
+
+Result = TypeVar("Result")
 
 
 class Piece(Protocol):
@@ -55,12 +65,14 @@ class RowGroup:
         number: of the row group, counted from 0.
         column: of the images.
         footer: of the file, so that it is read once for all row groups.
+        files: where the file is, if it is not on this machine.
     """
 
-    path: Path
+    path: Path | str
     number: int
     column: str
     footer: FileMetaData
+    files: AbstractFileSystem | None = field(default=None, repr=False)  # it may hold a token
     scattered: bool = field(default=False, init=False)
 
     @property
@@ -68,15 +80,50 @@ class RowGroup:
         """See :class:`Piece`."""
         return int(self.footer.row_group(self.number).num_rows)
 
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Return some columns, as they are stored.
+
+        Raises:
+            HubError: the file is on the Hub and cannot be read; the message names it.
+        """
+
+        def read(file: ParquetFile) -> pa.Table:
+            return file.read_row_group(self.number, columns=list(columns))
+
+        return _with_parquet(read, self.path, self.files, self.footer)
+
     def images(self, rows: Sequence[int]) -> Iterator[Any]:
         """Yield the images of these rows; see :class:`Piece`."""
-        with ParquetFile(self.path, metadata=self.footer) as file:
-            stored = file.read_row_group(self.number, columns=[self.column]).column(self.column)
-        image = Image(decode=False)
+        stored, image = self.read([self.column]).column(0), Image(decode=False)
         # By chunk: together they may be too large for one array.
         found = pa.chunked_array([image.cast_storage(chunk) for chunk in stored.chunks])
         for row in rows:
             yield found[int(row)].as_py()
+
+
+def _with_parquet(
+    action: Callable[[ParquetFile], Result],
+    path: Path | str,
+    files: AbstractFileSystem | None,
+    footer: FileMetaData | None = None,
+) -> Result:
+    """Do something with an open parquet file, of this machine or of the Hub."""
+    if files is None:
+        with ParquetFile(path, metadata=footer) as file:
+            return action(file)
+
+    def act() -> Result:
+        # A cache would read on behind all that is asked for; ``pre_buffer`` asks for it at once.
+        with (
+            files.open(str(path), cache_type="none") as source,
+            ParquetFile(source, metadata=footer, pre_buffer=True) as file,
+        ):
+            return action(file)
+
+    try:
+        return reach(act)
+    except HubError as error:
+        raise HubError(f"{path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -180,11 +227,69 @@ def together(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def row_groups(path: Path, column: str) -> tuple[RowGroup, ...]:
-    """Return the row groups of a parquet file that hold rows; reads its footer."""
-    footer = read_metadata(path)
-    groups = [RowGroup(path, number, column, footer) for number in range(footer.num_row_groups)]
+def row_groups(
+    path: Path | str, column: str, files: AbstractFileSystem | None = None
+) -> tuple[RowGroup, ...]:
+    """Return the row groups of a parquet file that hold rows; reads its footer alone.
+
+    Args:
+        path: of the file.
+        column: of the images.
+        files: where the file is, if it is not on this machine.
+
+    Raises:
+        HubError: the file is on the Hub and cannot be read; the message names it.
+    """
+    footer = _with_parquet(lambda file: file.metadata, path, files)
+    numbers = range(footer.num_row_groups)
+    groups = [RowGroup(path, number, column, footer, files) for number in numbers]
     return tuple(group for group in groups if group.num_rows)
+
+
+def remote_row_groups(
+    paths: Sequence[str], column: str, files: AbstractFileSystem
+) -> tuple[RowGroup, ...]:
+    """Return the row groups of several files, in order; see :func:`row_groups`."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        parts = [*pool.map(partial(row_groups, column=column, files=files), paths)]
+    return tuple(group for part in parts for group in part)
+
+
+def stream_of_groups(groups: Sequence[RowGroup], features: Features) -> IterableDataset:
+    """Return a stream of some columns of row groups, with a shard for each; no other is read.
+
+    Args:
+        groups: at least one.
+        features: of these columns, to which all files are cast.
+    """
+    settings = {"groups": list(groups), "features": features}
+    return IterableDataset.from_generator(_group_rows, features=features, gen_kwargs=settings)
+
+
+def _group_rows(groups: Sequence[RowGroup], features: Features) -> Iterator[dict[str, Any]]:
+    for group in groups:
+        table = table_cast(group.read([*features]).select([*features]), features.arrow_schema)
+        for batch in table.to_batches(BATCH_SIZE):
+            yield from batch.to_pylist()
+
+
+def distinct_values(groups: Sequence[RowGroup], column: str) -> list[Any]:
+    """Return the values that occur in a column of numbers or text, sorted; None is not a value.
+
+    Args:
+        groups: of one or more files.
+        column: or a field of a column of records, such as ``"json.label"``. Only it is read.
+    """
+
+    def values_of(group: RowGroup) -> list[Any]:
+        stored = group.read([column]).column(0)
+        if pa.types.is_struct(stored.type):
+            stored = pc.struct_field(stored, column.partition(".")[2])
+        return stored.unique().to_pylist()  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        values = {value for part in pool.map(values_of, groups) for value in part}
+    return sorted(value for value in values if value is not None)
 
 
 def members(path: Path, column: str, *, is_copy: bool = False) -> Members | None:

@@ -15,14 +15,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
 from datasets import (
     ClassLabel,
     Dataset,
@@ -67,7 +64,14 @@ from hf_dash.data.manifest import (
     keep_manifest,
     read_coded,
 )
-from hf_dash.data.pieces import Piece, Rows, members, row_groups
+from hf_dash.data.pieces import (
+    Piece,
+    RowGroup,
+    Rows,
+    distinct_values,
+    members,
+    row_groups,
+)
 from hf_dash.data.stamps import Stamps, content_stamps
 
 # The loader of ``datasets`` for each kind of file.
@@ -107,8 +111,8 @@ class Shard:
         paths: for a folder, the path of each image below it.
         left_out: images that could not be loaded, as ``"path (reason)"``.
         stamps: of the files that are read while a model trains.
-        pieces: of a stream, all rows in parts that can be read alone; None if there are none, as on
-            the Hub and in a compressed archive that cannot be unpacked.
+        pieces: of a stream, all rows in parts that can be read alone; None if there are none, as in
+            an archive that cannot be unpacked, and in other files than parquet on the Hub.
         origin: which files these are; None for a shard that is read anew by every command.
         manifest: what an earlier command has found in them, if it is known.
         earlier: what it has found in the images of a folder that are the same, if others are not.
@@ -192,7 +196,6 @@ def _open_file(path: Path, name: str, options: Reading, kind: str) -> Shard:
     num_rows, find_values = None, None
     if kind == "parquet":
         num_rows, key = ParquetFile(path).metadata.num_rows, content_key(path, footer_only=True)
-        find_values = partial(_column_values, path, options.label_column)
     manifest = find_manifest(origin, num_rows)
     plain = path
     if kind == "webdataset":
@@ -203,6 +206,8 @@ def _open_file(path: Path, name: str, options: Reading, kind: str) -> Shard:
     if options.streaming:
         stamps = content_stamps(origin.stamps)
         known |= {"stamps": stamps, **_pieces_of(plain, kind, options, plain != path)}
+        if kind == "parquet":
+            find_values = values_in(known["pieces"], options)
     shard = standard_shard(name, source, options, find_values, manifest=manifest, **known)
     if isinstance(source, Dataset) and num_rows not in (None, len(source)):
         raise ValueError(f"it holds {num_rows} rows, but {len(source)} were loaded")
@@ -220,14 +225,9 @@ def _pieces_of(path: Path, kind: str, options: Reading, is_copy: bool) -> dict[s
     return {"pieces": tuple(pieces), "num_rows": sum(piece.num_rows for piece in pieces)}
 
 
-def _column_values(path: Path, label_column: str, dataset: AnyDataset) -> Values:
-    """Return the labels that occur in a parquet file; of a stream, only their column is read."""
-    if isinstance(dataset, Dataset):
-        return label_values(dataset)
-    column = ParquetFile(path).read([label_column]).column(0)
-    if pyarrow.types.is_struct(column.type):
-        column = pyarrow.compute.struct_field(column, label_column.partition(".")[2])
-    return sorted(value for value in column.unique().to_pylist() if value is not None)
+def values_in(groups: Sequence[RowGroup], options: Reading) -> FindValues:
+    """Return what finds the labels of a stream of parquet files: only their column is read."""
+    return lambda dataset: distinct_values(groups, options.label_column)
 
 
 def standard_shard(
@@ -472,7 +472,7 @@ def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:
         settings = {"start": start, "label_ids": label_ids}
         stream = undecoded(shard.dataset)
         return map_columns(stream, _number_rows, features, with_indices=True, fn_kwargs=settings)
-    labels = _translated(shard.dataset["label"][:], label_ids)
+    labels = translated(shard.dataset["label"][:], label_ids)
     images = shard.dataset.cast_column("image", features["image"])
     labeled = replace_labels(images, labels, features["label"])
     return labeled.add_column("example_id", start + np.arange(len(labels)))
@@ -483,12 +483,12 @@ def _number_rows(
 ) -> dict[str, list[Any]]:
     return {
         "image": columns["image"],
-        "label": _translated(columns["label"], label_ids),
+        "label": translated(columns["label"], label_ids),
         "example_id": [start + row for row in rows],
     }
 
 
-def _translated(labels: Sequence[int | None], label_ids: Sequence[int]) -> list[int | None]:
+def translated(labels: Sequence[int | None], label_ids: Sequence[int]) -> list[int | None]:
     """Return labels of all shards: None for a missing one, -1 for one that is not a class."""
     known = range(len(label_ids))
     return [x if x is None else label_ids[x] if x in known else -1 for x in labels]

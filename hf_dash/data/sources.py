@@ -14,14 +14,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from datasets import get_dataset_split_names, load_dataset
+from datasets import (
+    DatasetBuilder,
+    Features,
+    IterableDataset,
+    get_dataset_split_names,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import HfFileSystem
 
 from hf_dash.data.columns import AnyDataset, Reading
 from hf_dash.data.embedded import EMBEDDED, FASHION_MNIST
 from hf_dash.data.folders import METADATA, is_image, unreadable, walk
 from hf_dash.data.manifest import find_manifest, hub_origin
 from hf_dash.data.names import canonical, shown
+from hf_dash.data.pieces import RowGroup, remote_row_groups, stream_of_groups
 from hf_dash.data.shards import (
     Shard,
     content_key,
@@ -33,6 +44,7 @@ from hf_dash.data.shards import (
     shard_kind,
     standard_shard,
     streamed,
+    values_in,
 )
 from hf_dash.utils.checks import refuse_unless
 from hf_dash.utils.logging import get_logger
@@ -123,27 +135,62 @@ class Source:
             shard = standard_shard(label, images, options)
             return [streamed(shard) if options.streaming else shard]
         with reading(label):
-            origin = hub_origin(
-                *(label, self.name, split, options),
-                revision=self.revision,
-                config_name=self.config_name,
-                token=self.access.token,
-            )
-            source = load_dataset(
-                self.name,
-                self.config_name,
-                split=split,
-                revision=self.revision,
-                streaming=options.streaming,
-                token=self.access.token,
-                cache_dir=self.access.cache_dir,
-            )
-            manifest = find_manifest(origin)
-            return [standard_shard(label, source, options, origin=origin, manifest=manifest)]
+            return [self._open_on_hub(split, label, options)]
+
+    def _open_on_hub(self, split: str, label: str, options: Reading) -> Shard:
+        token, at = self.access.token, {"revision": self.revision}
+        origin = hub_origin(
+            label, self.name, split, options, config_name=self.config_name, token=token, **at
+        )
+        where: dict[str, Any] = {"token": token, "cache_dir": self.access.cache_dir}
+        known: dict[str, Any] = {}
+        paths: list[str] = []
+        if options.streaming or options.split_alone:
+            builder = load_dataset_builder(self.name, self.config_name, **at, **where)
+            paths = _parquet_paths(builder, split)
+        if options.streaming:
+            source = builder.as_streaming_dataset(split)
+            if paths:
+                groups = remote_row_groups(paths, options.image_column, HfFileSystem(token=token))
+                source = _read_in_parts(source, groups, options)
+                known = {"pieces": groups, "num_rows": sum(group.num_rows for group in groups)}
+                known["find_values"] = values_in(groups, options)
+        elif paths:
+            settings = {"data_files": {split: paths}, "features": builder.info.features, **where}
+            source = load_dataset("parquet", split=split, **settings)
+        else:
+            source = load_dataset(self.name, self.config_name, split=split, **at, **where)
+        known["manifest"] = find_manifest(origin, known.get("num_rows"))
+        return standard_shard(label, source, options, origin=origin, **known)
 
     def _check_left_out(self, allow_missing: bool) -> None:
         message = f"{self.name!r}: {shown(self.left_out)} belong to none of its splits and shards"
         refuse_unless(allow_missing, message, "; allow_missing=True leaves them out", logger)
+
+
+def _parquet_paths(builder: DatasetBuilder, split: str) -> list[str]:
+    """Return the parquet files on the Hub whose rows are those of a split, in its order.
+
+    Returns:
+        Their addresses, of one commit; none if the split is made of anything else.
+    """
+    config = builder.config
+    is_plain = isinstance(builder, Parquet) and getattr(config, "filters", None) is None
+    paths = [str(path) for path in (config.data_files or {}).get(split, ())] if is_plain else []
+    return paths if all(path.startswith("hf://") for path in paths) else []
+
+
+def _read_in_parts(
+    stream: IterableDataset, groups: Sequence[RowGroup], options: Reading
+) -> IterableDataset:
+    """Return a stream's two columns, read by row groups; or the stream, if a column is missing."""
+    found = stream.features
+    label = options.label_column
+    label = label if label in found else label.partition(".")[0]
+    columns = dict.fromkeys([options.image_column, label])
+    if not groups or not columns.keys() <= found.keys():
+        return stream
+    return stream_of_groups(groups, Features({column: found[column] for column in columns}))
 
 
 def without_copies(shards: Mapping[str, Path]) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import Dataset, Features, IterableDataset
 
 from hf_dash.data.columns import (
     BATCH_SIZE,
@@ -23,7 +23,8 @@ from hf_dash.data.columns import (
 )
 from hf_dash.data.findings import NO_LABEL, Findings, Flaw, look_at
 from hf_dash.data.manifest import Manifest, keep_manifest
-from hf_dash.data.shards import RowNames, Shard, reading
+from hf_dash.data.pieces import runs_of
+from hf_dash.data.shards import RowNames, Shard, reading, translated
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__, main_process_only=True)
@@ -164,8 +165,8 @@ def survey_opened(
         by_pixels: see :func:`survey_rows`.
 
     Returns:
-        The survey of these rows; None if what nobody has read would be read for less than half as
-        many rows, or for rows that nobody knows.
+        The survey of these rows; None if what nobody has read, and cannot be read in parts, would
+        be read for less than half as many rows, or for rows that nobody knows.
 
     Raises:
         ValueError: see :func:`survey_shards`.
@@ -177,10 +178,44 @@ def survey_opened(
         if example_ids is None:
             return None
         if 2 * len(example_ids) < sum(map(_num_unread, shards)):
-            return None
+            in_parts = known_bad is None and all(map(_has_parts, shards))
+            return _survey_parts(opened, example_ids, by_pixels) if in_parts else None
     classes = label_names(dataset)
     survey = survey_shards(shards, classes, known_bad=known_bad, by_pixels=by_pixels)
     return survey if dataset is whole else survey.of(cast(np.ndarray, example_ids))
+
+
+def _has_parts(shard: Shard) -> bool:
+    """Check that a shard's stream has a shard of its own for each piece."""
+    is_stream = isinstance(shard.dataset, IterableDataset) and shard.pieces is not None
+    return is_stream and shard.dataset.num_shards == len(shard.pieces or ())
+
+
+def _survey_parts(opened: Opened, example_ids: np.ndarray, by_pixels: bool) -> Survey:
+    """Return what is found in some rows of streams; no piece without one of them is read."""
+    ids = np.sort(example_ids)
+    mode = opened.dataset.features["image"].mode
+    found = look_at(_parts_of(opened, ids), mode=mode, by_pixels=by_pixels)
+    return Survey.from_findings(found, ids).of(example_ids)
+
+
+def _parts_of(opened: Opened, ids: np.ndarray) -> Iterator[tuple[list[Any], list[int | None]]]:
+    """Yield images as stored and labels of rows, in ascending order."""
+    classes = label_names(opened.dataset)
+    places = [(shard, part) for shard in opened.shards for part in range(len(shard.pieces or ()))]
+    pieces = [piece for shard in opened.shards for piece in shard.pieces or ()]
+    for run in runs_of(pieces, ids):
+        shard, part = places[run.piece]
+        label_ids = [classes.index(name) for name in label_names(shard.dataset)]
+        stream = undecoded(shard.dataset).shard(shard.dataset.num_shards, part)
+        first = 0
+        with reading(shard.name):
+            for batch in stream.iter(BATCH_SIZE):
+                labels = translated(batch["label"], label_ids)
+                end = first + len(labels)
+                own = run.rows[(run.rows >= first) & (run.rows < end)] - first
+                yield [batch["image"][row] for row in own], [labels[row] for row in own]
+                first = end
 
 
 def survey_shards(

@@ -1,14 +1,29 @@
+import io
+import pickle
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from helpers import png, write_parquet
-from image_files import class_folders, write_folder
+from hub_double import TOKENS
+from image_files import class_folders, write_folder, write_tar
 from PIL import Image as PILImage
 
 import hf_dash
-from hf_dash.data.sources import find_source, is_local
+from hf_dash import DashConfig, DataConfig, Round
+from hf_dash.data import (
+    StreamLoader,
+    gradient_batches,
+    load_arrival,
+    load_schedules,
+    round_schedule,
+)
+from hf_dash.data.columns import Reading
+from hf_dash.data.sources import Access, _parquet_paths, find_source, is_local
+from hf_dash.hub import HubError
 
 PNG = png(7)
 
@@ -367,3 +382,134 @@ def test_shards_of_a_folder_may_know_classes_in_another_order(tmp_path):
         "cat",
         "dog",
     ]
+
+
+TOKEN = next(iter(TOKENS))
+# Images in each of three files and in their row groups; the size of one.
+EACH, GROUP, SIDE = 12, 6, 256
+SIZE = SIDE * SIDE
+# The last bytes of a file, in which pyarrow looks for its footer.
+FOOTER = 1 << 16
+
+
+def noise(number):
+    """An image that is as large as its pixels, and tells its number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+    pixels[0, 0] = number
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "png", compress_level=0)
+    return buffer.getvalue()
+
+
+def number_of(image):
+    return torch.tensor([float(image.getpixel((0, 0)))])
+
+
+def numbers_in(batches):
+    return [int(pixels[0]) for batch in batches for pixels in batch["pixel_values"]]
+
+
+def config(**options):
+    return DataConfig("user/data", streaming=True, cache_images=False, **options)
+
+
+@pytest.fixture(scope="module")
+def parquet_files(tmp_path_factory):
+    """Three files to train on, and one of 5 images that are held out."""
+    folder = tmp_path_factory.mktemp("parquet")
+    features = Features({"image": Image(), "other": Value("binary"), "label": Value("string")})
+    for number, size in enumerate([EACH, EACH, EACH, 5]):
+        numbers = range(EACH * number, EACH * number + size)
+        rows = {"image": [{"bytes": noise(n), "path": None} for n in numbers]}
+        rows |= {"label": ["cab"[n % 3] for n in numbers], "other": [noise(n) for n in numbers]}
+        name = f"{'train' if number < 3 else 'test'}-{number:05}.parquet"
+        Dataset.from_dict(rows, features).to_parquet(folder / name, batch_size=GROUP)
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def on_hub(hub, tmp_path, monkeypatch, parquet_files):
+    """The Hub with these files in a private dataset."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_DASH_CACHE", str(tmp_path / "cache"))
+    files = {f"data/{path.name}": path.read_bytes() for path in parquet_files}
+    hub.put("user/data", files, private=True)
+    return hub
+
+
+def sent(hub):
+    """Count the requests for parquet files, and the bytes that answered them; forget both."""
+    requests = [one for one in hub.requests if one.startswith("GET") and "parquet" in one]
+    size = sum(size for one, size in hub.sent.items() if "parquet" in one)
+    hub.requests.clear()
+    hub.sent.clear()
+    return len(requests), size
+
+
+def test_row_groups_on_the_hub_are_read_where_they_are(on_hub, quick):
+    source = find_source("user/data", access=Access(token=TOKEN))
+    (shard,) = source.open("train", Reading(streaming=True))
+    assert (len(shard.pieces), shard.num_rows) == (3 * EACH // GROUP, 3 * EACH)
+    assert TOKEN not in repr(shard)
+    # Footers, and labels, which are words.
+    assert sent(on_hub)[1] <= 8 * FOOTER
+    pieces = pickle.loads(pickle.dumps(shard.pieces))
+    for number, piece in enumerate(pieces):
+        images = [image["bytes"] for image in piece.images(range(GROUP))]
+        assert images == [noise(GROUP * number + row) for row in range(GROUP)]
+        requests, size = sent(on_hub)
+        assert requests == 1
+        assert size <= 1.01 * GROUP * SIZE
+    on_hub.fail("GET .*train-00001", 403)
+    with pytest.raises(HubError, match=r"hf://.*train-00001\.parquet cannot be read: the token"):
+        next(pieces[2].images([0]))
+    on_hub.fail("GET .*train-00002", "drop")
+    with pytest.raises(HubError, match=r"train-00002\.parquet cannot be read: no connection"):
+        next(pieces[4].images([0]))
+
+
+def test_a_dataset_on_the_hub_is_read_once_and_trained_on_as_files_are(on_hub, parquet_files):
+    here = [path for path in parquet_files if "train" in path.name]
+    local = load_arrival(here, config(), root=here[0].parent)
+    count = 3 * EACH
+    first = round_schedule(config())
+    # Every image once, without the third column; and the whole file that is held out.
+    assert count * SIZE <= sent(on_hub)[1] <= 1.01 * (count + 10) * SIZE + 15 * FOOTER
+    again = round_schedule(config())
+    assert sent(on_hub)[1] <= 15 * FOOTER
+    for (arrival,) in (first.arrivals, again.arrivals):
+        survey = arrival.survey.of(local.survey.example_ids)
+        assert np.array_equal(survey.sha256, local.survey.sha256)
+        assert np.array_equal(survey.labels, local.survey.labels)
+        assert arrival.fingerprint == local.fingerprint
+    images = arrival.examples(number_of)
+    batches = [*StreamLoader([images], GROUP, seed=0, num_workers=1)]
+    assert sorted(numbers_in(batches)) == [*range(count)]
+    labels = [label for batch in batches for label in batch["labels"].tolist()]
+    assert ["abc"[label] for label in labels] == ["cab"[n % 3] for n in numbers_in(batches)]
+    assert sent(on_hub)[1] <= 1.01 * count * SIZE
+    newest = gradient_batches(Round(1, (images,)), DashConfig(gradient_batch_size=GROUP))[-1:]
+    assert len(numbers_in(newest)) == GROUP
+    assert sent(on_hub)[1] <= 1.01 * 2 * GROUP * SIZE
+
+
+def test_of_a_dataset_on_the_hub_rounds_read_what_they_use(on_hub):
+    (schedule,) = load_schedules(config(), [0], 2, GROUP, [])
+    ids = np.concatenate([arrival.survey.example_ids for arrival in schedule.arrivals])
+    assert len({*(ids // GROUP).tolist()}) == 2
+    assert sent(on_hub)[1] <= 1.01 * (2 * GROUP + 10) * SIZE + 15 * FOOTER
+    rows = [row for arrival in schedule.arrivals for row in arrival.dataset]
+    assert [number_of(row["image"]).item() for row in rows] == ids.tolist()
+    assert ["abc"[row["label"]] for row in rows] == ["cab"[n % 3] for n in ids]
+
+
+def test_only_whole_parquet_files_on_the_hub_are_read_in_parts(tmp_path):
+    tar = str(write_tar(tmp_path / "a.tar", [("0.png", PNG), ("0.cls", b"0")]))
+    parquet = str(write_parquet(tmp_path / "a.parquet", [PNG], [0]))
+    for kind, file, options in (
+        ("webdataset", tar, {}),
+        ("parquet", parquet, {}),
+        ("parquet", parquet, {"filters": [("label", "==", 0)]}),
+    ):
+        builder = datasets.load_dataset_builder(kind, data_files={"train": file}, **options)
+        assert _parquet_paths(builder, "train") == []
