@@ -321,8 +321,8 @@ class StreamedImages:
         blocks = [block for block in self._blocks or () if isinstance(block, FileBlock)]
         if self._blocks is None or len(blocks) < len(self._blocks):
             raise ValueError(
-                "stream must be of parquet files, or of tar files or folders on this machine:"
-                " others, and archives that could not be unpacked, are read from their beginning"
+                "stream must be of parquet files, tar files or folders: others on the Hub, and"
+                " archives that could not be unpacked, are only read from their beginning"
             )
         chosen = np.asarray(rows, dtype=np.int64)
         starts = np.cumsum([0, *map(len, blocks)])
