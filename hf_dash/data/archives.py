@@ -143,6 +143,7 @@ def _unpack_alone(path: Path, copy: Path) -> None:
         if _number(copy) != found and _is_whole(copy):
             return
         _remove_unused(copy, WEEK)
+        logger.info("%s is unpacked, which is done once: to %s", path, copy)
         try:
             _unpack(path, copy)
         except _NoCopyError:

@@ -90,7 +90,8 @@ class RowGroup:
         def read(file: ParquetFile) -> pa.Table:
             return file.read_row_group(self.number, columns=list(columns))
 
-        return _with_parquet(read, self.path, self.files, self.footer)
+        size = self.footer.row_group(self.number).total_byte_size
+        return _with_parquet(read, self.path, self.files, self.footer, size)
 
     def images(self, rows: Sequence[int]) -> Iterator[Any]:
         """Yield the images of these rows; see :class:`Piece`."""
@@ -106,8 +107,9 @@ def _with_parquet(
     path: Path | str,
     files: AbstractFileSystem | None,
     footer: FileMetaData | None = None,
+    size: int = 0,
 ) -> Result:
-    """Do something with an open parquet file, of this machine or of the Hub."""
+    """Do something with an open parquet file of this machine or the Hub, which takes such bytes."""
     if files is None:
         with ParquetFile(path, metadata=footer) as file:
             return action(file)
@@ -121,7 +123,7 @@ def _with_parquet(
             return action(file)
 
     try:
-        return reach(act)
+        return reach(act, size=size)
     except HubError as error:
         raise HubError(f"{path} cannot be read: {error}") from None
 
@@ -149,14 +151,21 @@ class Members:
         return len(self.offsets)
 
     def images(self, rows: Sequence[int]) -> Iterator[Any]:
-        """Yield the images of these rows; see :class:`Piece`."""
+        """Yield the images of these rows; see :class:`Piece`.
+
+        Raises:
+            ValueError: the file was cut off meanwhile.
+        """
         if self.is_copy:
             note_use(self.path)
         # Without a buffer, which would read on behind each image.
         with open(self.path, "rb", buffering=0) as file:
             for row in rows:
                 file.seek(int(self.offsets[row]))
-                yield {"bytes": file.read(int(self.sizes[row])), "path": None}
+                content = file.read(int(self.sizes[row]))
+                if len(content) < self.sizes[row]:
+                    raise ValueError(f"{self.path} was cut off: it ends before the image {row}")
+                yield {"bytes": content, "path": None}
 
 
 @dataclass(frozen=True)

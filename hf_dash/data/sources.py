@@ -138,16 +138,14 @@ class Source:
             return [self._open_on_hub(split, label, options)]
 
     def _open_on_hub(self, split: str, label: str, options: Reading) -> Shard:
-        token, at = self.access.token, {"revision": self.revision}
-        origin = hub_origin(
-            label, self.name, split, options, config_name=self.config_name, token=token, **at
-        )
+        token, revision = self.access.token, self.revision
         where: dict[str, Any] = {"token": token, "cache_dir": self.access.cache_dir}
         known: dict[str, Any] = {}
         paths: list[str] = []
         if options.streaming or options.split_alone:
-            builder = load_dataset_builder(self.name, self.config_name, **at, **where)
-            paths = _parquet_paths(builder, split)
+            builder = load_dataset_builder(self.name, self.config_name, revision=revision, **where)
+            if paths := _parquet_paths(builder, split):
+                revision = builder.hash  # the commit that they are of
         if options.streaming:
             source = builder.as_streaming_dataset(split)
             if paths:
@@ -159,7 +157,15 @@ class Source:
             settings = {"data_files": {split: paths}, "features": builder.info.features, **where}
             source = load_dataset("parquet", split=split, **settings)
         else:
-            source = load_dataset(self.name, self.config_name, split=split, **at, **where)
+            source = load_dataset(
+                self.name, self.config_name, split=split, revision=revision, **where
+            )
+        origin = hub_origin(
+            *(label, self.name, split, options),
+            revision=revision,
+            config_name=self.config_name,
+            token=token,
+        )
         known["manifest"] = find_manifest(origin, known.get("num_rows"))
         return standard_shard(label, source, options, origin=origin, **known)
 

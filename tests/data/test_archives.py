@@ -178,6 +178,8 @@ def test_a_damaged_copy_is_made_anew_and_so_is_one_to_verify(tmp_path):
     copy = copy_of(path)
     whole = copy.read_bytes()
     copy.write_bytes(whole[:3000])
+    with pytest.raises(ValueError, match=f"{copy.name} was cut off: it ends before the image 4"):
+        [*first.pieces[0].images([0, 4])]
     assert load(path, streaming=True).fingerprint == first.fingerprint
     assert copy.read_bytes() == whole
     copy.write_bytes(whole.replace(png(3), png(6)))

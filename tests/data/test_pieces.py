@@ -34,7 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 TEN = ClassLabel(names=[str(digit) for digit in range(10)])
 
-KINDS = pytest.mark.parametrize("kind", ["parquet", "tar", "tar.gz", "folder", "saved"])
+ALL = ["parquet", "tar", "tar.gz", "folder", "saved"]
+# A copy of a compressed archive is read as any tar file.
+KINDS = pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "tar.gz"])
 SIZE = 64  # images of noise, 4 KB each
 NUM_IMAGES, GROUP = 240, 20
 
@@ -83,7 +85,7 @@ def write(kind, root, numbers, per_class):
 def shards(tmp_path_factory):
     """One shard of each kind, sorted by class, and the size of its images."""
     folder = tmp_path_factory.mktemp("shards")
-    roots = {kind: folder / kind for kind in KINDS.args[1]}
+    roots = {kind: folder / kind for kind in ALL}
     for kind, root in roots.items():
         for place in (root, folder / f"{kind}_held_out"):
             place.mkdir()
@@ -214,7 +216,7 @@ def test_new_images_come_in_proportion_and_all_classes_in_each_batch(group, num_
     assert min(classes) >= 9
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ALL)
 def test_one_dataset_is_cut_by_parts_that_are_read_as_needed(shards, kind):
     roots, size = shards
 

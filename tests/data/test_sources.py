@@ -14,13 +14,8 @@ from PIL import Image as PILImage
 
 import hf_dash
 from hf_dash import DashConfig, DataConfig, Round
-from hf_dash.data import (
-    StreamLoader,
-    gradient_batches,
-    load_arrival,
-    load_schedules,
-    round_schedule,
-)
+from hf_dash.data import StreamLoader, gradient_batches, load_arrival, load_schedules
+from hf_dash.data.arrivals import arrive
 from hf_dash.data.columns import Reading
 from hf_dash.data.sources import Access, _parquet_paths, find_source, is_local
 from hf_dash.hub import HubError
@@ -472,16 +467,15 @@ def test_a_dataset_on_the_hub_is_read_once_and_trained_on_as_files_are(on_hub, p
     here = [path for path in parquet_files if "train" in path.name]
     local = load_arrival(here, config(), root=here[0].parent)
     count = 3 * EACH
-    first = round_schedule(config())
-    # Every image once, without the third column; and the whole file that is held out.
-    assert count * SIZE <= sent(on_hub)[1] <= 1.01 * (count + 10) * SIZE + 15 * FOOTER
-    again = round_schedule(config())
-    assert sent(on_hub)[1] <= 15 * FOOTER
-    for (arrival,) in (first.arrivals, again.arrivals):
-        survey = arrival.survey.of(local.survey.example_ids)
+    first = arrive(config().open_train(), config())
+    # Every image once, without the third column.
+    assert count * SIZE <= sent(on_hub)[1] <= 1.01 * count * SIZE + 8 * FOOTER
+    arrival = arrive(config().open_train(), config())
+    assert sent(on_hub)[1] <= 8 * FOOTER
+    for survey in (first.survey, arrival.survey):
         assert np.array_equal(survey.sha256, local.survey.sha256)
         assert np.array_equal(survey.labels, local.survey.labels)
-        assert arrival.fingerprint == local.fingerprint
+    assert arrival.fingerprint == first.fingerprint == local.fingerprint
     images = arrival.examples(number_of)
     batches = [*StreamLoader([images], GROUP, seed=0, num_workers=1)]
     assert sorted(numbers_in(batches)) == [*range(count)]
@@ -497,7 +491,8 @@ def test_of_a_dataset_on_the_hub_rounds_read_what_they_use(on_hub):
     (schedule,) = load_schedules(config(), [0], 2, GROUP, [])
     ids = np.concatenate([arrival.survey.example_ids for arrival in schedule.arrivals])
     assert len({*(ids // GROUP).tolist()}) == 2
-    assert sent(on_hub)[1] <= 1.01 * (2 * GROUP + 10) * SIZE + 15 * FOOTER
+    # Of the images held out, the whole file; of others, nothing.
+    assert sent(on_hub)[1] <= 1.01 * (2 * GROUP + 10) * SIZE + 8 * FOOTER
     rows = [row for arrival in schedule.arrivals for row in arrival.dataset]
     assert [number_of(row["image"]).item() for row in rows] == ids.tolist()
     assert ["abc"[row["label"]] for row in rows] == ["cab"[n % 3] for n in ids]
