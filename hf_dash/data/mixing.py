@@ -57,7 +57,10 @@ def epoch_order(share: Share, buffer_size: int, generator: np.random.Generator) 
         given.append(np.concatenate(own)[:count])
     ids = np.concatenate(read)
     sources = np.searchsorted(starts, ids, side="right") - 1
-    return Order(sources, ids - starts[sources], interleaved(given))
+    # Held for an epoch: half the memory, while a reader has less than two billion examples.
+    kind = np.int32 if len(ids) < 1 << 31 else np.int64
+    columns = sources, ids - starts[sources], interleaved(given)
+    return Order(*(column.astype(kind) for column in columns))
 
 
 def _once(

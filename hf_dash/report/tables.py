@@ -59,7 +59,8 @@ def starts_table(records: Sequence[RoundRecord]) -> Markdown:
     The accuracy and the steps are those of the last round and, per seed, the mean over the rounds
     that have a start (all but the first); seconds, which include the starts, are those of all
     rounds together, and so are the images read by starts and training. The column of images read
-    appears if any record has them; a start with a round that does not shows "–".
+    appears if any record has them; a start with a round that does not shows "–". A start of which a
+    seed has ended before the last round of the table says where, since its row is of fewer rounds.
 
     Example:
         >>> import hf_dash
@@ -79,11 +80,11 @@ def starts_table(records: Sequence[RoundRecord]) -> Markdown:
         "of these starts",
     ]
     with_images = any(record.images_read is not None for record in records)
-    rows = []
+    rows, last = [], max((record.round_index for record in records), default=0)
     for start in starts_of(records):
         runs = _runs([record for record in records if record.start == start])
         row = [
-            start,
+            start + _ended(runs, last),
             str(len(runs)),
             _spread(runs, lambda run: 100 * run[-1].accuracy, "{:.2f}", " %"),
             _spread(runs, mean_accuracy, "{:.2f}", " %"),
@@ -94,6 +95,14 @@ def starts_table(records: Sequence[RoundRecord]) -> Markdown:
         ]
         rows.append([*row, _images_read(runs)] if with_images else row)
     return markdown_table([*header, "images read, all rounds"] if with_images else header, rows)
+
+
+def _ended(runs: "list[Run]", last: int) -> str:
+    """Return the last rounds of runs as text, unless all of them are the last one of all."""
+    first, *_, final = sorted(run[-1].round_index for run in runs * 2)
+    if first == last:
+        return ""
+    return f", to round {first}" if first == final else f", to rounds {first} to {final}"
 
 
 def _images_read(runs: "list[Run]") -> str:

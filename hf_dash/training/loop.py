@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_dash.method.batches import to_device
 from hf_dash.method.loss import WeightedLoss
+from hf_dash.training.batch_norms import renew_batch_norms_, say_lag
 from hf_dash.training.config import TrainingConfig
 from hf_dash.training.optimizers import (
     kept_state,
@@ -197,8 +198,7 @@ def train_round(
     goal = config.accuracy_threshold
     synchronize(accelerator.device)
     started = time.perf_counter()
-    epochs = steps = images = 0
-    accuracy = 0.0
+    epochs, steps, images, accuracy = 0, 0, 0, 0.0
     hidden = config.disable_tqdm or not accelerator.is_main_process
     with tqdm(desc=description, unit=" steps", disable=hidden) as progress:
         while epochs < config.max_epochs and (goal is None or accuracy < goal):
@@ -207,6 +207,10 @@ def train_round(
             accuracy, epoch_images, epoch_steps = training.epoch(step, batches, progress)
             epochs, steps, images = epochs + 1, steps + epoch_steps, images + epoch_images
             progress.set_postfix(epoch=epochs, train_accuracy=f"{accuracy:.4f}")
+    if config.renew_batch_norms:
+        renew_batch_norms_(model, batches, accelerator.device)
+    else:
+        say_lag(model, steps)
     synchronize(accelerator.device)
     seconds = time.perf_counter() - started
     # Takes the precision wrapper off the model's forward, or the next round would wrap it again.

@@ -46,6 +46,18 @@ def test_one_seed_has_no_spread():
     assert "±" not in starts_table([record(), record(round_index=2)])
 
 
+def test_a_start_that_ended_earlier_says_where():
+    rounds = {"cold": {0: 3, 1: 2}, "dash": {0: 4, 1: 4}, "warm": {0: 3, 1: 3}}
+    records = [
+        record(start, seed, index)
+        for start, seeds in rounds.items()
+        for seed, last in seeds.items()
+        for index in range(1, last + 1)
+    ]
+    named = [row[0] for row in cells_of(starts_table(records))[1:]]
+    assert named == ["cold, to rounds 2 to 3", "dash", "warm, to round 3"]
+
+
 def test_images_read_are_summed_over_rounds_where_every_round_has_them():
     records = [
         record("dash", seed, n, images_read=1000 * n + seed) for seed in (0, 2) for n in (1, 2)
