@@ -50,8 +50,8 @@ class ImageTransform:
         takes: the same in words, for errors.
         normalize: the second step, from [..., channels, height, width] to the same shape in
             float32; None if ``pixels`` does everything.
-        key: differs between transforms whose first steps differ, in other processes too; None if
-            that is not known.
+        key: of a first step that draws nothing at random; another one has another key, in other
+            processes too. None if that is not known.
 
     Example:
         >>> from PIL import Image

@@ -126,6 +126,7 @@ class Reader(TorchIterableDataset[Chunk]):
         entropy = self.seed, self.epoch, self.process_index, worker
         order = epoch_order(share, self.buffer_size, np.random.default_rng(entropy))
         ahead = Ahead(share.sources, order)
+        is_known = all(source.arrival.transform.key for source in share.sources)
         for number in range(self.num_batches):
             begin, end = self._end(worker, number), self._end(worker, number + 1)
             positions = order.given[begin:end]
@@ -134,8 +135,9 @@ class Reader(TorchIterableDataset[Chunk]):
                 yield {"skipped": len(rows)}
                 continue
             # Seeded per chunk, random transforms are the same with and without a skip.
-            is_random = self.augment is not None or any(row is not None for row in rows)
-            with _seeded(*entropy, number) if is_random else nullcontext():
+            may_draw = not is_known and any(row is not None for row in rows)
+            seeds = may_draw or self.augment is not None
+            with _seeded(*entropy, number) if seeds else nullcontext():
                 pixels, labels = _decoded(share.sources, order, positions, rows, self.normalized)
                 if self.augment is not None:
                     pixels = torch.stack([self.augment(image, None) for image in pixels])

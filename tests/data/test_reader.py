@@ -1,14 +1,16 @@
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from helpers import as_tensor, numbered
 
-from hf_dash.data import StreamedImages
+from hf_dash.data import StreamedImages, StreamLoader, reader
 from hf_dash.data.mixing import OPEN, epoch_order
 from hf_dash.data.reader import Ahead
 from hf_dash.data.shares import shares_of
 from hf_dash.data.streams import FileBlock
+from hf_dash.transforms import ImageTransform
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,18 @@ def test_a_source_with_other_rows_than_were_counted_is_noticed_at_its_end(missin
     ahead, order = ahead_of([StreamedImages(stream, as_tensor, blocks=[block])], 50)
     with pytest.raises(ValueError, match=f"num_examples is {word} than a stream holds"):
         ahead.take(order.given)
+
+
+@pytest.mark.parametrize(("key", "count"), [(None, 2), ("known", 0)])
+def test_only_transforms_that_may_draw_are_seeded(monkeypatch, key, count):
+    seeded = []
+
+    def noted(*entropy):
+        seeded.append(entropy)
+        return nullcontext()
+
+    monkeypatch.setattr(reader, "_seeded", noted)
+    transform = ImageTransform(as_tensor, None, "it takes any", key=key)
+    arrival = StreamedImages(numbered(0, 8).to_iterable_dataset(), transform, num_examples=8)
+    assert [len(batch["labels"]) for batch in StreamLoader([arrival], 4, seed=0)] == [4, 4]
+    assert len(seeded) == count
