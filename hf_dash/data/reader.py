@@ -78,6 +78,8 @@ class Ahead:
         Raises:
             ValueError: a source holds more or fewer examples than were counted.
         """
+        if not len(self._wanted):
+            return [None] * len(positions)
         end = int(np.searchsorted(self._wanted, positions.max(initial=-1), side="right"))
         for position in self._wanted[self._num_read : end].tolist():
             self._rows[position] = self._read(int(self._order.sources[position]))
@@ -125,7 +127,7 @@ class Reader(TorchIterableDataset[Chunk]):
         share = self.shares[worker]
         entropy = self.seed, self.epoch, self.process_index, worker
         order = epoch_order(share, self.buffer_size, np.random.default_rng(entropy))
-        ahead = Ahead(share.sources, order)
+        ahead, arrivals = Ahead(share.sources, order), _Arrivals(share.sources)
         is_known = all(source.arrival.transform.key for source in share.sources)
         for number in range(self.num_batches):
             begin, end = self._end(worker, number), self._end(worker, number + 1)
@@ -138,7 +140,7 @@ class Reader(TorchIterableDataset[Chunk]):
             may_draw = not is_known and any(row is not None for row in rows)
             seeds = may_draw or self.augment is not None
             with _seeded(*entropy, number) if seeds else nullcontext():
-                pixels, labels = _decoded(share.sources, order, positions, rows, self.normalized)
+                pixels, labels = arrivals.decoded(order, positions, rows, self.normalized)
                 if self.augment is not None:
                     pixels = torch.stack([self.augment(image, None) for image in pixels])
             yield {"pixel_values": pixels, "labels": labels}
@@ -153,28 +155,27 @@ class Reader(TorchIterableDataset[Chunk]):
         return sum(self._end(other, number + (other <= worker)) for other in turns)
 
 
-def _decoded(
-    sources: Sequence[Source],
-    order: Order,
-    positions: np.ndarray,
-    rows: Sequence[Row | None],
-    normalized: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the images and labels at some positions of an order, in the order given."""
-    numbers, inverse = np.unique(order.sources[positions], return_inverse=True)
-    own = [sources[number] for number in numbers.tolist()]
-    places = np.array([source.first for source in own])[inverse] + order.places[positions]
-    arrivals = list({id(source.arrival): source.arrival for source in own}.values())
-    of_source = [next(n for n, a in enumerate(arrivals) if a is s.arrival) for s in own]
-    of_row = np.array(of_source)[inverse]
-    parts = []
-    for number, arrival in enumerate(arrivals):
-        at = np.flatnonzero(of_row == number)
-        pixels, labels = _read(arrival, places[at], [rows[place] for place in at.tolist()])
-        parts.append((at, arrival.normalized(pixels) if normalized else pixels, labels))
-    if len(parts) == 1:
-        return parts[0][1:]
-    return _put_together(parts)
+class _Arrivals:
+    """The arrivals of some sources, and where each source begins in its own."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.arrivals = list({id(source.arrival): source.arrival for source in sources}.values())
+        numbers = {id(arrival): number for number, arrival in enumerate(self.arrivals)}
+        self.numbers = np.array([numbers[id(source.arrival)] for source in sources], dtype=np.int64)
+        self.firsts = np.array([source.first for source in sources], dtype=np.int64)
+
+    def decoded(
+        self, order: Order, positions: np.ndarray, rows: Sequence[Row | None], normalized: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the images and labels at some positions of an order, in the order given."""
+        sources = order.sources[positions]
+        places, of_row = self.firsts[sources] + order.places[positions], self.numbers[sources]
+        parts = []
+        for number in np.unique(of_row).tolist():
+            at, arrival = np.flatnonzero(of_row == number), self.arrivals[number]
+            pixels, labels = _read(arrival, places[at], [rows[place] for place in at.tolist()])
+            parts.append((at, arrival.normalized(pixels) if normalized else pixels, labels))
+        return parts[0][1:] if len(parts) == 1 else _put_together(parts)
 
 
 def _put_together(parts: Sequence[tuple[np.ndarray, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
