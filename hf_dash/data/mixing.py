@@ -10,13 +10,21 @@ stream sorted by class is mixed as well as its buffer allows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from hf_dash.data.shares import Share, Source
+from hf_dash.data.streams import StreamedImages
+from hf_dash.utils.logging import get_logger
+
+logger = get_logger(__name__, main_process_only=True)
 
 # Row groups of an arrival that are open at a time, at most, if the buffer is that large.
 OPEN = 16
+
+# Share of one class from which on a row group is sorted.
+SORTED = 0.9
 
 NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -164,3 +172,25 @@ def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
     """
     at = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts]
     return np.concatenate(parts)[np.argsort(np.concatenate(at), kind="stable")]
+
+
+def say_sorted(arrivals: Sequence[StreamedImages], buffer_size: int) -> None:
+    """Say once if row groups fill a buffer with images of one class, and others are to come."""
+    for arrival in arrivals:
+        large = [
+            np.bincount(block.labels)
+            for block in arrival.blocks
+            if block.whole and block.labels is not None and len(block) >= buffer_size
+        ]
+        counts = [own for own in large if own.max() >= SORTED * own.sum()]
+        if counts and len(set(arrival.labels)) > 1:
+            _say_large(buffer_size, int(counts[0].sum()))
+
+
+@cache
+def _say_large(buffer_size: int, size: int) -> None:
+    logger.warning(
+        "row groups are sorted by class, and one of %d images fills the buffer of %d: batches hold"
+        " few classes; write smaller row groups, or shuffle images before you write them",
+        *(size, buffer_size),
+    )

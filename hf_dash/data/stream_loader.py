@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from hf_dash.data.batches import cut_evenly
 from hf_dash.data.examples import Augment
 from hf_dash.data.image_batch import ImageBatch
+from hf_dash.data.mixing import say_sorted
 from hf_dash.data.reader import Chunk, Reader, this_worker
 from hf_dash.data.shares import count_together, shares_of
 from hf_dash.data.streams import StreamedImages
@@ -125,6 +126,7 @@ class StreamedExamples(TorchIterableDataset[dict[str, Any]]):
     ) -> None:
         self.arrivals, self.seed, self.buffer_size = tuple(arrivals), seed, buffer_size
         self.new_share = new_share
+        say_sorted(self.arrivals, buffer_size)
         # Shared, so that workers that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -223,6 +225,7 @@ class StreamLoader:
         self._counts = cut_evenly(sum(map(len, arrivals)), num_processes)
         self._sizes = _batch_sizes(self._counts, process_index, batch_size)
         shares = shares_of(arrivals, *ranks, num_workers, new_share)
+        say_sorted(arrivals, buffer_size)
         order = batch_size, seed, buffer_size, num_workers, process_index
         steps = [arrival.transform.normalize for arrival in arrivals]
         # Images travel as bytes if they can be normalized last, and all alike.

@@ -1,11 +1,22 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from helpers import as_tensor, numbered
+from helpers import as_tensor, heard, numbered
 
 from hf_dash.data import StreamedImages
-from hf_dash.data.mixing import buffered, epoch_order, interleaved, mixed, spread
+from hf_dash.data.mixing import (
+    _say_large,
+    buffered,
+    epoch_order,
+    interleaved,
+    mixed,
+    say_sorted,
+    spread,
+)
 from hf_dash.data.order import shuffled
 from hf_dash.data.shares import shares_of
+from hf_dash.data.streams import FileBlock
 
 
 def generator(seed=0):
@@ -75,3 +86,33 @@ def test_an_order_reads_what_comes_again_as_often_as_it_is_wanted():
     assert len(set(order.given.tolist())) == 16
     assert (order.given[1::2] >= 12).all()
     assert sorted(order.places[order.given[1::2]].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def arrival_of(*labels, scattered=False):
+    """An arrival of row groups with these labels."""
+    blocks = []
+    for own in map(np.array, labels):
+        piece = SimpleNamespace(num_rows=len(own), scattered=scattered)
+        blocks.append(FileBlock(piece, np.arange(len(own)), own))
+    stream = numbered(0, 1).to_iterable_dataset()
+    every = np.concatenate(labels).tolist()
+    return StreamedImages(stream, as_tensor, blocks=blocks, labels=every)
+
+
+@pytest.mark.parametrize(
+    ("arrival", "buffer_size", "lines"),
+    [
+        (arrival_of([0] * 19 + [1], [1] * 20), 20, 1),
+        (arrival_of([0] * 20, [1] * 20), 21, 0),  # the buffer holds several
+        (arrival_of([0, 1] * 10, [1, 0] * 10), 20, 0),  # mixed
+        (arrival_of([0] * 20, [0] * 20), 20, 0),  # of one class alone
+        (arrival_of([0] * 20, [1] * 20, scattered=True), 20, 0),  # read one by one
+    ],
+)
+def test_sorted_row_groups_that_fill_the_buffer_are_said_once(arrival, buffer_size, lines):
+    _say_large.cache_clear()
+    with heard() as said:
+        for _ in range(2):
+            say_sorted([arrival], buffer_size)
+    assert len(said) == lines
+    assert all("one of 20 images fills the buffer of 20" in line for line in said)
