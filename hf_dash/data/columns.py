@@ -118,7 +118,9 @@ def standard_columns(
             raise ValueError(
                 f"{argument} {column!r} is not a column of the dataset, which has {list(features)}"
             )
-    dataset = undecoded(dataset.select_columns([image_column, label_column]), image_column)
+    dataset = dataset.select_columns([image_column, label_column])
+    if isinstance(dataset, IterableDataset):
+        dataset = undecoded(dataset, image_column)
     names = {image_column: "image", label_column: "label"}
     renamed = {old: new for old, new in names.items() if old != new}
     if renamed:  # a stream would copy every example otherwise
@@ -126,7 +128,8 @@ def standard_columns(
     image = features[image_column]
     if reading.image_mode is not None or not isinstance(image, Image):
         image = Image(mode=reading.image_mode)
-    dataset = dataset.cast_column("image", image)
+    if dataset.features["image"] != image:
+        dataset = dataset.cast_column("image", image)
     return _named_labels(dataset, features[label_column], find_values)
 
 
@@ -249,6 +252,27 @@ def replace_labels(dataset: Dataset, labels: Sequence[int | None], feature: Clas
     # Removed first, a column in memory would leave an empty table that takes no new column.
     added = dataset.add_column("new_label", labels, feature=feature).remove_columns("label")
     return added.rename_column("new_label", "label").select_columns(dataset.column_names)
+
+
+def labeled(dataset: Dataset, features: Features) -> Dataset:
+    """Return map-style rows with other features, whose classes are all of theirs and more.
+
+    Every change copies the names of all classes several times, so none is made without need.
+    """
+    if dataset.features["image"] != features["image"]:
+        dataset = dataset.cast_column("image", features["image"])
+    own, names = label_names(dataset), features["label"].names
+    known = whole_numbers(dataset, "label", missing=0)
+    if own == names and ((known >= 0) & (known < len(own))).all():
+        return dataset
+    labels = translated(dataset["label"][:], [names.index(name) for name in own])
+    return replace_labels(dataset, labels, features["label"])
+
+
+def translated(labels: Sequence[int | None], label_ids: Sequence[int]) -> list[int | None]:
+    """Return labels of all shards: None for a missing one, -1 for one that is not a class."""
+    known = range(len(label_ids))
+    return [x if x is None else label_ids[x] if x in known else -1 for x in labels]
 
 
 def whole_numbers(dataset: Dataset, column: str, missing: int = -2) -> np.ndarray:

@@ -45,10 +45,11 @@ from hf_dash.data.columns import (
     label_kind,
     label_names,
     label_values,
+    labeled,
     map_columns,
     matched,
-    replace_labels,
     standard_columns,
+    translated,
     undecoded,
 )
 from hf_dash.data.findings import Earlier
@@ -443,6 +444,9 @@ def merge_shards(shards: Sequence[Shard], *, numbered: bool = True) -> tuple[Any
         return joined(parts), _row_names(shards)
     features["example_id"] = Value("int64")
     row_names = _row_names(shards, count=True)
+    if all(isinstance(shard.dataset, Dataset) for shard in shards):
+        whole = joined([labeled(shard.dataset, features) for shard in shards])
+        return whole.add_column("example_id", np.arange(len(whole))), row_names
     parts = [
         _numbered(shard, features, start)
         for shard, start in zip(shards, row_names.starts, strict=True)
@@ -472,10 +476,8 @@ def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:
         settings = {"start": start, "label_ids": label_ids}
         stream = undecoded(shard.dataset)
         return map_columns(stream, _number_rows, features, with_indices=True, fn_kwargs=settings)
-    labels = translated(shard.dataset["label"][:], label_ids)
-    images = shard.dataset.cast_column("image", features["image"])
-    labeled = replace_labels(images, labels, features["label"])
-    return labeled.add_column("example_id", start + np.arange(len(labels)))
+    rows = labeled(shard.dataset, features)
+    return rows.add_column("example_id", start + np.arange(len(rows)))
 
 
 def _number_rows(
@@ -486,9 +488,3 @@ def _number_rows(
         "label": translated(columns["label"], label_ids),
         "example_id": [start + row for row in rows],
     }
-
-
-def translated(labels: Sequence[int | None], label_ids: Sequence[int]) -> list[int | None]:
-    """Return labels of all shards: None for a missing one, -1 for one that is not a class."""
-    known = range(len(label_ids))
-    return [x if x is None else label_ids[x] if x in known else -1 for x in labels]

@@ -18,13 +18,14 @@ from hf_dash.data.columns import (
     fingerprint_of,
     label_names,
     map_columns,
+    translated,
     undecoded,
     whole_numbers,
 )
 from hf_dash.data.findings import NO_LABEL, Findings, Flaw, look_at
 from hf_dash.data.manifest import Manifest, keep_manifest
 from hf_dash.data.pieces import runs_of
-from hf_dash.data.shards import RowNames, Shard, reading, translated
+from hf_dash.data.shards import RowNames, Shard, reading
 from hf_dash.utils.logging import get_logger
 
 logger = get_logger(__name__, main_process_only=True)
