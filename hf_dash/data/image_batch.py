@@ -116,6 +116,32 @@ def _tensor(image: Tensor | np.ndarray) -> Tensor:
     return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image, order="C"))
 
 
+def put_together(
+    parts: Sequence[tuple[Sequence[int] | np.ndarray, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Put the images and labels of parts of a batch in their places.
+
+    Args:
+        parts: the places of a part, its images [images, channels, height, width] and its labels.
+
+    Raises:
+        ValueError: images have several shapes.
+    """
+    _, first, labels = parts[0]
+    count = sum(len(places) for places, _, _ in parts)
+    pixels = empty_tensor((count, *first.shape[1:]), first.dtype)
+    labels = torch.empty(count, dtype=labels.dtype)
+    for places, images, own in parts:
+        if images.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"images of a batch must have one shape, got {tuple(first.shape[1:])} and"
+                f" {tuple(images.shape[1:])}"
+            )
+        at = np.asarray(places)
+        pixels[at], labels[at] = images, own
+    return pixels, labels
+
+
 def joined(
     parts: Sequence[tuple[Sequence[int], Sequence[dict[str, Any]]]],
 ) -> Sequence[dict[str, Any]]:
@@ -128,12 +154,9 @@ def joined(
     batches = [part.batch for _, part in parts if isinstance(part, Examples)]
     kinds = {(b.pixels.shape[1:], b.pixels.dtype, id(b.normalize)) for b in batches}
     if len(batches) == len(parts) and len(kinds) == 1:
-        first = batches[0]
-        pixels = empty_tensor((count, *first.pixels.shape[1:]), first.pixels.dtype)
-        labels = torch.empty(count, dtype=first.labels.dtype)
-        for (places, _), batch in zip(parts, batches, strict=True):
-            pixels[list(places)], labels[list(places)] = batch.pixels, batch.labels
-        return Examples(ImageBatch(pixels, labels, first.normalize))
+        pairs = zip(parts, batches, strict=True)
+        placed = [(places, batch.pixels, batch.labels) for (places, _), batch in pairs]
+        return Examples(ImageBatch(*put_together(placed), batches[0].normalize))
     examples: list[dict[str, Any]] = [{}] * count
     for places, part in parts:
         for place, example in zip(places, part, strict=True):

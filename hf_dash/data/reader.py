@@ -19,10 +19,10 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from hf_dash.data.examples import Augment
+from hf_dash.data.image_batch import put_together
 from hf_dash.data.mixing import Order, epoch_order
 from hf_dash.data.shares import Share, Source
 from hf_dash.data.streams import Row, StreamedImages, rows_at
-from hf_dash.utils.memory import empty_tensor
 
 Chunk = dict[str, Any]
 
@@ -59,18 +59,19 @@ class Ahead:
     """
 
     def __init__(self, sources: Sequence[Source], order: Order) -> None:
-        self._sources, self._order = sources, order
+        self._order = order
         # Asked once, so that a source is read whole or not at all.
         kept = np.array([source.is_kept for source in sources], dtype=bool)
         self._wanted = np.flatnonzero(~kept[order.sources])
         self._num_read = 0
         self._rows: dict[int, Row] = {}
-        self._open: dict[int, Iterator[Row]] = {}
-        self._num_left: dict[int, int] = {}
         by_source = self._wanted[np.argsort(order.sources[self._wanted], kind="stable")]
         numbers, starts = np.unique(order.sources[by_source], return_index=True)
-        self._places = order.places[by_source]
-        self._next_place = dict(zip(numbers.tolist(), starts.tolist(), strict=True))
+        places = np.split(order.places[by_source], starts[1:])
+        self._lines = {
+            number: _rows_of(sources[number], own)
+            for number, own in zip(numbers.tolist(), places, strict=False)
+        }
 
     def take(self, positions: np.ndarray) -> list[Row | None]:
         """Return what is at these positions of the order, each once; None for what is kept.
@@ -82,25 +83,30 @@ class Ahead:
             return [None] * len(positions)
         end = int(np.searchsorted(self._wanted, positions.max(initial=-1), side="right"))
         for position in self._wanted[self._num_read : end].tolist():
-            self._rows[position] = self._read(int(self._order.sources[position]))
+            self._rows[position] = next(self._lines[int(self._order.sources[position])])
         self._num_read = max(self._num_read, end)
         return [self._rows.pop(position, None) for position in positions.tolist()]
 
-    def _read(self, number: int) -> Row:
-        """Return the next row of a source, which begins again where it was read to its end."""
-        if number not in self._open:
-            source, first = self._sources[number], self._next_place[number]
-            self._num_left[number] = len(source)
-            self._next_place[number] += len(source)
-            places = self._places[first : self._next_place[number]]
-            self._open[number] = source.rows(places)
-        row = next(self._open[number], None)
-        if row is None:
-            raise ValueError("num_examples is more than a stream holds")
-        self._num_left[number] -= 1
-        if self._num_left[number] == 0 and next(self._open.pop(number), None) is not None:
-            raise ValueError("num_examples is less than a stream holds")
-        return row
+
+def _rows_of(source: Source, places: np.ndarray) -> Iterator[Row]:
+    """Yield rows of a source, which is read again where all of it was; at its end it is let go.
+
+    Args:
+        source: to be read.
+        places: in the source, those of one time after those of the other.
+
+    Raises:
+        ValueError: it holds more or fewer examples than were counted.
+    """
+    for begin in range(0, len(places), len(source)):
+        rows = source.rows(places[begin : begin + len(source)])
+        for left in reversed(range(len(source))):
+            row = next(rows, None)
+            if row is None:
+                raise ValueError("num_examples is more than a stream holds")
+            if not left and next(rows, None) is not None:
+                raise ValueError("num_examples is less than a stream holds")
+            yield row
 
 
 @dataclass(frozen=True)
@@ -175,21 +181,7 @@ class _Arrivals:
             at, arrival = np.flatnonzero(of_row == number), self.arrivals[number]
             pixels, labels = _read(arrival, places[at], [rows[place] for place in at.tolist()])
             parts.append((at, arrival.normalized(pixels) if normalized else pixels, labels))
-        return parts[0][1:] if len(parts) == 1 else _put_together(parts)
-
-
-def _put_together(parts: Sequence[tuple[np.ndarray, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    first, count = parts[0][1], sum(len(at) for at, _, _ in parts)
-    pixels = empty_tensor((count, *first.shape[1:]), first.dtype)
-    labels = torch.empty(count, dtype=torch.int64)
-    for at, images, own in parts:
-        if images.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                f"images of a batch must have one shape, got {tuple(first.shape[1:])} and"
-                f" {tuple(images.shape[1:])}"
-            )
-        pixels[at], labels[at] = images, own
-    return pixels, labels
+        return parts[0][1:] if len(parts) == 1 else put_together(parts)
 
 
 def _read(
