@@ -233,12 +233,17 @@ def all_names(datasets: Iterable[AnyDataset]) -> list[str]:
     return list(dict.fromkeys(name for dataset in datasets for name in label_names(dataset)))
 
 
+def label_ids(dataset: AnyDataset, names: Sequence[str]) -> list[int]:
+    """Return the place of each of a dataset's classes among ``names``, which hold them."""
+    places = {name: place for place, name in enumerate(names)}
+    return [places[name] for name in label_names(dataset)]
+
+
 def matched(dataset: AnyDataset, names: Sequence[str]) -> AnyDataset:
     """Return a dataset whose labels are positions among ``names``, which hold its classes."""
-    own = label_names(dataset)
-    if own == list(names):
+    if label_names(dataset) == list(names):
         return dataset
-    return relabeled(dataset, {i: names.index(name) for i, name in enumerate(own)}, names)
+    return relabeled(dataset, dict(enumerate(label_ids(dataset, names))), names)
 
 
 def joined(parts: Sequence[AnyDataset]) -> AnyDataset:
@@ -261,18 +266,23 @@ def labeled(dataset: Dataset, features: Features) -> Dataset:
     """
     if dataset.features["image"] != features["image"]:
         dataset = dataset.cast_column("image", features["image"])
-    own, names = label_names(dataset), features["label"].names
+    names = features["label"].names
     known = whole_numbers(dataset, "label", missing=0)
-    if own == names and ((known >= 0) & (known < len(own))).all():
+    if label_names(dataset) == names and ((known >= 0) & (known < len(names))).all():
         return dataset
-    labels = translated(dataset["label"][:], [names.index(name) for name in own])
+    labels = translated(dataset["label"][:], label_ids(dataset, names))
     return replace_labels(dataset, labels, features["label"])
 
 
-def translated(labels: Sequence[int | None], label_ids: Sequence[int]) -> list[int | None]:
-    """Return labels of all shards: None for a missing one, -1 for one that is not a class."""
-    known = range(len(label_ids))
-    return [x if x is None else label_ids[x] if x in known else -1 for x in labels]
+def translated(labels: Sequence[int | None], places: Sequence[int]) -> list[int | None]:
+    """Return labels of all shards: None for a missing one, -1 for one that is not a class.
+
+    Args:
+        labels: of one shard.
+        places: see :func:`label_ids`.
+    """
+    known = range(len(places))
+    return [x if x is None else places[x] if x in known else -1 for x in labels]
 
 
 def whole_numbers(dataset: Dataset, column: str, missing: int = -2) -> np.ndarray:

@@ -17,6 +17,7 @@ from hf_dash.data.columns import (
     all_names,
     fingerprint_of,
     joined,
+    label_ids,
     label_names,
     matched,
     whole_numbers,
@@ -87,7 +88,7 @@ class Schedule:
         examples = tuple(
             arrival.examples(
                 transform,
-                [names.index(name) for name in label_names(arrival.dataset)],
+                label_ids(arrival.dataset, names),
                 cache=self.cache_images,
                 label_noise=label_noise,
                 noise_seed=noise_seed + 1000 * index,
@@ -155,7 +156,7 @@ class Schedule:
             if part.survey is None:
                 return None
             found = part.survey.of(whole_numbers(cast(Dataset, part.dataset), "example_id"))
-            places = np.array([names.index(name) for name in label_names(part.dataset)])
+            places = np.array(label_ids(part.dataset, names))
             labels.append(places[found.labels])
             sha256.append(found.sha256)
         return fingerprint_of(names, np.concatenate(labels), np.concatenate(sha256))

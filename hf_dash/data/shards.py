@@ -42,6 +42,7 @@ from hf_dash.data.columns import (
     Values,
     all_names,
     joined,
+    label_ids,
     label_kind,
     label_names,
     label_values,
@@ -465,26 +466,21 @@ def _row_names(shards: Sequence[Shard], count: bool = False) -> RowNames:
 
 
 def _numbered(shard: Shard, features: Features, start: int) -> AnyDataset:
-    """Return a shard's rows with the classes of all shards, numbered from ``start``."""
-    names = features["label"].names
-    label_ids = [names.index(name) for name in label_names(shard.dataset)]
-    if shard.pieces and shard.rows is not None:
+    """Return a stream's rows with the classes of all shards, numbered from ``start``."""
+    if shard.rows is not None:
         # Numbered before it is a stream, which would number each of its shards from 0.
-        known = replace(shard, dataset=shard.rows, pieces=None)
-        return _as_stream(_numbered(known, features, start))
-    if not isinstance(shard.dataset, Dataset):
-        settings = {"start": start, "label_ids": label_ids}
-        stream = undecoded(shard.dataset)
-        return map_columns(stream, _number_rows, features, with_indices=True, fn_kwargs=settings)
-    rows = labeled(shard.dataset, features)
-    return rows.add_column("example_id", start + np.arange(len(rows)))
+        rows = labeled(shard.rows, features)
+        return _as_stream(rows.add_column("example_id", start + np.arange(len(rows))))
+    settings = {"start": start, "places": label_ids(shard.dataset, features["label"].names)}
+    stream = undecoded(shard.dataset)
+    return map_columns(stream, _number_rows, features, with_indices=True, fn_kwargs=settings)
 
 
 def _number_rows(
-    columns: dict[str, list[Any]], rows: list[int], start: int, label_ids: list[int]
+    columns: dict[str, list[Any]], rows: list[int], start: int, places: list[int]
 ) -> dict[str, list[Any]]:
     return {
         "image": columns["image"],
-        "label": translated(columns["label"], label_ids),
+        "label": translated(columns["label"], places),
         "example_id": [start + row for row in rows],
     }

@@ -16,6 +16,7 @@ from hf_dash.data.columns import (
     BATCH_SIZE,
     AnyDataset,
     fingerprint_of,
+    label_ids,
     label_names,
     map_columns,
     translated,
@@ -202,17 +203,18 @@ def _survey_parts(opened: Opened, example_ids: np.ndarray, by_pixels: bool) -> S
 
 def _parts_of(opened: Opened, ids: np.ndarray) -> Iterator[tuple[list[Any], list[int | None]]]:
     """Yield images as stored and labels of rows, in ascending order."""
-    classes = label_names(opened.dataset)
-    places = [(shard, part) for shard in opened.shards for part in range(len(shard.pieces or ()))]
-    pieces = [piece for shard in opened.shards for piece in shard.pieces or ()]
+    shards, classes = opened.shards, label_names(opened.dataset)
+    streams = [undecoded(shard.dataset) for shard in shards]
+    places = [label_ids(shard.dataset, classes) for shard in shards]
+    pieces = [piece for shard in shards for piece in shard.pieces or ()]
+    parts = [(n, part) for n, shard in enumerate(shards) for part in range(len(shard.pieces or ()))]
     for run in runs_of(pieces, ids):
-        shard, part = places[run.piece]
-        label_ids = [classes.index(name) for name in label_names(shard.dataset)]
-        stream = undecoded(shard.dataset).shard(shard.dataset.num_shards, part)
+        number, part = parts[run.piece]
+        stream = streams[number].shard(streams[number].num_shards, part)
         first = 0
-        with reading(shard.name):
+        with reading(shards[number].name):
             for batch in stream.iter(BATCH_SIZE):
-                labels = translated(batch["label"], label_ids)
+                labels = translated(batch["label"], places[number])
                 end = first + len(labels)
                 own = run.rows[(run.rows >= first) & (run.rows < end)] - first
                 yield [batch["image"][row] for row in own], [labels[row] for row in own]
