@@ -15,14 +15,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
 
 from hf_dash.data.pixel_cache import cache_folder
 from hf_dash.data.stamps import stamp_of
-from hf_dash.utils.logging import get_logger
+from hf_dash.utils.logging import get_logger, warn_once
 
 logger = get_logger(__name__, main_process_only=True)
 
@@ -79,7 +78,12 @@ def plain_archive(path: Path, *, known: bool = False, anew: bool = False) -> Pat
         note_use(copy)
         return copy
     except _NoCopyError as error:
-        _say_once(cache_folder(), str(error))
+        warn_once(
+            logger,
+            "%s: nothing can be unpacked there, so compressed archives are read from their"
+            " beginning, and again for every part: %s",
+            *(cache_folder(), str(error)),
+        )
     if not known:
         for _ in _unpacked(path):
             pass
@@ -208,12 +212,3 @@ def _remove_unused(wanted: Path, seconds: float) -> bool:
                 file.unlink()
                 removed = True
     return removed
-
-
-@cache
-def _say_once(folder: Path, why: str) -> None:
-    logger.warning(
-        "%s: nothing can be unpacked there, so compressed archives are read from their beginning,"
-        " and again for every part: %s",
-        *(folder, why),
-    )

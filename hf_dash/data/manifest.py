@@ -29,7 +29,7 @@ from hf_dash.data.pixel_cache import cache_folder
 from hf_dash.data.stamps import Stamps, check_unchanged, stamp_of
 from hf_dash.hub.client import HubError, client, reach
 from hf_dash.utils.files import write_bytes
-from hf_dash.utils.logging import get_logger
+from hf_dash.utils.logging import get_logger, warn_once
 
 logger = get_logger(__name__, main_process_only=True)
 
@@ -265,16 +265,8 @@ def keep_manifest(origin: Origin | None, manifest: Manifest) -> None:
     except OSError as error:
         with suppress(OSError):
             aside.unlink()
-        _say_once(f"{origin.path.parent}: nothing is kept there, so shards are read again: {error}")
-
-
-_SAID: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _SAID:
-        _SAID.add(message)
-        logger.warning(message)
+        message = "%s: nothing is kept there, so shards are read again: %s"
+        warn_once(logger, message, origin.path.parent, str(error))
 
 
 def _content(origin: Origin, manifest: Manifest) -> bytes:

@@ -10,13 +10,12 @@ stream sorted by class is mixed as well as its buffer allows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from hf_dash.data.shares import Share, Source
 from hf_dash.data.streams import StreamedImages
-from hf_dash.utils.logging import get_logger
+from hf_dash.utils.logging import get_logger, warn_once
 
 logger = get_logger(__name__, main_process_only=True)
 
@@ -184,13 +183,10 @@ def say_sorted(arrivals: Sequence[StreamedImages], buffer_size: int) -> None:
         ]
         counts = [own for own in large if own.max() >= SORTED * own.sum()]
         if counts and len(set(arrival.labels)) > 1:
-            _say_large(buffer_size, int(counts[0].sum()))
-
-
-@cache
-def _say_large(buffer_size: int, size: int) -> None:
-    logger.warning(
-        "row groups are sorted by class, and one of %d images fills the buffer of %d: batches hold"
-        " few classes; write smaller row groups, or shuffle images before you write them",
-        *(size, buffer_size),
-    )
+            warn_once(
+                logger,
+                "row groups are sorted by class, and one of %d images fills the buffer of %d:"
+                " batches hold few classes; write smaller row groups, or shuffle images before you"
+                " write them",
+                *(counts[0].sum(), buffer_size),
+            )

@@ -99,7 +99,8 @@ def starts_table(records: Sequence[RoundRecord]) -> Markdown:
 
 def _ended(runs: "list[Run]", last: int) -> str:
     """Return the last rounds of runs as text, unless all of them are the last one of all."""
-    first, *_, final = sorted(run[-1].round_index for run in runs * 2)
+    ends = [run[-1].round_index for run in runs]
+    first, final = min(ends), max(ends)
     if first == last:
         return ""
     return f", to round {first}" if first == final else f", to rounds {first} to {final}"

@@ -9,18 +9,16 @@ left after 26 steps, 6 %, is enough to make an evaluation wrong that training ne
 """
 
 import math
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
 
 import torch
-from accelerate.utils import broadcast, send_to_device
-from torch import nn
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from hf_dash.utils.logging import get_logger
+from hf_dash.utils.logging import get_logger, warn_once
 
 logger = get_logger(__name__, main_process_only=True)
 
@@ -54,22 +52,20 @@ def say_lag(model: nn.Module, steps: int) -> None:
     """Say once if a training was too short for the running statistics of batch norms."""
     needed = steps_needed(model)
     if steps < needed:
-        _say_short(needed)
-
-
-@cache
-def _say_short(needed: int) -> None:
-    logger.warning(
-        "a round of fewer than %d steps leaves more than %.0f %% of batch norms' running statistics"
-        " as they were before, which lowers accuracy, after a shrink most; renew_batch_norms counts"
-        " them anew",
-        *(needed, 100 * LAG),
-    )
+        warn_once(
+            logger,
+            "a round of fewer than %d steps leaves more than %.0f %% of batch norms' running"
+            " statistics as they were before, which lowers accuracy, after a shrink most;"
+            " renew_batch_norms counts them anew",
+            *(needed, 100 * LAG),
+        )
 
 
 @torch.no_grad()
 def renew_batch_norms_(
-    model: nn.Module, batches: Iterable[Any], device: torch.device | str
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    device: torch.device | None = None,
 ) -> None:
     """Give batch norms the statistics of some batches under the weights as they are, in place.
 
@@ -77,18 +73,17 @@ def renew_batch_norms_(
         model: takes images; the mode of its modules is restored.
         batches: of mappings with ``pixel_values``; the first hundred are used. Of several
             processes, those of the first one count.
-        device: to compute on.
+        device: to which images are moved; None leaves them where they are.
 
     Example:
         >>> import torch
         >>> from hf_dash.training.batch_norms import renew_batch_norms_
         >>> norm = torch.nn.BatchNorm2d(1)
-        >>> renew_batch_norms_(norm, [{"pixel_values": torch.full((2, 1, 1, 1), 5.0)}], "cpu")
+        >>> renew_batch_norms_(norm, [{"pixel_values": torch.full((2, 1, 1, 1), 5.0)}])
         >>> norm.running_mean.item(), norm.training
         (5.0, True)
     """
-    images = (send_to_device(batch, device)["pixel_values"] for batch in islice(batches, COUNTED))
-    update_bn(images, model)
+    update_bn((batch["pixel_values"] for batch in islice(batches, COUNTED)), model, device)
     for norm in model.modules():
         if isinstance(norm, _BatchNorm):
             for buffer in norm.buffers():

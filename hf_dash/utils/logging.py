@@ -1,6 +1,8 @@
 """Loggers that follow transformers' verbosity without importing transformers."""
 
 import logging
+from functools import cache
+from typing import Any
 
 from hf_dash.utils.distributed import is_main_process
 
@@ -20,6 +22,18 @@ def get_logger(name: str, *, main_process_only: bool = False) -> logging.Logger:
     if main_process_only:
         logger.addFilter(_is_by_main)
     return logger
+
+
+@cache
+def warn_once(logger: logging.Logger, message: str, *arguments: Any) -> None:
+    """Warn, unless this process has said the same of the same before.
+
+    Example:
+        >>> from hf_dash.utils.logging import get_logger, warn_once
+        >>> for _ in range(2):
+        ...     warn_once(get_logger("hf_dash.docs"), "said %d time", 1)
+    """
+    logger.warning(message, *arguments)
 
 
 def _is_by_main(record: logging.LogRecord) -> bool:

@@ -6,7 +6,6 @@ from helpers import as_tensor, heard, numbered
 
 from hf_dash.data import StreamedImages
 from hf_dash.data.mixing import (
-    _say_large,
     buffered,
     epoch_order,
     interleaved,
@@ -17,6 +16,7 @@ from hf_dash.data.mixing import (
 from hf_dash.data.order import shuffled
 from hf_dash.data.shares import shares_of
 from hf_dash.data.streams import FileBlock
+from hf_dash.utils.logging import warn_once
 
 
 def generator(seed=0):
@@ -110,7 +110,7 @@ def arrival_of(*labels, scattered=False):
     ],
 )
 def test_sorted_row_groups_that_fill_the_buffer_are_said_once(arrival, buffer_size, lines):
-    _say_large.cache_clear()
+    warn_once.cache_clear()
     with heard() as said:
         for _ in range(2):
             say_sorted([arrival], buffer_size)

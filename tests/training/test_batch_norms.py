@@ -8,7 +8,8 @@ from torch import nn
 from hf_dash import TrainingConfig
 from hf_dash.data import train_batches
 from hf_dash.training import train_round
-from hf_dash.training.batch_norms import _say_short, renew_batch_norms_, steps_needed
+from hf_dash.training.batch_norms import renew_batch_norms_, steps_needed
+from hf_dash.utils.logging import warn_once
 
 QUIET = {"disable_tqdm": True, "accuracy_threshold": None}
 
@@ -40,8 +41,8 @@ def test_renewed_batch_norms_are_those_of_the_trained_weights(two_rounds, small_
 def test_a_short_training_says_once_that_batch_norms_lag(two_rounds, small_model, accelerator):
     batches = train_batches(two_rounds[0], 30, seed=0)
     said = {}
+    warn_once.cache_clear()
     for epochs, renewed in ((1, False), (1, False), (1, True), (22, False)):
-        _say_short.cache_clear() if not said else None
         config = TrainingConfig(max_epochs=epochs, renew_batch_norms=renewed, **QUIET)
         with heard() as lines:
             steps = train_round(small_model, batches, config, accelerator).steps
@@ -66,6 +67,6 @@ def test_no_more_than_a_hundred_batches_are_counted():
             read.append(number)
             yield {"pixel_values": torch.full((2, 1, 1, 1), float(number))}
 
-    renew_batch_norms_(norm, batches(), "cpu")
+    renew_batch_norms_(norm, batches())
     assert len(read) == 100
     assert norm.running_mean.item() == pytest.approx(49.5)
