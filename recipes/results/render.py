@@ -6,9 +6,8 @@ Launch:  python recipes/results/render.py
          python recipes/results/render.py --add runs/x/simulations.csv --name learning_framework
 
 Markers in the READMEs say what goes where: ``hf_dash/report/pages.py`` explains them, ``TABLES``
-and ``FIGURES`` below are the kinds. ``--add`` writes the histories of one protocol, or the
-simulations of learning_framework.py, into an experiment's folder. Then complete "about" in its
-settings.json, write its README and render.
+and ``FIGURES`` below are the kinds. ``--add`` writes the histories of one protocol, or simulations,
+into an experiment's folder. Then complete "about" in its settings.json, write its README, render.
 """
 
 import csv
@@ -43,10 +42,6 @@ def of_records(function):
         return function(records, *baseline, *path)
 
     return make
-
-
-def order_table(folders, starts):
-    return hf_dash.report.order_table(hf_dash.report.read_evidence(*folders).records, starts)
 
 
 def of_simulations(function):
@@ -84,7 +79,7 @@ def plot_front(folders, path):
     figure = Figure(figsize=(2 + 4.5 * len(folders), 3.5), layout="constrained")
     for panel, folder in enumerate(folders, 1):
         evidence = hf_dash.report.read_evidence(folder)
-        axes = figure.add_subplot(1, len(folders), panel, frameon=False)
+        axes, ends = figure.add_subplot(1, len(folders), panel, frameon=False), []
         for name, color in (("cold", "#0072B2"), ("warm", "#D55E00"), ("DASH", "#009E73")):
             seen = {}
             for record in evidence.records:
@@ -92,8 +87,11 @@ def plot_front(folders, path):
                     seen.setdefault(record.num_total, []).append(100 * record.accuracy)
             images, means = list(seen), [np.mean(values) for values in seen.values()]
             axes.plot(images, means, "-", images, list(seen.values()), "o", color=color, ms=4)
-            end, name = (images[-1], means[-1]), f"  {name}, {means[-1]:.0f} %"
-            axes.text(*end, name, color=color, va="center")
+            ends.append((means[-1], f"  {name}, {means[-1]:.0f} %", color))
+        end, gap = axes.get_ylim()[0], np.ptp(axes.get_ylim()) / 16
+        for mean, label, color in sorted(ends):
+            end = max(mean, end + gap)  # a line apart from the label below
+            axes.text(images[-1], end, label, color=color, va="center")
         axes.set_title(f"{evidence.settings['about']['network']}; seeds: {len(seen[images[-1]])}")
         axes.set(xlabel="CIFAR-10 images so far", ylabel="held-out accuracy (%)")
     figure.savefig(path, dpi=150)
@@ -102,7 +100,9 @@ def plot_front(folders, path):
 TABLES = {
     "csv": csv_table,
     "grounds": hf_dash.report.grounds_table,
-    "order": order_table,
+    "order": lambda folders, starts: hf_dash.report.order_table(
+        hf_dash.report.read_evidence(*folders).records, starts
+    ),
     "paired": of_records(hf_dash.report.paired_table),
     "pretraining": of_records(hf_dash.studies.pretraining_table),
     "price": of_records(hf_dash.report.price_table),
