@@ -191,7 +191,8 @@ def _named_labels(dataset: AnyDataset, feature: Any, find_values: FindValues) ->
         return dataset
     # Blank text is not a label.
     pairs = [(value, normalized(text)) for value, text in zip(values, texts, strict=True)]
-    ids = {value: names.index(name) for value, name in pairs if name}
+    places = {name: place for place, name in enumerate(names)}
+    ids = {value: places[name] for value, name in pairs if name}
     in_place = kind == "strings" and names == texts
     if in_place:
         # datasets 4.0 encodes only this kind of text.

@@ -241,13 +241,14 @@ def survey_shards(
             where that is to be verified.
     """
     parts: list[Survey] = []
+    place_of = {name: place for place, name in enumerate(classes)}
     start = 0
     for shard in shards:
         own = manifest_of(shard, by_pixels=by_pixels)
         ids = start + np.arange(len(own.findings))
         part = Survey.from_findings(own.findings, ids)
         # The last place is that of a label which is not a class.
-        places = np.array([*map(classes.index, own.classes), -1])
+        places = np.array([*(place_of[name] for name in own.classes), -1])
         known = (part.labels >= 0) & (part.labels < len(own.classes))
         labels = np.where(known, places[np.where(known, part.labels, -1)], -1)
         labels = np.where(part.labels == NO_LABEL, NO_LABEL, labels)
